@@ -1,0 +1,17 @@
+//! Adapters: PEFT files to and from weights, their validation, and the routing of a batch's rows.
+//!
+//! What it is not: it knows no users' histories, no stores and no HTTP; it never touches a file system.
+
+mod adapter;
+mod batch;
+mod config;
+mod error;
+mod files;
+mod shape;
+
+pub use adapter::{Adapter, AdapterSite, Lease};
+pub use batch::AdapterBatch;
+pub use config::{LoraConfig, MAX_RANK, TargetModules};
+pub use error::PeftError;
+pub use files::{LoraTensors, LoraWeights, generation_id};
+pub use shape::BaseShape;

@@ -1,0 +1,22 @@
+//! The words everyone shares: ids, values and the clock.
+//!
+//! What it is not: no I/O, no tensors, no async. Everything here is plain data that other crates
+//! parse into at the edge, so that inside nothing is left to re-check.
+
+mod clock;
+mod example;
+mod history;
+mod ids;
+mod job;
+mod sampling;
+mod site;
+mod tokenizer;
+
+pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
+pub use example::Example;
+pub use history::{HistoryItem, HistoryStats, NewItem};
+pub use ids::{AdapterId, GenerationId, IdError, ItemId, JobId, TenantId, UserId};
+pub use job::{GateReport, Job, JobOutcome, JobProgress, JobState};
+pub use sampling::{FinishReason, SamplingParams, Usage};
+pub use site::{Site, SiteId};
+pub use tokenizer::{GgufVocabulary, TokenizerSource};
