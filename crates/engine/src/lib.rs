@@ -1,1 +1,10 @@
-//! .
+//! The model thread: it takes token sequences with adapters, runs them in one continuous batch and streams
+//! tokens back.
+//!
+//! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
+
+mod request;
+
+pub use request::{
+    Engine, EngineStats, Event, Generate, Limits, SampledToken, SubmitError, TokenSink, TokenStream, channel,
+};

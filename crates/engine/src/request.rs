@@ -1,0 +1,197 @@
+//! What goes into the engine and what comes out of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use peft::Lease;
+use tokio::sync::mpsc;
+use types::{FinishReason, SamplingParams, Usage};
+
+/// One sequence to generate.
+#[derive(Debug, Clone)]
+pub struct Generate {
+    /// The prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// The adapter that answers; `None` is the base alone. It is pinned until the sequence ends.
+    pub adapter: Option<Lease>,
+    /// How tokens are chosen.
+    pub params: SamplingParams,
+    /// When the request is given up, queued or running.
+    pub deadline: Option<Instant>,
+}
+
+/// A token the engine chose.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// Its id.
+    pub id: u32,
+    /// Natural log of its probability under the model, before temperature and penalties.
+    pub logprob: f32,
+    /// The most likely tokens with their log-probabilities, best first, as many as asked for.
+    pub top: Vec<(u32, f32)>,
+    /// Whether it is an end-of-sequence or stop token, which is not part of the text.
+    pub stop: bool,
+}
+
+/// What a sequence's stream carries: tokens, then exactly one end.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The next token.
+    Token(SampledToken),
+    /// The answer is complete.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// The sequence was given up; the text says why, for logs (the request's deadline, or a fault).
+    Failed {
+        /// True when the request's deadline passed.
+        deadline: bool,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why a sequence is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The queue is full; try again later.
+    #[error("the queue is full: {waiting} sequences wait")]
+    Busy {
+        /// How many wait.
+        waiting: usize,
+    },
+    /// The prompt has no token.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// Prompt and answer do not fit the context.
+    #[error("prompt of {prompt} tokens plus max_tokens of {max_tokens} exceed the context of {context} tokens")]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens asked for.
+        max_tokens: u32,
+        /// Tokens a sequence may have.
+        context: usize,
+    },
+    /// A token id is not in the vocabulary.
+    #[error("token id {id} is not in the vocabulary of {vocabulary} tokens")]
+    TokenOutOfRange {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    Stopped,
+}
+
+/// What the engine can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens a sequence may have, prompt and answer together.
+    pub context: usize,
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+    /// Sequences that may wait.
+    pub queue: usize,
+    /// Sequences that run in one batch.
+    pub batch: usize,
+}
+
+/// A picture of the engine at one moment, and its counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EngineStats {
+    /// Sequences that wait.
+    pub waiting: usize,
+    /// Sequences in the batch.
+    pub running: usize,
+    /// KV blocks in use.
+    pub kv_blocks_used: usize,
+    /// KV blocks in all.
+    pub kv_blocks: usize,
+    /// Steps done.
+    pub steps: u64,
+    /// Prompt tokens processed.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Sequences preempted for want of KV blocks.
+    pub preemptions: u64,
+    /// Sequences that ended because their reader went away.
+    pub cancelled: u64,
+    /// Sequences that ended by a fault.
+    pub failed: u64,
+    /// Different adapters in the last step.
+    pub adapters_running: usize,
+}
+
+/// Where requests are sent. The server knows this trait only; the real engine and the tests' fake one
+/// implement it.
+pub trait Engine: Send + Sync + 'static {
+    /// Queues a sequence.
+    ///
+    /// # Errors
+    /// At once and without side effects, when the sequence cannot be taken.
+    fn submit(&self, job: Generate) -> Result<TokenStream, SubmitError>;
+
+    /// The state of queue, batch and KV.
+    fn stats(&self) -> EngineStats;
+
+    /// What a sequence may ask for.
+    fn limits(&self) -> Limits;
+}
+
+/// The reader's end of a sequence. Dropping it cancels the sequence within one step.
+#[derive(Debug)]
+pub struct TokenStream {
+    events: mpsc::Receiver<Event>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl TokenStream {
+    /// The next event; `None` after the end.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Release);
+    }
+}
+
+/// The engine's end of a sequence.
+#[derive(Debug)]
+pub struct TokenSink {
+    events: mpsc::Sender<Event>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl TokenSink {
+    /// Hands an event to the reader without waiting; false when the reader has gone away.
+    #[must_use]
+    pub fn send(&self, event: Event) -> bool {
+        self.events.try_send(event).is_ok()
+    }
+
+    /// Whether the reader has gone away.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+}
+
+/// Both ends of a sequence of at most `max_tokens` tokens. The channel holds them all, so that a slow reader
+/// never holds up the batch.
+#[must_use]
+pub fn channel(max_tokens: u32) -> (TokenSink, TokenStream) {
+    let (sender, events) = mpsc::channel(max_tokens as usize + 2);
+    let cancelled = Arc::new(AtomicBool::new(false));
+    (TokenSink { events: sender, cancelled: Arc::clone(&cancelled) }, TokenStream { events, cancelled })
+}

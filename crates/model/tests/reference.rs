@@ -1,0 +1,197 @@
+//! The decoder against HF transformers and peft in float32 (fixtures and their scripts: `tests/reference`).
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, SequenceRows, load};
+use peft::{Adapter, AdapterBatch, LoraWeights};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
+}
+
+fn base(name: &str) -> BaseModel {
+    load(&fixtures().join(name), LoadOptions::default()).unwrap().model
+}
+
+fn adapter(folder: &Path, base: &BaseModel) -> Arc<Adapter> {
+    let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
+    let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
+    Arc::new(Adapter::new(&LoraWeights::parse(&config, &weights, &base.shape()).unwrap()))
+}
+
+/// Input ids and expected logits of each sequence.
+fn expected(folder: &Path) -> Vec<(Vec<u32>, Vec<Vec<f32>>)> {
+    let tensors: HashMap<String, Tensor> =
+        candle_core::safetensors::load(folder.join("logits.safetensors"), &Device::Cpu).unwrap();
+    let ids: Vec<Vec<u32>> = tensors["input_ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
+    let logits: Vec<Vec<Vec<f32>>> = tensors["logits"].to_vec3().unwrap();
+    ids.into_iter().zip(logits).collect()
+}
+
+/// A sequence fed in pieces of the given lengths, logits after each piece.
+fn feed(base: &BaseModel, kv: &mut KvPool, ids: &[u32], pieces: &[usize], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
+    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate().unwrap()).collect();
+    let mut start = 0;
+    let mut logits = Vec::new();
+    for &len in pieces {
+        let tokens = ids[start..start + len].to_vec();
+        let input = BatchInput {
+            sequences: vec![SequenceRows { tokens, start, blocks: blocks.clone(), want_logits: true }],
+        };
+        let adapters = AdapterBatch::new((0..len).map(|_| adapter));
+        logits.extend(base.forward(&input, kv, &adapters).unwrap().rows().map(<[f32]>::to_vec));
+        start += len;
+    }
+    kv.release(blocks);
+    logits
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// The largest difference from the fixture, tokens fed one by one.
+fn difference(base: &BaseModel, folder: &Path, adapter: Option<&Arc<Adapter>>) -> f32 {
+    let mut kv = KvPool::new(base.config(), 8).unwrap();
+    let mut largest = 0.0f32;
+    for (ids, expected) in expected(folder) {
+        let ours = feed(base, &mut kv, &ids, &vec![1; ids.len()], adapter);
+        for (ours, expected) in ours.iter().zip(&expected) {
+            largest = largest.max(worst(ours, expected));
+        }
+    }
+    largest
+}
+
+#[test]
+fn base_logits_equal_transformers() {
+    for name in ["tiny-llama", "tiny-llama-tied", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"] {
+        let difference = difference(&base(name), &fixtures().join(name), None);
+        assert!(difference < 1e-4, "{name}: {difference}");
+    }
+}
+
+#[test]
+fn adapter_logits_equal_peft() {
+    for model in ["tiny-llama", "tiny-qwen2"] {
+        let base = base(model);
+        for kind in ["lora-qv", "lora-all", "lora-patterns", "lora-rslora"] {
+            let folder = fixtures().join(model).join(kind);
+            let adapter = adapter(&folder, &base);
+            let with = difference(&base, &folder, Some(&adapter));
+            assert!(with < 1e-4, "{model} {kind}: {with}");
+            // Negative control: without the adapter the same comparison must fail.
+            let without = difference(&base, &folder, None);
+            assert!(without > 1e-2, "{model} {kind} makes no difference: {without}");
+        }
+    }
+}
+
+#[test]
+fn prefill_and_decode_agree_to_the_bit() {
+    for name in ["tiny-llama", "tiny-mistral"] {
+        let base = base(name);
+        let mut kv = KvPool::new(base.config(), 8).unwrap();
+        let (ids, _) = expected(&fixtures().join(name)).remove(0);
+        let one_by_one = feed(&base, &mut kv, &ids, &vec![1; ids.len()], None);
+        for pieces in [vec![ids.len()], vec![7, 1, ids.len() - 8], vec![ids.len() - 1, 1]] {
+            let last = feed(&base, &mut kv, &ids, &pieces, None).pop().unwrap();
+            assert_eq!(&last, one_by_one.last().unwrap(), "{name} in pieces {pieces:?}");
+        }
+    }
+}
+
+#[test]
+fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
+    let base = base("tiny-llama");
+    let folder = fixtures().join("tiny-llama");
+    let files: Vec<Arc<Adapter>> = ["lora-qv", "lora-all", "lora-patterns", "lora-rslora"]
+        .iter()
+        .map(|kind| adapter(&folder.join(kind), &base))
+        .collect();
+    // Eight adapters of ranks 1 to 29 on different sites, and the four of the fixtures among them.
+    let rows: Vec<Option<Arc<Adapter>>> = (0..8)
+        .map(|row| match row {
+            1 => None,
+            row if row % 2 == 0 => Some(Arc::clone(&files[row / 2])),
+            row => Some(testing::adapter(&base, row, 1 + 4 * row)),
+        })
+        .collect();
+    let (ids, _) = expected(&folder).remove(0);
+    let prompts: Vec<Vec<u32>> = (0..8).map(|row| ids[row..row + 5 + row].to_vec()).collect();
+    let mut kv = KvPool::new(base.config(), 16).unwrap();
+    let alone: Vec<Vec<f32>> = prompts
+        .iter()
+        .zip(&rows)
+        .map(|(ids, adapter)| feed(&base, &mut kv, ids, &[ids.len()], adapter.as_ref()).remove(0))
+        .collect();
+    let sequences = prompts
+        .iter()
+        .map(|ids| SequenceRows {
+            tokens: ids.clone(),
+            start: 0,
+            blocks: vec![kv.allocate().unwrap()],
+            want_logits: true,
+        })
+        .collect();
+    let route = |swap: bool| {
+        AdapterBatch::new(prompts.iter().enumerate().flat_map(|(row, ids)| {
+            let row = if swap { (row + 1) % 8 } else { row };
+            std::iter::repeat_n(rows[row].as_ref(), ids.len())
+        }))
+    };
+    let input = BatchInput { sequences };
+    let run = |kv: &mut KvPool, swap| -> Vec<Vec<f32>> {
+        base.forward(&input, kv, &route(swap)).unwrap().rows().map(<[f32]>::to_vec).collect()
+    };
+    assert_eq!(run(&mut kv, false), alone);
+    // Negative control: rows routed to their neighbour's adapter must not pass.
+    let swapped = run(&mut kv, true);
+    assert!((0..8).all(|row| swapped[row] != alone[row]));
+}
+
+#[test]
+fn bad_batches_are_errors() {
+    let base = base("tiny-llama");
+    let mut kv = KvPool::new(base.config(), 2).unwrap();
+    let none = AdapterBatch::default();
+    let mut run = |tokens: Vec<u32>, start, blocks: Vec<u32>| {
+        let sequences = vec![SequenceRows { tokens, start, blocks, want_logits: true }];
+        base.forward(&BatchInput { sequences }, &mut kv, &none).map(|_| ())
+    };
+    assert!(run(vec![1, 2], 0, vec![0]).is_ok());
+    assert!(run(vec![9999], 0, vec![0]).unwrap_err().to_string().contains("9999"));
+    assert!(run(vec![1], 16, vec![0]).is_err(), "beyond its blocks");
+    assert!(run(vec![1], 0, vec![7]).is_err(), "a block that is not there");
+    assert!(run(vec![], 0, vec![0]).is_err(), "no token");
+}
+
+mod testing {
+    //! A random adapter on all sites.
+    use super::*;
+    use peft::{LoraConfig, LoraTensors};
+
+    pub(crate) fn adapter(base: &BaseModel, seed: usize, rank: usize) -> Arc<Adapter> {
+        let mut state = seed as u32 + 1;
+        let mut random = |len: usize| -> Vec<f32> {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+            };
+            (0..len).map(|_| next()).collect()
+        };
+        let shape = base.shape();
+        let sites = shape
+            .site_ids()
+            .map(|id| {
+                let (out, input) = shape.dims(id.site);
+                Some(LoraTensors { rank, scale: 0.5, a: random(rank * input), b: random(out * rank) })
+            })
+            .collect();
+        Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }))
+    }
+}
