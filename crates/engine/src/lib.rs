@@ -4,7 +4,15 @@
 //! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
 
 mod request;
+mod runner;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod thread;
 
 pub use request::{
     Engine, EngineStats, Event, Generate, Limits, SampledToken, SubmitError, TokenSink, TokenStream, channel,
 };
+pub use sampler::{Choice, Sampler};
+pub use scheduler::{Scheduler, Step, Work};
+pub use thread::{ModelEngine, Settings};

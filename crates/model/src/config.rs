@@ -1,5 +1,6 @@
 //! The decoder's dimensions and variations, checked against each other.
 
+use kernels::{Span, SpanAttention};
 use peft::BaseShape;
 
 use crate::error::ModelError;
@@ -115,6 +116,18 @@ impl ModelConfig {
                 (self.feed_forward, self.hidden),
                 (self.hidden, self.feed_forward),
             ],
+        }
+    }
+
+    /// The attention of a layer over packed sequences.
+    #[must_use]
+    pub fn span_attention(&self, layer: usize, spans: &[Span]) -> SpanAttention {
+        SpanAttention {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            window: self.windows.get(layer).copied().flatten(),
+            spans: spans.to_vec(),
         }
     }
 

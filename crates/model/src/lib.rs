@@ -24,5 +24,5 @@ pub use error::ModelError;
 pub use gguf::{GgufFile, Value};
 pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};
-pub use ops::{FrozenLinear, SpanAttend, slice_of};
-pub use serve::{BatchInput, Logits, SequenceRows};
+pub use ops::{FrozenLinear, SpanAttend, map, slice_of};
+pub use serve::{BatchInput, Logits, PackedPass, SequenceRows};

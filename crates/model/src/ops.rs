@@ -48,8 +48,11 @@ impl<F: Fn(&[f32], &[&[f32]]) -> Vec<f32>> CustomOp1 for Map<'_, F> {
     }
 }
 
-/// `run` over the values of `first` and `rest`, without a gradient.
-pub(crate) fn map(
+/// `run` over the values of `first` and `rest`, without a gradient; `shape` is the result's.
+///
+/// # Errors
+/// When a tensor is not float32 on the CPU.
+pub fn map(
     name: &'static str,
     first: &Tensor,
     rest: &[&Tensor],

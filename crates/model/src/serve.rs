@@ -1,14 +1,15 @@
 //! The serving pass: rows of many sequences, each with its own adapter, over the paged KV pool.
 
 use candle_core::Tensor;
-use kernels::PagedSequence;
+use kernels::{PagedSequence, Span};
 use peft::AdapterBatch;
 use types::SiteId;
 
+use crate::config::ModelConfig;
 use crate::decoder::{BaseModel, Linear, Pass};
 use crate::error::ModelError;
 use crate::kv::{BLOCK_LEN, KvPool};
-use crate::ops::map;
+use crate::ops::{SpanAttend, map};
 
 /// One sequence's part of a step: consecutive tokens at consecutive positions.
 #[derive(Debug, Clone)]
@@ -100,14 +101,7 @@ struct Serving<'a> {
 
 impl Pass for Serving<'_> {
     fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
-        let adapters = self.adapters.at(id);
-        let rows = x.dims2()?.0;
-        let width = linear.weight.rows();
-        Ok(map("fused-linear", x, &[], (rows, width), |x, _| {
-            let mut y = vec![0.0; rows * width];
-            kernels::linear_adapted(&linear.weight, linear.bias.as_deref(), x, &adapters, &mut y);
-            y
-        })?)
+        fused_linear(id, linear, x, self.adapters)
     }
 
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
@@ -131,5 +125,39 @@ impl Pass for Serving<'_> {
             kernels::paged_attention(&view, &sequences, self.heads, q, &mut out);
             out
         })?)
+    }
+}
+
+/// The frozen product and every row's adapter, without a gradient.
+fn fused_linear(id: SiteId, linear: &Linear, x: &Tensor, adapters: &AdapterBatch) -> Result<Tensor, ModelError> {
+    let adapters = adapters.at(id);
+    let rows = x.dims2()?.0;
+    let width = linear.weight.rows();
+    Ok(map("fused-linear", x, &[], (rows, width), |x, _| {
+        let mut y = vec![0.0; rows * width];
+        kernels::linear_adapted(&linear.weight, linear.bias.as_deref(), x, &adapters, &mut y);
+        y
+    })?)
+}
+
+/// Whole sequences packed one after another, without KV and without gradients: for measuring losses.
+#[derive(Debug)]
+pub struct PackedPass<'a> {
+    /// The sequences' rows.
+    pub spans: &'a [Span],
+    /// Every row's adapter.
+    pub adapters: &'a AdapterBatch,
+    /// Dimensions of the model it runs on.
+    pub config: &'a ModelConfig,
+}
+
+impl Pass for PackedPass<'_> {
+    fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
+        fused_linear(id, linear, x, self.adapters)
+    }
+
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
+        let shape = self.config.span_attention(layer, self.spans);
+        Ok(q.apply_op3_no_bwd(k, v, &SpanAttend(shape))?)
     }
 }

@@ -1,0 +1,218 @@
+//! The loop of the model thread: plan, run, sample, report.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use model::{BaseModel, BatchInput, KvPool, SequenceRows};
+use peft::AdapterBatch;
+
+use crate::request::{Event, Generate, TokenSink};
+use crate::scheduler::{Scheduler, Work};
+use crate::sequence::{Progress, Sequence};
+use crate::thread::Shared;
+
+/// Everything the thread owns.
+pub(crate) struct Runner {
+    pub(crate) model: Arc<BaseModel>,
+    pub(crate) kv: KvPool,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) context: usize,
+    pub(crate) inbox: Receiver<(Generate, TokenSink)>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) sequences: HashMap<u64, Sequence>,
+    pub(crate) next_id: u64,
+}
+
+/// How a sequence leaves the thread.
+enum End {
+    Event(Event),
+    Cancelled,
+}
+
+impl Runner {
+    /// Runs until the inbox is closed and the last sequence has ended.
+    pub(crate) fn run(mut self) {
+        while self.receive() {
+            self.sweep();
+            if !self.sequences.is_empty() {
+                self.step();
+            }
+            self.publish_stats();
+        }
+    }
+
+    /// Takes in what has arrived; waits when there is nothing to do. False when all is done.
+    fn receive(&mut self) -> bool {
+        if self.sequences.is_empty() {
+            match self.inbox.recv() {
+                Ok(arrival) => self.add(arrival),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(arrival) => self.add(arrival),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return !self.sequences.is_empty(),
+            }
+        }
+    }
+
+    fn add(&mut self, (job, sink): (Generate, TokenSink)) {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.scheduler.push(id, job.prompt.len());
+        self.sequences.insert(id, Sequence::new(job, sink));
+    }
+
+    /// Ends sequences whose reader has gone or whose deadline has passed, queued or running.
+    fn sweep(&mut self) {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        for (&id, sequence) in &self.sequences {
+            if sequence.sink.is_cancelled() {
+                ended.push((id, End::Cancelled));
+            } else if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+                let reason = "the request's deadline has passed".to_owned();
+                ended.push((id, End::Event(Event::Failed { deadline: true, reason })));
+            }
+        }
+        for (id, end) in ended {
+            self.end(id, end);
+        }
+    }
+
+    fn step(&mut self) {
+        let step = self.scheduler.plan(self.kv.free_blocks());
+        for id in &step.preempted {
+            if let Some(sequence) = self.sequences.get_mut(id) {
+                self.kv.release(sequence.blocks.drain(..));
+                sequence.computed = 0;
+            }
+            self.shared.count(|stats| stats.preemptions += 1);
+        }
+        for work in &step.work {
+            let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
+            for _ in 0..work.new_blocks {
+                sequence.blocks.extend(self.kv.allocate());
+            }
+        }
+        if step.work.is_empty() {
+            return;
+        }
+        match self.forward(&step.work) {
+            Ok(logits) => self.settle(&step.work, &logits),
+            // One of the sequences is at fault: run each alone, so that only that one ends.
+            Err(_) if step.work.len() > 1 => {
+                for work in &step.work {
+                    self.alone(work);
+                }
+            }
+            Err(reason) => self.fail(step.work[0].id, reason),
+        }
+    }
+
+    fn alone(&mut self, work: &Work) {
+        match self.forward(std::slice::from_ref(work)) {
+            Ok(logits) => self.settle(std::slice::from_ref(work), &logits),
+            Err(reason) => self.fail(work.id, reason),
+        }
+    }
+
+    /// One forward pass over the work's rows; the logits of those that sample, in order.
+    fn forward(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>, String> {
+        let (mut input, mut rows) = (BatchInput::default(), Vec::new());
+        for work in work {
+            let sequence = self.sequences.get(&work.id).ok_or("the sequence is gone")?;
+            let tokens = sequence.tokens[sequence.computed..sequence.computed + work.tokens].to_vec();
+            rows.extend(std::iter::repeat_n(sequence.adapter(), work.tokens));
+            input.sequences.push(SequenceRows {
+                tokens,
+                start: sequence.computed,
+                blocks: sequence.blocks.clone(),
+                want_logits: work.sample,
+            });
+        }
+        let adapters = AdapterBatch::new(rows);
+        let (model, kv) = (&self.model, &mut self.kv);
+        let result = catch_unwind(AssertUnwindSafe(|| model.forward(&input, kv, &adapters)));
+        self.shared.count(|stats| {
+            stats.steps += 1;
+            stats.adapters_running = adapters.adapters();
+        });
+        match result {
+            Ok(Ok(logits)) => Ok(logits.rows().map(<[f32]>::to_vec).collect()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+                Err(format!("the forward pass panicked: {text}"))
+            }
+        }
+    }
+
+    fn settle(&mut self, work: &[Work], logits: &[Vec<f32>]) {
+        let mut logits = logits.iter();
+        let (mut prompt, mut generated) = (0, 0);
+        for work in work {
+            let row = if work.sample { logits.next() } else { None };
+            let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
+            sequence.computed += work.tokens;
+            prompt += work.tokens as u64 - u64::from(work.sample);
+            let Some(row) = row else {
+                self.scheduler.settle(work, false);
+                continue;
+            };
+            generated += 1;
+            let progress = sequence.advance(row, &self.eos, self.context);
+            let usage = sequence.usage();
+            match progress {
+                Progress::Goes => self.scheduler.settle(work, true),
+                Progress::Finished(reason) => self.end(work.id, End::Event(Event::Finished { reason, usage })),
+                Progress::Cancelled => self.end(work.id, End::Cancelled),
+                Progress::Failed(reason) => self.fail(work.id, reason),
+            }
+        }
+        self.shared.count(|stats| {
+            stats.prompt_tokens += prompt;
+            stats.generated_tokens += generated;
+        });
+    }
+
+    fn fail(&mut self, id: u64, reason: String) {
+        tracing::error!(sequence = id, %reason, "sequence failed");
+        self.end(id, End::Event(Event::Failed { deadline: false, reason }));
+    }
+
+    /// Takes a sequence out and frees what it held.
+    fn end(&mut self, id: u64, end: End) {
+        self.scheduler.remove(id);
+        let Some(sequence) = self.sequences.remove(&id) else { return };
+        self.shared.count(|stats| match &end {
+            End::Cancelled => stats.cancelled += 1,
+            End::Event(Event::Failed { .. }) => stats.failed += 1,
+            End::Event(_) => {}
+        });
+        if let End::Event(event) = end {
+            // A reader that went away just now needs no event.
+            let _gone = sequence.sink.send(event);
+        }
+        self.kv.release(sequence.blocks);
+    }
+
+    fn publish_stats(&self) {
+        let (waiting, running) = (self.scheduler.waiting(), self.scheduler.running());
+        let (blocks, free) = (self.kv.blocks(), self.kv.free_blocks());
+        self.shared.waiting.store(waiting, Ordering::Release);
+        self.shared.count(|stats| {
+            stats.running = running;
+            stats.kv_blocks = blocks;
+            stats.kv_blocks_used = blocks - free;
+        });
+    }
+}

@@ -1,0 +1,140 @@
+//! The engine's handle: checks and queues requests, and starts the model thread.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use model::{BLOCK_LEN, BaseModel, KvPool, ModelError};
+
+use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
+use crate::runner::Runner;
+use crate::scheduler::Scheduler;
+
+/// The engine's sizes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Sequences in one batch.
+    pub batch: usize,
+    /// Sequences that may wait.
+    pub queue: usize,
+    /// Tokens in one step, prompts cut into chunks to fit.
+    pub step_tokens: usize,
+    /// Bytes of the KV pool.
+    pub kv_bytes: usize,
+    /// Threads of the model's arithmetic.
+    pub threads: usize,
+    /// Tokens that end a sequence.
+    pub eos: Vec<u32>,
+}
+
+/// What handle and thread share.
+pub(crate) struct Shared {
+    /// Sequences that wait, as of the last step, without those still in the inbox.
+    pub(crate) waiting: AtomicUsize,
+    /// Sequences handed in and not yet taken out of the inbox.
+    stats: Mutex<EngineStats>,
+}
+
+impl Shared {
+    pub(crate) fn count(&self, change: impl FnOnce(&mut EngineStats)) {
+        change(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// The real engine: a handle to the model thread. The thread ends when the last handle is dropped and its
+/// sequences have ended.
+#[derive(Clone)]
+pub struct ModelEngine {
+    inbox: SyncSender<(Generate, TokenSink)>,
+    shared: Arc<Shared>,
+    limits: Limits,
+}
+
+impl ModelEngine {
+    /// Reserves the KV pool and starts the thread.
+    ///
+    /// # Errors
+    /// When the KV budget does not hold one block, or the threads cannot be started.
+    pub fn start(model: Arc<BaseModel>, settings: Settings) -> Result<Self, ModelError> {
+        let config = model.config();
+        let blocks = settings.kv_bytes / KvPool::block_bytes(config);
+        if blocks == 0 {
+            let problem = format!("a KV budget of {} bytes holds no block of {BLOCK_LEN} tokens", settings.kv_bytes);
+            return Err(ModelError::Batch(problem));
+        }
+        let limits = Limits {
+            context: config.context.min(blocks * BLOCK_LEN),
+            vocabulary: config.vocab,
+            queue: settings.queue,
+            batch: settings.batch,
+        };
+        let (inbox, arrivals) = sync_channel(settings.queue.max(1));
+        let stats = EngineStats { kv_blocks: blocks, ..EngineStats::default() };
+        let shared = Arc::new(Shared { waiting: AtomicUsize::new(0), stats: Mutex::new(stats) });
+        let runner = Runner {
+            kv: KvPool::new(config, blocks)?,
+            scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
+            eos: settings.eos,
+            context: limits.context,
+            inbox: arrivals,
+            shared: Arc::clone(&shared),
+            sequences: HashMap::new(),
+            next_id: 0,
+            model,
+        };
+        let start = |error: String| ModelError::Batch(format!("the model thread cannot start: {error}"));
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(settings.threads)
+            .thread_name(|i| format!("model-{i}"))
+            .build()
+            .map_err(|error| start(error.to_string()))?;
+        std::thread::Builder::new()
+            .name("model".into())
+            .spawn(move || pool.install(|| runner.run()))
+            .map_err(|error| start(error.to_string()))?;
+        Ok(Self { inbox, shared, limits })
+    }
+
+    fn check(&self, job: &Generate) -> Result<(), SubmitError> {
+        let Limits { context, vocabulary, queue, .. } = self.limits;
+        if job.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        let (prompt, max_tokens) = (job.prompt.len(), job.params.max_tokens);
+        let whole = prompt.checked_add(max_tokens as usize);
+        if whole.is_none_or(|whole| whole > context) {
+            return Err(SubmitError::TooLong { prompt, max_tokens, context });
+        }
+        if let Some(&id) = job.prompt.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(SubmitError::TokenOutOfRange { id, vocabulary });
+        }
+        let waiting = self.shared.waiting.load(Ordering::Acquire);
+        if waiting >= queue {
+            return Err(SubmitError::Busy { waiting });
+        }
+        Ok(())
+    }
+}
+
+impl Engine for ModelEngine {
+    fn submit(&self, job: Generate) -> Result<TokenStream, SubmitError> {
+        self.check(&job)?;
+        let (sink, stream) = channel(job.params.max_tokens);
+        match self.inbox.try_send((job, sink)) {
+            Ok(()) => Ok(stream),
+            Err(TrySendError::Full(_)) => Err(SubmitError::Busy { waiting: self.limits.queue }),
+            Err(TrySendError::Disconnected(_)) => Err(SubmitError::Stopped),
+        }
+    }
+
+    fn stats(&self) -> EngineStats {
+        let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.waiting = self.shared.waiting.load(Ordering::Acquire);
+        stats
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}

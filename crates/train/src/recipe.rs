@@ -1,0 +1,88 @@
+//! How an adapter is trained: OPPU's recipe with every number open.
+
+use peft::{LoraConfig, MAX_RANK};
+
+use crate::error::TrainError;
+
+/// Hyper-parameters of one training run (Tan et al., "Democratizing Large Language Models via Personalized
+/// Parameter-Efficient Fine-tuning", 2024, and its released code).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Rank, alpha, dropout and sites of the adapter.
+    pub lora: LoraConfig,
+    /// Passes over the examples.
+    pub epochs: u32,
+    /// Examples per optimiser step.
+    pub batch: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Share of the steps in which the rate rises from 0.
+    pub warmup_ratio: f64,
+    /// Largest norm of the gradient over all weights.
+    pub clip: f64,
+    /// Tokens of an example; the rest is cut off on the right.
+    pub max_tokens: usize,
+    /// Tokens that go through the model at once; bounds the memory, not the result's meaning.
+    pub micro_batch_tokens: usize,
+    /// Seed of initial weights, order and dropout.
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// OPPU's numbers for a user's adapter, as released for a 7-billion-parameter base.
+    #[must_use]
+    pub fn oppu() -> Self {
+        Self {
+            lora: LoraConfig::oppu(),
+            epochs: 2,
+            batch: 16,
+            learning_rate: 1e-4,
+            weight_decay: 1e-2,
+            warmup_ratio: 0.1,
+            clip: 0.3,
+            max_tokens: 2048,
+            micro_batch_tokens: 512,
+            seed: 0,
+        }
+    }
+
+    /// Checks the limits.
+    ///
+    /// # Errors
+    /// Names the first number that is outside.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let within = |field, ok: bool, limits: &str| {
+            if ok { Ok(()) } else { Err(TrainError::Recipe { field, problem: format!("must be {limits}") }) }
+        };
+        within("rank", (1..=MAX_RANK).contains(&self.lora.r), "from 1 to 64")?;
+        within("alpha", self.lora.alpha > 0.0 && self.lora.alpha <= 1e4, "above 0, at most 10000")?;
+        within("dropout", (0.0..1.0).contains(&self.lora.dropout), "from 0 to below 1")?;
+        within("epochs", (1..=100).contains(&self.epochs), "from 1 to 100")?;
+        within("batch", (1..=1024).contains(&self.batch), "from 1 to 1024")?;
+        within("learning_rate", self.learning_rate > 0.0 && self.learning_rate <= 1.0, "above 0, at most 1")?;
+        within("weight_decay", (0.0..=1.0).contains(&self.weight_decay), "from 0 to 1")?;
+        within("warmup_ratio", (0.0..=1.0).contains(&self.warmup_ratio), "from 0 to 1")?;
+        within("clip", self.clip > 0.0 && self.clip.is_finite(), "a positive number")?;
+        within("max_tokens", (2..=1 << 20).contains(&self.max_tokens), "from 2 to 1048576")?;
+        within("micro_batch_tokens", self.micro_batch_tokens > 0, "at least 1")
+    }
+
+    /// Optimiser steps for so many examples.
+    #[must_use]
+    pub fn steps(&self, examples: usize) -> u32 {
+        let per_epoch = examples.div_ceil(self.batch.max(1));
+        self.epochs.saturating_mul(u32::try_from(per_epoch).unwrap_or(u32::MAX))
+    }
+}
+
+/// The rate of step `step` of `steps`: linear rise over the warm-up, linear decay to 0 after it, as
+/// `get_linear_schedule_with_warmup` of Hugging Face transformers has it.
+#[must_use]
+pub fn learning_rate(recipe: &Recipe, step: u32, steps: u32) -> f64 {
+    let warmup = (f64::from(steps) * recipe.warmup_ratio).ceil();
+    let (step, steps) = (f64::from(step), f64::from(steps));
+    let share = if step < warmup { step / warmup } else { (steps - step) / (steps - warmup).max(1.0) };
+    recipe.learning_rate * share.max(0.0)
+}
