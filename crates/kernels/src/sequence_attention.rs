@@ -155,7 +155,6 @@ fn add_scaled(scale: f32, from: &[f32], to: &mut [f32]) {
 ///
 /// # Panics
 /// When a length does not fit.
-#[expect(clippy::too_many_arguments, reason = "three inputs, the gradient of the output, three gradients")]
 pub fn span_attention_grad(
     shape: &SpanAttention,
     q: &[f32],

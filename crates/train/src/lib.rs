@@ -9,6 +9,8 @@ mod loss;
 mod pack;
 mod pass;
 mod recipe;
+#[cfg(test)]
+mod reference_tests;
 mod trainer;
 
 pub use error::TrainError;

@@ -103,7 +103,7 @@ pub fn train(
 }
 
 /// Mean loss over the packs' answer tokens and its gradients.
-fn gradients(
+pub(crate) fn gradients(
     base: &BaseModel,
     sites: &[Option<SiteVars>],
     vars: &[Var],
@@ -183,7 +183,7 @@ fn fresh_vars(recipe: &Recipe, base: &BaseModel) -> Result<Vec<Option<SiteVars>>
     Ok(sites)
 }
 
-fn vars_of(weights: &LoraWeights, base: &BaseModel) -> Result<Vec<Option<SiteVars>>, TrainError> {
+pub(crate) fn vars_of(weights: &LoraWeights, base: &BaseModel) -> Result<Vec<Option<SiteVars>>, TrainError> {
     let shape = base.shape();
     let ids = shape.site_ids().zip(&weights.sites);
     ids.map(|(id, site)| {
