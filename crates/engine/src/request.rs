@@ -26,7 +26,8 @@ pub struct Generate {
 pub struct SampledToken {
     /// Its id.
     pub id: u32,
-    /// Natural log of its probability under the model, before temperature and penalties.
+    /// Natural log of its probability under the model, before temperature and penalties; 0 unless
+    /// [`SamplingParams::logprobs`] asks for it.
     pub logprob: f32,
     /// The most likely tokens with their log-probabilities, best first, as many as asked for.
     pub top: Vec<(u32, f32)>,

@@ -68,6 +68,8 @@ impl Runner {
         self.next_id += 1;
         self.scheduler.push(id, job.prompt.len());
         self.sequences.insert(id, Sequence::new(job, sink));
+        self.shared.waiting.store(self.scheduler.waiting(), Ordering::Release);
+        self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Ends sequences whose reader has gone or whose deadline has passed, queued or running.

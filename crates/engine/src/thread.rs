@@ -30,13 +30,19 @@ pub struct Settings {
 
 /// What handle and thread share.
 pub(crate) struct Shared {
-    /// Sequences that wait, as of the last step, without those still in the inbox.
+    /// Sequences that wait in the scheduler, as of the last step.
     pub(crate) waiting: AtomicUsize,
-    /// Sequences handed in and not yet taken out of the inbox.
+    /// Sequences handed in that the thread has not taken yet.
+    pub(crate) handed_in: AtomicUsize,
     stats: Mutex<EngineStats>,
 }
 
 impl Shared {
+    /// Sequences that wait, handed in or queued.
+    fn waiting(&self) -> usize {
+        self.handed_in.load(Ordering::Acquire) + self.waiting.load(Ordering::Acquire)
+    }
+
     pub(crate) fn count(&self, change: impl FnOnce(&mut EngineStats)) {
         change(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -71,7 +77,8 @@ impl ModelEngine {
         };
         let (inbox, arrivals) = sync_channel(settings.queue.max(1));
         let stats = EngineStats { kv_blocks: blocks, ..EngineStats::default() };
-        let shared = Arc::new(Shared { waiting: AtomicUsize::new(0), stats: Mutex::new(stats) });
+        let (waiting, handed_in) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats) });
         let runner = Runner {
             kv: KvPool::new(config, blocks)?,
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
@@ -109,7 +116,7 @@ impl ModelEngine {
         if let Some(&id) = job.prompt.iter().find(|id| **id as usize >= vocabulary) {
             return Err(SubmitError::TokenOutOfRange { id, vocabulary });
         }
-        let waiting = self.shared.waiting.load(Ordering::Acquire);
+        let waiting = self.shared.waiting();
         if waiting >= queue {
             return Err(SubmitError::Busy { waiting });
         }
@@ -121,16 +128,19 @@ impl Engine for ModelEngine {
     fn submit(&self, job: Generate) -> Result<TokenStream, SubmitError> {
         self.check(&job)?;
         let (sink, stream) = channel(job.params.max_tokens);
-        match self.inbox.try_send((job, sink)) {
-            Ok(()) => Ok(stream),
-            Err(TrySendError::Full(_)) => Err(SubmitError::Busy { waiting: self.limits.queue }),
-            Err(TrySendError::Disconnected(_)) => Err(SubmitError::Stopped),
-        }
+        self.shared.handed_in.fetch_add(1, Ordering::AcqRel);
+        let refused = match self.inbox.try_send((job, sink)) {
+            Ok(()) => return Ok(stream),
+            Err(TrySendError::Full(_)) => SubmitError::Busy { waiting: self.limits.queue },
+            Err(TrySendError::Disconnected(_)) => SubmitError::Stopped,
+        };
+        self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
+        Err(refused)
     }
 
     fn stats(&self) -> EngineStats {
         let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        stats.waiting = self.shared.waiting.load(Ordering::Acquire);
+        stats.waiting = self.shared.waiting();
         stats
     }
 

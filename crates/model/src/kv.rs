@@ -30,7 +30,8 @@ impl KvPool {
         let layout = KvLayout { kv_heads: config.kv_heads, head_dim: config.head_dim, block_len: BLOCK_LEN };
         let values = layout.block_values().checked_mul(blocks).filter(|_| u32::try_from(blocks).is_ok());
         let values = values.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
-        let store = || vec![vec![0.0; values]; config.layers];
+        // Each made afresh, not cloned: zeroed memory costs nothing until it is used.
+        let store = || (0..config.layers).map(|_| vec![0.0; values]).collect();
         let free = (0..blocks as u32).rev().collect();
         Ok(Self { layout, windows: config.windows.clone(), keys: store(), values: store(), free, blocks })
     }
