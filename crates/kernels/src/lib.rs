@@ -21,7 +21,7 @@ mod sequence_attention;
 pub use attention::{KvLayout, KvView, PagedSequence, paged_attention};
 pub use format::{Format, Weight, WeightError};
 pub use lanes::{Isa, isa, isas};
-pub use linear::{AdapterRows, linear, linear_adapted, linear_adapted_with};
+pub use linear::{AdapterRows, adapt, linear, linear_adapted, linear_adapted_with};
 pub use linear_grad::linear_transposed;
 pub use pointwise::{
     RopeTable, rms_norm, rms_norm_grad, rope, swiglu, swiglu_grad,

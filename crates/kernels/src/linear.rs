@@ -83,6 +83,22 @@ pub fn linear_adapted_with(
     });
 }
 
+/// Adds an adapter's update alone to `y`, which is (rows, output features): `y[i] += B (A x[i])` for its rows.
+///
+/// # Panics
+/// When a buffer's length does not fit, or the adapter names a row that is not there.
+pub fn adapt(adapter: &AdapterRows<'_>, x: &[f32], y: &mut [f32]) {
+    let (k, n) = (adapter.a.len() / adapter.rank, adapter.b.len() / adapter.rank);
+    let fits = |row: &u32| (*row as usize + 1) * k <= x.len() && (*row as usize + 1) * n <= y.len();
+    assert!(adapter.rows.iter().all(fits), "an adapter names a row that is not there");
+    let shrunk = shrink(isa(), adapter, x, k);
+    let out = Shared::new(y);
+    (0..n.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
+        let first = task * TASK_ROWS;
+        expand(isa(), adapter, &shrunk, n, first, TASK_ROWS.min(n - first), out);
+    });
+}
+
 /// `A x` for the adapter's rows: shape (adapter rows, rank).
 fn shrink(isa: Isa, adapter: &AdapterRows<'_>, x: &[f32], k: usize) -> Vec<f32> {
     let mut out = vec![0.0; adapter.rows.len() * adapter.rank];

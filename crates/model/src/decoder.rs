@@ -12,7 +12,7 @@ use types::{Site, SiteId};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::ops::{RmsNorm, Rope, SwiGlu};
+use crate::ops::{Residual, RmsNorm, Rope, SwiGlu};
 
 /// A frozen linear layer.
 #[derive(Debug, Clone)]
@@ -138,7 +138,7 @@ impl BaseModel {
             let v = project(Site::V, None)?;
             let attended = pass.attend(layer, &q, &k, &v)?;
             let (id, linear) = site(Site::O);
-            x = (x + pass.linear(id, linear, &attended)?)?;
+            x = x.apply_op2(&pass.linear(id, linear, &attended)?, Residual)?;
 
             let normed = self.norm(&block.feed_forward_norm, &x)?;
             let (id, linear) = site(Site::Gate);
@@ -146,7 +146,7 @@ impl BaseModel {
             let (id, linear) = site(Site::Up);
             let up = pass.linear(id, linear, &normed)?;
             let (id, linear) = site(Site::Down);
-            x = (x + pass.linear(id, linear, &gate.apply_op2(&up, SwiGlu)?)?)?;
+            x = x.apply_op2(&pass.linear(id, linear, &gate.apply_op2(&up, SwiGlu)?)?, Residual)?;
         }
         self.norm(&self.final_norm, &x)
     }

@@ -90,6 +90,24 @@ impl CustomOp1 for FrozenLinear {
     }
 }
 
+/// The sum of two tensors of one shape: the residual connection.
+pub(crate) struct Residual;
+
+impl CustomOp2 for Residual {
+    fn name(&self) -> &'static str {
+        "residual"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, y) = (slice_of(s1, l1)?, slice_of(s2, l2)?);
+        output(x.iter().zip(y).map(|(x, y)| x + y).collect(), l1.shape().clone())
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(dy.clone()), Some(dy.clone())))
+    }
+}
+
 /// RMS norm over the last dimension with a frozen weight.
 pub(crate) struct RmsNorm {
     pub(crate) weight: Arc<[f32]>,

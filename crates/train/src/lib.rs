@@ -3,6 +3,7 @@
 //!
 //! What it is not: no I/O, no jobs, no users. It is given token sequences and gives weights.
 
+mod adapted;
 mod error;
 mod evaluate;
 mod loss;

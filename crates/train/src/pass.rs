@@ -3,9 +3,11 @@
 use candle_core::{Tensor, Var};
 use kernels::Span;
 use model::{FrozenLinear, Linear, ModelConfig, ModelError, Pass, SpanAttend};
+use rand::Rng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use types::SiteId;
+
+use crate::adapted::{AdaptedLinear, Mask};
 
 /// The trainable matrices of one site.
 pub(crate) struct SiteVars {
@@ -14,6 +16,7 @@ pub(crate) struct SiteVars {
     /// Shape (output features, rank).
     pub(crate) b: Var,
     pub(crate) rank: usize,
+    /// alpha / rank, or alpha / sqrt(rank).
     pub(crate) scale: f64,
 }
 
@@ -28,33 +31,23 @@ pub(crate) struct Training<'a> {
 }
 
 impl Training<'_> {
-    /// Zeroes values with probability `dropout` and scales up the rest.
-    fn drop_out(&mut self, x: &Tensor) -> Result<Tensor, ModelError> {
-        if self.dropout <= 0.0 {
-            return Ok(x.clone());
-        }
-        let kept = (1.0 / (1.0 - self.dropout)) as f32;
-        let threshold = (self.dropout * f64::from(u32::MAX)) as u32;
-        let mut rng = SmallRng::seed_from_u64(self.dropout_rng.random());
-        let mask: Vec<f32> =
-            (0..x.elem_count()).map(|_| if rng.random::<u32>() < threshold { 0.0 } else { kept }).collect();
-        Ok(x.mul(&Tensor::from_vec(mask, x.shape(), x.device())?)?)
+    fn mask(&mut self) -> Option<Mask> {
+        (self.dropout > 0.0).then(|| Mask { seed: self.dropout_rng.random(), dropout: self.dropout })
     }
 }
 
 impl Pass for Training<'_> {
     fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
-        let y = x.contiguous()?.apply_op1(FrozenLinear(linear.clone()))?;
         let sites = self.sites;
-        let Some(site) = sites.get(id.index()).and_then(Option::as_ref) else { return Ok(y) };
-        let shrunk = self.drop_out(x)?.matmul(&site.a.t()?)?;
-        let update = (shrunk.matmul(&site.b.t()?)? * site.scale)?;
-        Ok((y + update)?)
+        let Some(site) = sites.get(id.index()).and_then(Option::as_ref) else {
+            return Ok(x.apply_op1(FrozenLinear(linear.clone()))?);
+        };
+        let op = AdaptedLinear { frozen: linear.clone(), scale: site.scale as f32, mask: self.mask() };
+        Ok(x.apply_op3(&site.a, &site.b, op)?)
     }
 
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
         let shape = self.config.span_attention(layer, self.spans);
-        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-        Ok(q.apply_op3(&k, &v, SpanAttend(shape))?)
+        Ok(q.apply_op3(k, v, SpanAttend(shape))?)
     }
 }

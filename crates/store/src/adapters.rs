@@ -1,0 +1,329 @@
+//! Generations and heads: publish, move, fetch, prune.
+
+use sha2::{Digest as _, Sha256};
+use types::{AdapterId, GenerationId, JobOutcome};
+
+use crate::blobs::Blobs;
+use crate::jobs::{check_outcome, fenced};
+use crate::sql::generations::{Fingerprint, Generation};
+use crate::sql::{self, Connection, UserKey};
+use crate::{AdapterFiles, Fence, GenerationRecord, NewGeneration, Store, StoreError};
+
+/// File names as `peft` saves and loads them.
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// What a publish is for.
+struct Target {
+    adapter: AdapterId,
+    expected_head: Option<GenerationId>,
+    finish: Option<(Fence, JobOutcome)>,
+}
+
+impl Store {
+    /// Stores a generation and makes it the head, if the head is still `expected_head` (`None`: no
+    /// head yet).
+    ///
+    /// The files are written and synced first; then one transaction moves the head, records the
+    /// generation and ends the job that `finish` names. So a head is never half a generation, and a
+    /// job whose generation is head is never run again. With `finish`, the job must be one of this
+    /// user's; without (an uploaded adapter), the user is created if need be.
+    ///
+    /// Publishing a generation that the user has already replaces its files by these same bytes,
+    /// which repairs a damaged one. Runs to its end even if the caller goes away.
+    ///
+    /// # Errors
+    /// [`StoreError::HeadMoved`] if somebody else has published meanwhile, [`StoreError::Fenced`] if
+    /// the worker has lost the job, [`StoreError::GenerationConflict`] if the id is taken by other
+    /// bytes, [`StoreError::NotFound`] if the user was erased meanwhile. Nothing is changed then.
+    pub async fn publish(
+        &self,
+        adapter: &AdapterId,
+        generation: NewGeneration,
+        expected_head: Option<GenerationId>,
+        finish: Option<(Fence, JobOutcome)>,
+    ) -> Result<GenerationRecord, StoreError> {
+        if let Some((_, outcome)) = &finish {
+            check_outcome(outcome)?;
+        }
+        let store = self.clone();
+        let target = Target { adapter: adapter.clone(), expected_head, finish };
+        Self::to_the_end(async move { store.publish_to(&target, generation).await }).await
+    }
+
+    async fn publish_to(&self, target: &Target, new: NewGeneration) -> Result<GenerationRecord, StoreError> {
+        let folder = Blobs::new_folder(&target.adapter, &new.id);
+        let user = self.announce(target, &folder).await?;
+        let result = self.write_and_move(target, user, new, &folder).await;
+        let unused = match &result {
+            Ok((_, replaced)) => replaced.as_deref(),
+            Err(_) => Some(folder.as_str()),
+        };
+        if let Some(unused) = unused
+            && let Err(error) = self.discard(unused).await
+        {
+            tracing::warn!(%error, folder = unused, "adapter files stay until the store is opened again");
+        }
+        result.map(|(generation, _)| generation.into_record())
+    }
+
+    /// Notes in the database that `folder` is about to be written, so that it is found and deleted if
+    /// this process dies before a generation owns it. Refuses early what would be refused later.
+    async fn announce(&self, target: &Target, folder: &str) -> Result<UserKey, StoreError> {
+        let mut tx = self.write().await?;
+        let user = match &target.finish {
+            None => sql::users::ensure(&mut tx, &target.adapter, self.now()).await?,
+            Some((fence, _)) => {
+                let user = sql::users::find(&mut tx, &target.adapter).await?.ok_or_else(|| fenced(fence))?;
+                if !sql::jobs::holds(&mut tx, user.key, fence).await? {
+                    return Err(fenced(fence));
+                }
+                user
+            }
+        };
+        if user.head != target.expected_head {
+            return Err(StoreError::HeadMoved { current: user.head });
+        }
+        sql::garbage::insert_pending(&mut tx, &target.adapter, folder).await?;
+        tx.commit().await?;
+        Ok(user.key)
+    }
+
+    /// Returns the generation and the folder that it no longer needs.
+    async fn write_and_move(
+        &self,
+        target: &Target,
+        user: UserKey,
+        new: NewGeneration,
+        folder: &str,
+    ) -> Result<(Generation, Option<String>), StoreError> {
+        let (config, new_config) = fingerprint(new.config).await?;
+        let (weights, new_weights) = fingerprint(new.weights).await?;
+        let generation = Generation {
+            id: new.id,
+            parent: new.parent,
+            base: new.base,
+            folder: folder.to_owned(),
+            config,
+            weights,
+            meta: new.meta,
+            created_at: self.now(),
+        };
+        self.blobs().write(folder, [(CONFIG, new_config), (WEIGHTS, new_weights)]).await?;
+
+        let mut tx = self.write().await?;
+        // `announce` has seen that the job is this user's.
+        if let Some((fence, outcome)) = &target.finish
+            && !sql::jobs::succeed(&mut tx, fence, outcome, self.now()).await?
+        {
+            return Err(fenced(fence));
+        }
+        // The user of this name may be another one by now, or none.
+        let current = sql::users::find(&mut tx, &target.adapter).await?.filter(|found| found.key == user);
+        if current.is_none() {
+            return Err(StoreError::not_found("user", &target.adapter));
+        }
+        let (generation, replaced) = record(&mut tx, target, user, generation).await?;
+        sql::garbage::delete(&mut tx, folder).await?;
+        move_head(&mut tx, &target.adapter, target.expected_head, Some(generation.id)).await?;
+        tx.commit().await?;
+        Ok((generation, replaced))
+    }
+
+    /// Deletes files that no generation owns, then the note about them.
+    pub(crate) async fn discard(&self, folder: &str) -> Result<(), StoreError> {
+        self.blobs().delete(folder).await?;
+        let mut tx = self.write().await?;
+        sql::garbage::delete(&mut tx, folder).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Moves the head to a generation that the user has (a rollback), or to none (back to the base),
+    /// if it is still `expected_head`. The files of the new head are checked first.
+    ///
+    /// # Errors
+    /// [`StoreError::HeadMoved`] if the head is another one; for `to`, the errors of
+    /// [`Store::fetch`].
+    pub async fn set_head(
+        &self,
+        adapter: &AdapterId,
+        to: Option<GenerationId>,
+        expected_head: Option<GenerationId>,
+    ) -> Result<(), StoreError> {
+        if let Some(to) = &to {
+            self.fetch(adapter, to).await?;
+        }
+        let mut tx = self.write().await?;
+        let user = find_user(&mut tx, adapter).await?;
+        if let Some(to) = &to
+            && sql::generations::find(&mut tx, user, to).await?.is_none()
+        {
+            return Err(StoreError::not_found("generation", to));
+        }
+        move_head(&mut tx, adapter, expected_head, to).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// The generation that new requests get; `None` if there is none, or no such user.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn head(&self, adapter: &AdapterId) -> Result<Option<GenerationRecord>, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
+        let Some(head) = &user.head else { return Ok(None) };
+        Ok(sql::generations::find(&mut tx, user.key, head).await?.map(Generation::into_record))
+    }
+
+    /// One generation of the user.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn generation(
+        &self,
+        adapter: &AdapterId,
+        id: &GenerationId,
+    ) -> Result<Option<GenerationRecord>, StoreError> {
+        Ok(self.find_generation(adapter, id).await?.map(Generation::into_record))
+    }
+
+    /// The user's generations, newest first; empty if there is no such user.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn generations(&self, adapter: &AdapterId) -> Result<Vec<GenerationRecord>, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(Vec::new()) };
+        let found = sql::generations::list(&mut tx, user.key).await?;
+        Ok(found.into_iter().map(Generation::into_record).collect())
+    }
+
+    /// The files of a generation, exactly as published: length and SHA-256 are checked at every call.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if the user has no such generation, [`StoreError::Corrupt`] if a file
+    /// is missing or is not what was published.
+    pub async fn fetch(&self, adapter: &AdapterId, id: &GenerationId) -> Result<AdapterFiles, StoreError> {
+        let mut seen = None;
+        loop {
+            let generation = self.find_generation(adapter, id).await?;
+            let generation = generation.ok_or_else(|| StoreError::not_found("generation", id))?;
+            match self.read_files(&generation).await {
+                // The files may just have been deleted or replaced: then the row says so now.
+                Err(error) if seen.as_ref() == Some(&generation.folder) => return Err(error),
+                Err(_) => seen = Some(generation.folder),
+                Ok(files) => return Ok(files),
+            }
+        }
+    }
+
+    async fn read_files(&self, generation: &Generation) -> Result<AdapterFiles, StoreError> {
+        let config = self.read_file(generation, CONFIG, generation.config).await?;
+        let weights = self.read_file(generation, WEIGHTS, generation.weights).await?;
+        Ok(AdapterFiles { config, weights })
+    }
+
+    async fn read_file(
+        &self,
+        generation: &Generation,
+        name: &str,
+        expected: Fingerprint,
+    ) -> Result<Vec<u8>, StoreError> {
+        let corrupt = |reason: String| StoreError::Corrupt { generation: generation.id, reason };
+        let found = self.blobs().read(&generation.folder, name, expected.bytes).await?;
+        let bytes = found.ok_or_else(|| {
+            corrupt(format!("{name} is missing, or its length is not {} bytes", expected.bytes))
+        })?;
+        let (found, bytes) = fingerprint(bytes).await?;
+        if found != expected {
+            return Err(corrupt(format!("the sha-256 of {name} is not that of the published file")));
+        }
+        Ok(bytes)
+    }
+
+    /// Deletes the user's older generations but keeps the `keep` newest ones and the head, and says
+    /// how many were deleted. Their files go too, so nobody may still need to fetch them.
+    ///
+    /// # Errors
+    /// If the rows cannot be deleted (then nothing is), or if a file cannot be: it stays until the
+    /// store is opened again.
+    pub async fn prune_generations(&self, adapter: &AdapterId, keep: usize) -> Result<usize, StoreError> {
+        let (store, adapter) = (self.clone(), adapter.clone());
+        Self::to_the_end(async move {
+            let mut tx = store.write().await?;
+            let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(0) };
+            let all = sql::generations::list(&mut tx, user.key).await?;
+            let old: Vec<_> = all.into_iter().skip(keep).filter(|g| Some(g.id) != user.head).collect();
+            for generation in &old {
+                sql::garbage::insert(&mut tx, &adapter, &generation.folder).await?;
+                sql::generations::delete(&mut tx, user.key, &generation.id).await?;
+            }
+            tx.commit().await?;
+            for generation in &old {
+                store.discard(&generation.folder).await?;
+            }
+            Ok(old.len())
+        })
+        .await
+    }
+
+    async fn find_generation(
+        &self,
+        adapter: &AdapterId,
+        id: &GenerationId,
+    ) -> Result<Option<Generation>, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
+        sql::generations::find(&mut tx, user.key, id).await
+    }
+}
+
+async fn find_user(db: &mut Connection, adapter: &AdapterId) -> Result<UserKey, StoreError> {
+    let user = sql::users::find(db, adapter).await?;
+    Ok(user.ok_or_else(|| StoreError::not_found("user", adapter))?.key)
+}
+
+/// Inserts the row of a generation. If the user has the generation, its row is pointed to the new
+/// copy of the files; the folder of the old copy is returned, noted as garbage.
+async fn record(
+    db: &mut Connection,
+    target: &Target,
+    user: UserKey,
+    new: Generation,
+) -> Result<(Generation, Option<String>), StoreError> {
+    let Some(old) = sql::generations::find(db, user, &new.id).await? else {
+        sql::generations::insert(db, user, &new).await?;
+        return Ok((new, None));
+    };
+    if (old.base, old.config, old.weights) != (new.base, new.config, new.weights) {
+        return Err(StoreError::GenerationConflict { id: new.id });
+    }
+    sql::generations::move_to(db, user, &new.id, &new.folder).await?;
+    sql::garbage::insert(db, &target.adapter, &old.folder).await?;
+    let replaced = old.folder.clone();
+    Ok((Generation { folder: new.folder, ..old }, Some(replaced)))
+}
+
+async fn move_head(
+    db: &mut Connection,
+    adapter: &AdapterId,
+    expected: Option<GenerationId>,
+    to: Option<GenerationId>,
+) -> Result<(), StoreError> {
+    let user = sql::users::find(db, adapter).await?.ok_or_else(|| StoreError::not_found("user", adapter))?;
+    if !sql::users::move_head(db, user.key, expected.as_ref(), to.as_ref()).await? {
+        return Err(StoreError::HeadMoved { current: user.head });
+    }
+    Ok(())
+}
+
+/// Length and hash of `bytes`, worked out where it may take a while.
+async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
+    let hash = move || {
+        let sha256 = Sha256::digest(&bytes).into();
+        (Fingerprint { bytes: bytes.len() as u64, sha256 }, bytes)
+    };
+    tokio::task::spawn_blocking(hash).await.map_err(|_| StoreError::Stopped)
+}

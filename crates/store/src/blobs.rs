@@ -1,0 +1,122 @@
+//! Adapter files in the blob store: written once, synced before they are named, deleted for good.
+
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+use std::{fs, io};
+
+use futures::TryStreamExt as _;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
+use tokio::sync::Mutex;
+use types::{AdapterId, GenerationId};
+use uuid::Uuid;
+
+use crate::{StoreError, disk};
+
+/// All adapter files are below this folder.
+const ROOT: &str = "adapters";
+
+/// The blob store.
+pub(crate) struct Blobs {
+    store: Arc<dyn ObjectStore>,
+    /// The folder on this machine, if it is one: then there are folders to sync and to remove.
+    root: Option<PathBuf>,
+    /// Folders are made and removed one at a time, so that none is removed as empty while a file
+    /// is about to be written into it.
+    turn: Mutex<()>,
+}
+
+impl Blobs {
+    /// Files in `folder`, on this machine's disk.
+    pub(crate) async fn in_folder(folder: &FilePath) -> Result<Self, StoreError> {
+        let failed = |source| StoreError::Folder { folder: folder.to_owned(), source };
+        let root = folder.canonicalize().map_err(failed)?;
+        fs::create_dir_all(root.join(ROOT)).map_err(failed)?;
+        disk::sync_up_to(&root, &root.join(ROOT)).map_err(failed)?;
+        let store = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
+        Ok(Self { store: Arc::new(store), root: Some(root), turn: Mutex::new(()) })
+    }
+
+    /// Files in memory.
+    pub(crate) fn in_memory() -> Self {
+        Self { store: Arc::new(InMemory::new()), root: None, turn: Mutex::new(()) }
+    }
+
+    /// A name for a folder that nobody has used or will use again.
+    ///
+    /// The last part differs for every attempt to publish. So whoever fails may delete its folder
+    /// without a thought for others that publish the same generation.
+    pub(crate) fn new_folder(adapter: &AdapterId, generation: &GenerationId) -> String {
+        format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.user, Uuid::new_v4().simple())
+    }
+
+    /// Writes the files of a new folder. When this returns, files and folder names are on disk.
+    pub(crate) async fn write<const N: usize>(
+        &self,
+        folder: &str,
+        files: [(&str, Vec<u8>); N],
+    ) -> Result<(), StoreError> {
+        let _turn = self.turn.lock().await;
+        for (name, bytes) in files {
+            let options = PutOptions::from(PutMode::Create);
+            self.store.put_opts(&parse(folder)?.join(name), bytes.into(), options).await?;
+        }
+        if let Some(root) = self.root.clone() {
+            // The blob store syncs the folders that it has created itself; a folder that another
+            // call has just created may not be on disk yet.
+            on_disk(root.join(folder), move |folder| disk::sync_up_to(&root, folder)).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads a file that must have `bytes` bytes; `None` if it is missing or has another length.
+    pub(crate) async fn read(
+        &self,
+        folder: &str,
+        name: &str,
+        bytes: u64,
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        let found = match self.store.get(&parse(folder)?.join(name)).await {
+            Ok(found) => found,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if found.meta.size != bytes {
+            return Ok(None);
+        }
+        Ok(Some(found.bytes().await?.into()))
+    }
+
+    /// Deletes a folder that [`Blobs::new_folder`] has named. It is no error if it is gone already.
+    pub(crate) async fn delete(&self, folder: &str) -> Result<(), StoreError> {
+        let path = parse(folder)?;
+        let _turn = self.turn.lock().await;
+        let Some(root) = self.root.clone() else {
+            let found = self.store.list(Some(&path)).map_ok(|file| file.location);
+            self.store.delete_stream(Box::pin(found)).try_collect::<Vec<_>>().await?;
+            return Ok(());
+        };
+        // Not through the blob store: it hides the half-written files that a crash leaves behind.
+        on_disk(root.join(path.as_ref()), move |folder| disk::remove_below(&root.join(ROOT), folder)).await
+    }
+}
+
+/// A folder name as it came back from the database.
+fn parse(folder: &str) -> Result<Path, StoreError> {
+    let path = Path::parse(folder).map_err(|error| StoreError::unreadable("folder", error))?;
+    if path.parts().count() < 5 || path.parts().next().is_none_or(|first| first.as_ref() != ROOT) {
+        return Err(StoreError::unreadable("folder", format!("{folder:?} is not a folder of adapter files")));
+    }
+    Ok(path)
+}
+
+/// Runs file work where it may block.
+async fn on_disk(
+    folder: PathBuf,
+    work: impl FnOnce(&FilePath) -> io::Result<()> + Send + 'static,
+) -> Result<(), StoreError> {
+    let run = move || work(&folder).map_err(|source| StoreError::Folder { folder, source });
+    tokio::task::spawn_blocking(run).await.map_err(|_| StoreError::Stopped)?
+}

@@ -1,0 +1,199 @@
+//! The queue of training jobs: at most one queued and one running job per adapter.
+
+use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, UserId};
+
+use crate::history::ordered_uuid;
+use crate::sql::{self, Connection, UserKey};
+use crate::{Claimed, Fence, Page, QueueStats, Store, StoreError};
+
+impl Store {
+    /// Makes sure that a job will train on the user's history as it is now: enqueues one, or returns
+    /// the queued one. `None` if there is no such user.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn enqueue(&self, adapter: &AdapterId) -> Result<Option<Job>, StoreError> {
+        let mut tx = self.write().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
+        let job = self.queued_job(&mut tx, user.key).await?;
+        tx.commit().await?;
+        Ok(Some(job))
+    }
+
+    /// The user's queued job, made if there is none. A running job does not count: it may have read
+    /// the history already.
+    pub(crate) async fn queued_job(&self, db: &mut Connection, user: UserKey) -> Result<Job, StoreError> {
+        if let Some(job) = sql::jobs::queued(db, user).await? {
+            return Ok(job);
+        }
+        let now = self.now();
+        let id: JobId = ordered_uuid(now).parse().expect("a uuid is a valid job id");
+        sql::jobs::insert(db, user, &id, now).await?;
+        sql::jobs::queued(db, user).await?.ok_or_else(|| StoreError::not_found("job", id))
+    }
+
+    /// Gives `worker` the oldest job that can be claimed, if there is one: a queued job whose user has
+    /// no running one, or a running job whose lease has run out (its worker has crashed).
+    ///
+    /// The worker must `beat` at least every `lease_millis`, or the job goes to the next one. A job
+    /// that was claimed `max_attempts` times and is up for another claim is failed instead.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn claim(
+        &self,
+        worker: &str,
+        lease_millis: i64,
+        max_attempts: u32,
+    ) -> Result<Option<Claimed>, StoreError> {
+        let now = self.now();
+        let mut tx = self.write().await?;
+        let given_up = sql::jobs::give_up(&mut tx, now, max_attempts.max(1)).await?;
+        let claimed = sql::jobs::claim(&mut tx, worker, now, now.plus_millis(lease_millis)).await?;
+        tx.commit().await?;
+        if given_up > 0 {
+            tracing::warn!(jobs = given_up, max_attempts, "gave up jobs that had too many attempts");
+        }
+        Ok(claimed.map(|(job, token)| Claimed { fence: Fence { job: job.id.clone(), token }, job }))
+    }
+
+    /// Reports that a job is being worked on (and how far it is), which extends its lease.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job and must stop.
+    pub async fn beat(
+        &self,
+        fence: &Fence,
+        progress: Option<JobProgress>,
+        lease_millis: i64,
+    ) -> Result<(), StoreError> {
+        let lease_until = self.now().plus_millis(lease_millis);
+        let mut tx = self.write().await?;
+        if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), lease_until).await? {
+            return Err(fenced(fence));
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Ends a job that published nothing. (One that publishes is ended by [`Store::publish`].)
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job, [`StoreError::Invalid`] if a number of
+    /// the outcome is not finite.
+    pub async fn finish(&self, fence: &Fence, outcome: &JobOutcome) -> Result<Job, StoreError> {
+        check_outcome(outcome)?;
+        let mut tx = self.write().await?;
+        if !sql::jobs::succeed(&mut tx, fence, outcome, self.now()).await? {
+            return Err(fenced(fence));
+        }
+        let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
+        tx.commit().await?;
+        Ok(job)
+    }
+
+    /// Ends a job with an error, or gives it back to be tried again `retry_after_millis` from now
+    /// (as often as `claim` allows). If the user has another queued job, that one is the next try and
+    /// this one fails.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job.
+    pub async fn fail(
+        &self,
+        fence: &Fence,
+        error: &str,
+        retry_after_millis: Option<i64>,
+    ) -> Result<Job, StoreError> {
+        let now = self.now();
+        let mut tx = self.write().await?;
+        let requeued = match retry_after_millis {
+            Some(millis) => {
+                sql::jobs::requeue(&mut tx, fence, Some(error), now.plus_millis(millis), 0).await?
+            }
+            None => false,
+        };
+        if !requeued && !sql::jobs::fail(&mut tx, fence, error, now).await? {
+            return Err(fenced(fence));
+        }
+        let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
+        tx.commit().await?;
+        Ok(job)
+    }
+
+    /// Gives a job back untried, for a worker that is told to stop: the claim does not count as an
+    /// attempt. If the user has another queued job, that one does the work and this one fails.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job.
+    pub async fn release(&self, fence: &Fence) -> Result<Job, StoreError> {
+        let now = self.now();
+        let mut tx = self.write().await?;
+        let requeued = sql::jobs::requeue(&mut tx, fence, None, now, 1).await?;
+        let reason = "stopped in favour of a newer job";
+        if !requeued && !sql::jobs::fail(&mut tx, fence, reason, now).await? {
+            return Err(fenced(fence));
+        }
+        let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
+        tx.commit().await?;
+        Ok(job)
+    }
+
+    /// A job of the tenant.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn job(&self, tenant: &TenantId, id: &JobId) -> Result<Option<Job>, StoreError> {
+        sql::jobs::find(&mut *self.read().await?, tenant, id).await
+    }
+
+    /// The user's newest job; if one is open, the newest is.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn latest_job(&self, adapter: &AdapterId) -> Result<Option<Job>, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
+        sql::jobs::latest(&mut tx, user.key).await
+    }
+
+    /// Jobs of the tenant, or of one of its users, newest first. `limit` is at least 1 (0 counts
+    /// as 1). `after` must be a job of the tenant, or the page is empty.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn jobs(
+        &self,
+        tenant: &TenantId,
+        user: Option<&UserId>,
+        after: Option<&JobId>,
+        limit: u32,
+    ) -> Result<Page<Job, JobId>, StoreError> {
+        let limit = limit.max(1);
+        let mut tx = self.read().await?;
+        let found = sql::jobs::list(&mut tx, tenant, user, after, limit.saturating_add(1)).await?;
+        Ok(Page::cut(found, limit, |job| job.id.clone()))
+    }
+
+    /// The queue in figures, over all tenants.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn queue_stats(&self) -> Result<QueueStats, StoreError> {
+        sql::jobs::stats(&mut *self.read().await?).await
+    }
+}
+
+pub(crate) fn fenced(fence: &Fence) -> StoreError {
+    StoreError::Fenced { job: fence.job.clone() }
+}
+
+/// JSON has no infinities and no NaN: what cannot come back is refused.
+pub(crate) fn check_outcome(outcome: &JobOutcome) -> Result<(), StoreError> {
+    let gate = outcome.gate.as_ref();
+    let numbers =
+        gate.map_or([0.0; 3], |gate| [gate.base_bits, gate.head_bits.unwrap_or(0.0), gate.new_bits]);
+    if !outcome.seconds.is_finite() || numbers.iter().any(|number| !number.is_finite()) {
+        return Err(StoreError::Invalid { field: "outcome", reason: "must hold finite numbers only" });
+    }
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! The table `jobs`: the queue.
+
+use sqlx::Row as _;
+use sqlx::sqlite::SqliteRow;
+use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, JobState, TenantId, Timestamp, UserId};
+
+use super::{Connection, UserKey, count, id, json_or_none, rows, time, time_or_none};
+use crate::{Fence, QueueStats, StoreError};
+
+/// Selects jobs with their owner's name; the argument is the rest of the statement.
+macro_rules! select {
+    ($rest:literal) => {
+        concat!("SELECT j.*, u.tenant, u.name FROM jobs j JOIN users u ON u.id = j.user_id ", $rest)
+    };
+}
+
+fn job(row: &SqliteRow) -> Result<Job, StoreError> {
+    Ok(Job {
+        id: id(row, "id")?,
+        adapter: AdapterId::new(id(row, "tenant")?, id(row, "name")?),
+        state: state(row)?,
+        attempts: row.try_get("attempts")?,
+        created_at: time(row, "created_at")?,
+        started_at: time_or_none(row, "started_at")?,
+        finished_at: time_or_none(row, "finished_at")?,
+        progress: progress(row)?,
+        outcome: json_or_none(row, "outcome")?,
+        error: row.try_get("error")?,
+    })
+}
+
+fn state(row: &SqliteRow) -> Result<JobState, StoreError> {
+    use JobState::{Failed, Queued, Running, Succeeded};
+    let text: &str = row.try_get("state")?;
+    let all = [Queued, Running, Succeeded, Failed];
+    all.into_iter().find(|state| state.as_str() == text).ok_or_else(|| StoreError::unreadable("state", text))
+}
+
+fn progress(row: &SqliteRow) -> Result<Option<JobProgress>, StoreError> {
+    let Some(step) = row.try_get("step")? else { return Ok(None) };
+    // SQLite keeps a NaN as NULL.
+    let loss = row.try_get::<Option<f64>, _>("loss")?.unwrap_or(f64::NAN);
+    Ok(Some(JobProgress { step, steps: row.try_get("steps")?, loss }))
+}
+
+pub(crate) async fn insert(
+    db: &mut Connection,
+    user: UserKey,
+    id: &JobId,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO jobs (id, user_id, state, not_before, created_at) VALUES ($1, $2, 'queued', $3, $3)",
+    )
+    .bind(id.as_str())
+    .bind(user.0)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+pub(crate) async fn find(
+    db: &mut Connection,
+    tenant: &TenantId,
+    id: &JobId,
+) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE u.tenant = $1 AND j.id = $2"))
+        .bind(tenant.as_str())
+        .bind(id.as_str())
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(job).transpose()
+}
+
+pub(crate) async fn queued(db: &mut Connection, user: UserKey) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE j.user_id = $1 AND j.state = 'queued'"))
+        .bind(user.0)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(job).transpose()
+}
+
+pub(crate) async fn latest(db: &mut Connection, user: UserKey) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE j.user_id = $1 ORDER BY j.seq DESC LIMIT 1"))
+        .bind(user.0)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(job).transpose()
+}
+
+/// Jobs of a tenant or of one of its users, newest first, from after `after`.
+pub(crate) async fn list(
+    db: &mut Connection,
+    tenant: &TenantId,
+    user: Option<&UserId>,
+    after: Option<&JobId>,
+    limit: u32,
+) -> Result<Vec<Job>, StoreError> {
+    let found = sqlx::query(select!(
+        "WHERE u.tenant = $1 AND ($2 IS NULL OR u.name = $2)
+             AND ($3 IS NULL OR j.seq < (
+                 SELECT c.seq FROM jobs c JOIN users v ON v.id = c.user_id WHERE c.id = $3 AND v.tenant = $1))
+         ORDER BY j.seq DESC LIMIT $4"
+    ))
+    .bind(tenant.as_str())
+    .bind(user.map(UserId::as_str))
+    .bind(after.map(JobId::as_str))
+    .bind(rows(limit))
+    .fetch_all(db)
+    .await?;
+    found.iter().map(job).collect()
+}
+
+pub(crate) async fn stats(db: &mut Connection) -> Result<QueueStats, StoreError> {
+    let row = sqlx::query(
+        "SELECT count(*) FILTER (WHERE state = 'queued') AS queued,
+                count(*) FILTER (WHERE state = 'running') AS running,
+                min(created_at) FILTER (WHERE state = 'queued') AS oldest
+         FROM jobs WHERE state IN ('queued', 'running')",
+    )
+    .fetch_one(db)
+    .await?;
+    Ok(QueueStats {
+        queued: count(&row, "queued")?,
+        running: count(&row, "running")?,
+        oldest_queued: time_or_none(&row, "oldest")?,
+    })
+}
+
+/// Fails the jobs that could be claimed now but have been claimed `max_attempts` times.
+pub(crate) async fn give_up(
+    db: &mut Connection,
+    now: Timestamp,
+    max_attempts: u32,
+) -> Result<u64, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET state = 'failed', finished_at = $1, lease_until = NULL,
+             error = 'gave up after ' || attempts || ' attempts; the last one: '
+                 || COALESCE(error, 'the worker ' || worker || ' stopped without a report')
+         WHERE state IN ('queued', 'running') AND attempts >= $2
+             AND ((state = 'running' AND lease_until <= $1) OR (state = 'queued' AND not_before <= $1))",
+    )
+    .bind(now.0)
+    .bind(max_attempts)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Gives the oldest job that can be claimed to `worker`: one that waits, if the user has no running
+/// job, or one that runs, if its lease has run out.
+pub(crate) async fn claim(
+    db: &mut Connection,
+    worker: &str,
+    now: Timestamp,
+    lease_until: Timestamp,
+) -> Result<Option<(Job, i64)>, StoreError> {
+    let claimed: Option<i64> = sqlx::query_scalar(
+        "UPDATE jobs SET state = 'running', attempts = attempts + 1, token = token + 1, worker = $1,
+             lease_until = $3, started_at = $2, step = NULL, steps = NULL, loss = NULL, error = NULL
+         WHERE seq = (
+             SELECT j.seq FROM jobs j
+             WHERE j.state IN ('queued', 'running')
+                 AND ((j.state = 'running' AND j.lease_until <= $2)
+                     OR (j.state = 'queued' AND j.not_before <= $2 AND NOT EXISTS (
+                         SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
+             ORDER BY j.seq LIMIT 1)
+         RETURNING seq",
+    )
+    .bind(worker)
+    .bind(now.0)
+    .bind(lease_until.0)
+    .fetch_optional(&mut *db)
+    .await?;
+    let Some(seq) = claimed else { return Ok(None) };
+    let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;
+    Ok(Some((job(&row)?, row.try_get("token")?)))
+}
+
+/// Whether the fence is the latest one of a running job of this user.
+pub(crate) async fn holds(db: &mut Connection, user: UserKey, fence: &Fence) -> Result<bool, StoreError> {
+    let row =
+        sqlx::query("SELECT 1 FROM jobs WHERE id = $1 AND token = $2 AND state = 'running' AND user_id = $3")
+            .bind(fence.job.as_str())
+            .bind(fence.token)
+            .bind(user.0)
+            .fetch_optional(db)
+            .await?;
+    Ok(row.is_some())
+}
+
+/// Extends the lease; `false` if the fence is not the latest.
+pub(crate) async fn beat(
+    db: &mut Connection,
+    fence: &Fence,
+    progress: Option<&JobProgress>,
+    lease_until: Timestamp,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET lease_until = $3,
+             step = COALESCE($4, step), steps = COALESCE($5, steps),
+             loss = CASE WHEN $4 IS NULL THEN loss ELSE $6 END
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(lease_until.0)
+    .bind(progress.map(|p| p.step))
+    .bind(progress.map(|p| p.steps))
+    .bind(progress.map(|p| p.loss))
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Ends a running job well; `false` if the fence is not the latest.
+pub(crate) async fn succeed(
+    db: &mut Connection,
+    fence: &Fence,
+    outcome: &JobOutcome,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let outcome = serde_json::to_string(outcome).map_err(|error| StoreError::unreadable("outcome", error))?;
+    let done = sqlx::query(
+        "UPDATE jobs SET state = 'succeeded', outcome = $3, finished_at = $4, lease_until = NULL
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(outcome)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Ends a running job badly; `false` if the fence is not the latest.
+pub(crate) async fn fail(
+    db: &mut Connection,
+    fence: &Fence,
+    error: &str,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET state = 'failed', error = $3, finished_at = $4, lease_until = NULL
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(error)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Puts a running job back into the queue, unless the user has another one there: `false` then, or
+/// if the fence is not the latest. `uncounted` attempts are taken off.
+pub(crate) async fn requeue(
+    db: &mut Connection,
+    fence: &Fence,
+    error: Option<&str>,
+    not_before: Timestamp,
+    uncounted: u32,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET state = 'queued', error = $3, not_before = $4, attempts = attempts - $5,
+             lease_until = NULL
+         WHERE id = $1 AND token = $2 AND state = 'running'
+             AND NOT EXISTS (SELECT 1 FROM jobs q WHERE q.user_id = jobs.user_id AND q.state = 'queued')",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(error)
+    .bind(not_before.0)
+    .bind(uncounted)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A held job as it is now, whoever's it is.
+pub(crate) async fn of_fence(db: &mut Connection, fence: &Fence) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE j.id = $1 AND j.token = $2"))
+        .bind(fence.job.as_str())
+        .bind(fence.token)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(job).transpose()
+}
+
+/// Ends the leases of all running jobs, so that they can be claimed at once.
+pub(crate) async fn expire_running(db: &mut Connection) -> Result<u64, StoreError> {
+    let done = sqlx::query("UPDATE jobs SET lease_until = $1 WHERE state = 'running'")
+        .bind(i64::MIN)
+        .execute(db)
+        .await?;
+    Ok(done.rows_affected())
+}
+
+/// Deletes the user's queued job and takes the running one away from its worker.
+pub(crate) async fn cancel(
+    db: &mut Connection,
+    user: UserKey,
+    reason: &str,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM jobs WHERE user_id = $1 AND state = 'queued'")
+        .bind(user.0)
+        .execute(&mut *db)
+        .await?;
+    sqlx::query(
+        "UPDATE jobs SET state = 'failed', error = $2, finished_at = $3, lease_until = NULL, token = token + 1
+         WHERE user_id = $1 AND state = 'running'",
+    )
+    .bind(user.0)
+    .bind(reason)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}

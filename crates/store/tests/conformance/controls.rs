@@ -1,0 +1,84 @@
+//! Negative controls: on a store that is broken on purpose, the suite must fail.
+//!
+//! Each control breaks the store from outside, with a trigger in its database that undoes one
+//! guarantee, and then runs the property that is there to notice.
+
+use sqlx::{ConnectOptions as _, Connection as _};
+
+use crate::trial::Trial;
+use crate::{adapters, history, jobs, users};
+
+/// Runs `property` on a store with `trigger`, and asserts that it panics.
+async fn must_fail<F>(trigger: &'static str, property: impl FnOnce(Trial) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let folder = tempfile::tempdir().unwrap();
+    let trial = Trial::on_disk(folder.path()).await;
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(folder.path().join("atelier.db"));
+    let mut outside = options.connect().await.unwrap();
+    sqlx::raw_sql(trigger).execute(&mut outside).await.unwrap();
+    outside.close().await.unwrap();
+    let result = tokio::spawn(property(trial)).await;
+    assert!(result.is_err_and(|error| error.is_panic()), "the suite did not notice: {trigger}");
+}
+
+#[tokio::test]
+async fn a_forgotten_answer_is_noticed() {
+    let trigger =
+        "CREATE TRIGGER t AFTER INSERT ON requests BEGIN DELETE FROM requests WHERE rowid = NEW.rowid; END";
+    must_fail(trigger, history::a_replay_changes_nothing).await;
+    must_fail(trigger, history::a_key_with_another_request_is_refused).await;
+    must_fail(trigger, history::concurrent_replays_store_once).await;
+}
+
+#[tokio::test]
+async fn a_lost_item_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON items WHEN NEW.seq = 3 BEGIN DELETE FROM items WHERE seq = NEW.seq; END";
+    must_fail(trigger, history::items_come_back_in_order).await;
+    must_fail(trigger, history::a_cancelled_append_is_whole_or_absent).await;
+}
+
+#[tokio::test]
+async fn a_token_that_does_not_grow_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF token ON jobs WHEN NEW.token <> 1
+        BEGIN UPDATE jobs SET token = 1 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::an_old_fence_can_do_nothing).await;
+    must_fail(trigger, jobs::an_expired_lease_passes_the_job_on).await;
+    must_fail(trigger, adapters::a_stale_publisher_changes_nothing).await;
+}
+
+#[tokio::test]
+async fn a_job_that_goes_to_two_workers_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF token ON jobs WHEN NEW.seq = 7 AND NEW.token = 1
+        BEGIN UPDATE jobs SET state = 'queued' WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::each_job_goes_to_one_worker).await;
+}
+
+#[tokio::test]
+async fn a_head_without_compare_and_set_is_noticed() {
+    // Every publisher then finds the head it expects.
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF head ON users WHEN NEW.head IS NOT NULL
+        BEGIN UPDATE users SET head = NULL WHERE id = NEW.id; END";
+    must_fail(trigger, adapters::one_of_two_publishers_wins).await;
+    must_fail(trigger, adapters::one_of_many_equal_publishers_wins).await;
+}
+
+#[tokio::test]
+async fn a_user_who_is_not_quite_erased_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER DELETE ON users
+        BEGIN INSERT INTO users (id, tenant, name, created_at) VALUES (OLD.id, OLD.tenant, OLD.name, 0); END";
+    must_fail(trigger, users::an_erased_user_is_gone).await;
+    must_fail(trigger, users::an_erased_user_starts_from_nothing).await;
+}
+
+#[tokio::test]
+async fn a_shared_key_is_noticed() {
+    // As if the answers to uploads were not the user's own.
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON requests
+        BEGIN INSERT OR IGNORE INTO requests SELECT u.id, NEW.key, NEW.hash, 0, 0, 0, NULL, NEW.created_at FROM users u; END;
+        CREATE TRIGGER u AFTER INSERT ON users
+        BEGIN INSERT INTO requests SELECT NEW.id, r.key, r.hash, 0, 0, 0, NULL, r.created_at FROM requests r; END";
+    must_fail(trigger, history::keys_belong_to_users_and_expire).await;
+    must_fail(trigger, users::tenants_are_apart).await;
+}

@@ -1,0 +1,282 @@
+//! Properties of the queue.
+
+use std::collections::HashSet;
+
+use store::{Fence, StoreError};
+use types::{GateReport, JobOutcome, JobProgress, JobState};
+
+use crate::trial::{ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, item, outcome, text};
+
+pub(crate) async fn uploads_coalesce_into_the_queued_job(t: Trial) {
+    let first = t.append(&alice(), vec![text("a")]).await.job.unwrap();
+    assert_eq!((first.state, first.attempts, first.created_at), (JobState::Queued, 0, t.now()));
+    assert_eq!(first.adapter, alice());
+    t.clock.advance_millis(5);
+    assert_eq!(t.append(&alice(), vec![text("b")]).await.job.unwrap(), first);
+    assert_eq!(t.store.enqueue(&alice()).await.unwrap().unwrap(), first);
+    let other = t.append(&bob(), vec![text("c")]).await.job.unwrap();
+    assert_ne!(other.id, first.id);
+    // A running job may have read the history: new items need the next one.
+    let running = t.claim().await.unwrap();
+    assert_eq!(running.job.id, first.id);
+    let next = t.append(&alice(), vec![text("d")]).await.job.unwrap();
+    assert_ne!(next.id, first.id);
+    assert_eq!(t.append(&alice(), vec![text("e")]).await.job.unwrap(), next);
+    assert_eq!(t.store.enqueue(&adapter("acme", "nobody")).await.unwrap(), None);
+}
+
+pub(crate) async fn duplicates_enqueue_nothing(t: Trial) {
+    let queued = t.append(&alice(), vec![item("x", 1)]).await.job.unwrap();
+    assert_eq!(t.append(&alice(), vec![item("x", 1)]).await.job.unwrap(), queued);
+    let running = t.claim().await.unwrap();
+    assert_eq!(t.append(&alice(), vec![item("x", 1)]).await.job.unwrap(), running.job);
+    let finished = t.store.finish(&running.fence, &outcome(None)).await.unwrap();
+    assert_eq!(t.append(&alice(), vec![item("x", 1)]).await.job.unwrap(), finished);
+    assert_eq!(t.claim().await, None);
+    // On demand, there is another run without new items.
+    assert_eq!(t.store.enqueue(&alice()).await.unwrap().unwrap().state, JobState::Queued);
+}
+
+pub(crate) async fn the_oldest_claimable_job_is_next(t: Trial) {
+    assert_eq!(t.claim().await, None);
+    let users: Vec<_> = (0..5).map(|i| adapter("acme", &format!("u{}", 9 - i))).collect();
+    for user in &users {
+        t.append(user, vec![text("a")]).await;
+    }
+    t.append(&users[0], vec![text("b")]).await;
+    for user in &users {
+        let claimed = t.claim().await.unwrap();
+        assert_eq!(&claimed.job.adapter, user);
+        assert_eq!((claimed.job.state, claimed.job.attempts), (JobState::Running, 1));
+        assert_eq!(claimed.job.started_at, Some(t.now()));
+        assert_eq!(claimed.fence.job, claimed.job.id);
+    }
+    assert_eq!(t.claim().await, None);
+}
+
+pub(crate) async fn each_job_goes_to_one_worker(t: Trial) {
+    for i in 0..40 {
+        t.append(&adapter("acme", &format!("u{i}")), vec![text("a")]).await;
+    }
+    let workers = (0..8).map(|_| {
+        let t = t.clone();
+        tokio::spawn(async move {
+            let mut got = Vec::new();
+            while let Some(claimed) = t.claim().await {
+                got.push(claimed.job.id);
+            }
+            got
+        })
+    });
+    let mut all = Vec::new();
+    for worker in workers.collect::<Vec<_>>() {
+        all.extend(worker.await.unwrap());
+    }
+    assert_eq!(all.len(), 40);
+    assert_eq!(all.into_iter().collect::<HashSet<_>>().len(), 40);
+}
+
+pub(crate) async fn a_running_job_holds_back_the_next(t: Trial) {
+    let running = t.running_job(&alice()).await;
+    let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+    t.append(&bob(), vec![text("c")]).await;
+    assert_eq!(t.claim().await.unwrap().job.adapter, bob());
+    assert_eq!(t.claim().await, None);
+    t.store.finish(&running.fence, &outcome(None)).await.unwrap();
+    assert_eq!(t.claim().await.unwrap().job.id, next.id);
+}
+
+pub(crate) async fn an_expired_lease_passes_the_job_on(t: Trial) {
+    let first = t.running_job(&alice()).await;
+    t.append(&bob(), vec![text("b")]).await;
+    t.clock.advance_millis(LEASE - 1);
+    assert_eq!(t.claim().await.unwrap().job.adapter, bob());
+    assert_eq!(t.claim().await, None);
+    t.clock.advance_millis(1);
+    let second = t.store.claim("other", LEASE, ATTEMPTS).await.unwrap().unwrap();
+    assert_eq!((&second.job.id, second.job.attempts), (&first.job.id, 2));
+    assert!(second.fence.token > first.fence.token);
+    assert_fenced(t.store.beat(&first.fence, None, LEASE).await);
+    t.store.beat(&second.fence, None, LEASE).await.unwrap();
+}
+
+pub(crate) async fn a_beat_extends_the_lease(t: Trial) {
+    let claimed = t.running_job(&alice()).await;
+    let progress = JobProgress { step: 3, steps: 10, loss: 0.1 + 0.2 };
+    for _ in 0..3 {
+        t.clock.advance_millis(LEASE - 1);
+        t.store.beat(&claimed.fence, Some(progress), LEASE).await.unwrap();
+    }
+    t.store.beat(&claimed.fence, None, LEASE).await.unwrap();
+    assert_eq!(t.claim().await, None);
+    let job = t.store.job(&alice().tenant, &claimed.job.id).await.unwrap().unwrap();
+    assert_eq!(job.progress, Some(progress));
+    // A loss that is no number is a fact too.
+    let progress = JobProgress { loss: f64::NAN, ..progress };
+    t.store.beat(&claimed.fence, Some(progress), LEASE).await.unwrap();
+    assert!(t.store.latest_job(&alice()).await.unwrap().unwrap().progress.unwrap().loss.is_nan());
+    // A worker that is late but has not been replaced keeps its job; the next claim starts afresh.
+    t.clock.advance_millis(2 * LEASE);
+    t.store.beat(&claimed.fence, None, LEASE).await.unwrap();
+    t.clock.advance_millis(LEASE);
+    assert_eq!(t.claim().await.unwrap().job.progress, None);
+}
+
+pub(crate) async fn an_old_fence_can_do_nothing(t: Trial) {
+    let old = t.running_job(&alice()).await;
+    t.clock.advance_millis(LEASE);
+    let new = t.claim().await.unwrap();
+    let unknown = Fence { job: "no-such-job".parse().unwrap(), token: 1 };
+    let future = Fence { token: new.fence.token + 1, ..new.fence.clone() };
+    let all_refused = async |fence: &Fence| {
+        assert_fenced(t.store.beat(fence, None, LEASE).await);
+        assert_fenced(t.store.finish(fence, &outcome(None)).await);
+        assert_fenced(t.store.fail(fence, "error", None).await);
+        assert_fenced(t.store.fail(fence, "error", Some(0)).await);
+        assert_fenced(t.store.release(fence).await);
+    };
+    for fence in [&old.fence, &unknown, &future] {
+        all_refused(fence).await;
+    }
+    let job = t.store.latest_job(&alice()).await.unwrap().unwrap();
+    assert_eq!(job, new.job);
+    // Nor can the latest fence, once the job has ended.
+    t.store.finish(&new.fence, &outcome(None)).await.unwrap();
+    all_refused(&new.fence).await;
+}
+
+pub(crate) async fn a_job_is_given_up_after_its_attempts(t: Trial) {
+    let first = t.running_job(&alice()).await;
+    let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+    for attempt in 2..=ATTEMPTS {
+        t.clock.advance_millis(LEASE);
+        let again = t.claim().await.unwrap();
+        assert_eq!((&again.job.id, again.job.attempts), (&first.job.id, attempt));
+    }
+    t.clock.advance_millis(LEASE);
+    // The user's next job has its own attempts.
+    assert_eq!(t.claim().await.unwrap().job.id, next.id);
+    let job = t.store.job(&alice().tenant, &first.job.id).await.unwrap().unwrap();
+    assert_eq!((job.state, job.attempts, job.finished_at), (JobState::Failed, ATTEMPTS, Some(t.now())));
+    let error = job.error.unwrap();
+    assert!(error.contains("gave up after 3 attempts") && error.contains("worker"), "{error}");
+    // Asking for less than one attempt does not fail jobs that were never tried.
+    t.append(&bob(), vec![text("c")]).await;
+    assert_eq!(t.store.claim("worker", LEASE, 0).await.unwrap().unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn a_failed_job_waits_for_its_retry(t: Trial) {
+    let claimed = t.running_job(&alice()).await;
+    let job = t.store.fail(&claimed.fence, "out of memory", Some(1000)).await.unwrap();
+    assert_eq!((job.state, job.attempts, job.error.as_deref()), (JobState::Queued, 1, Some("out of memory")));
+    assert_eq!(t.claim().await, None);
+    // New items join the job that waits.
+    assert_eq!(t.append(&alice(), vec![text("b")]).await.job.unwrap().id, job.id);
+    t.clock.advance_millis(1000);
+    let again = t.claim().await.unwrap();
+    assert_eq!((&again.job.id, again.job.attempts, &again.job.error), (&job.id, 2, &None));
+    t.store.fail(&again.fence, "out of memory", Some(0)).await.unwrap();
+    let last = t.claim().await.unwrap();
+    t.store.fail(&last.fence, "still out of memory", Some(0)).await.unwrap();
+    assert_eq!(t.claim().await, None);
+    let job = t.store.latest_job(&alice()).await.unwrap().unwrap();
+    assert_eq!((job.state, job.attempts), (JobState::Failed, ATTEMPTS));
+    assert!(job.error.unwrap().contains("still out of memory"));
+    // Without a retry it ends at once.
+    let hopeless = t.running_job(&bob()).await;
+    let job = t.store.fail(&hopeless.fence, "no items", None).await.unwrap();
+    assert_eq!((job.state, job.error.as_deref()), (JobState::Failed, Some("no items")));
+    assert_eq!(job.finished_at, Some(t.now()));
+    assert_eq!(t.claim().await, None);
+}
+
+pub(crate) async fn a_retry_yields_to_a_queued_job(t: Trial) {
+    for release in [false, true] {
+        let claimed = t.running_job(&alice()).await;
+        let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+        let ended = match release {
+            true => t.store.release(&claimed.fence).await.unwrap(),
+            false => t.store.fail(&claimed.fence, "out of memory", Some(0)).await.unwrap(),
+        };
+        assert_eq!(ended.state, JobState::Failed);
+        let other = t.claim().await.unwrap();
+        assert_eq!(other.job.id, next.id);
+        t.store.finish(&other.fence, &outcome(None)).await.unwrap();
+    }
+}
+
+pub(crate) async fn a_released_job_keeps_its_attempts(t: Trial) {
+    let mut claimed = t.running_job(&alice()).await;
+    for _ in 0..2 * ATTEMPTS {
+        let job = t.store.release(&claimed.fence).await.unwrap();
+        assert_eq!((job.state, job.attempts), (JobState::Queued, 0));
+        let again = t.claim().await.unwrap();
+        assert_eq!((&again.job.id, again.job.attempts), (&job.id, 1));
+        assert!(again.fence.token > claimed.fence.token);
+        assert_fenced(t.store.beat(&claimed.fence, None, LEASE).await);
+        claimed = again;
+    }
+}
+
+pub(crate) async fn an_outcome_comes_back(t: Trial) {
+    let claimed = t.running_job(&alice()).await;
+    let gate = GateReport {
+        train_items: 90,
+        heldout_items: 10,
+        heldout_tokens: 1000,
+        base_bits: 3.1,
+        head_bits: None,
+        new_bits: 2.9,
+        verdict: "better".to_owned(),
+    };
+    let full = JobOutcome { gate: Some(gate.clone()), ..outcome(None) };
+    for bad in [f64::NAN, f64::INFINITY] {
+        let gate = GateReport { new_bits: bad, ..gate.clone() };
+        let refused = t.store.finish(&claimed.fence, &JobOutcome { gate: Some(gate), ..full.clone() }).await;
+        assert!(matches!(refused, Err(StoreError::Invalid { field: "outcome", .. })));
+    }
+    t.clock.advance_millis(100);
+    let job = t.store.finish(&claimed.fence, &full).await.unwrap();
+    assert_eq!((job.state, job.finished_at), (JobState::Succeeded, Some(t.now())));
+    assert_eq!(job.outcome, Some(full));
+    assert_eq!(t.store.job(&alice().tenant, &job.id).await.unwrap(), Some(job));
+}
+
+pub(crate) async fn jobs_are_listed(t: Trial) {
+    let mut ids = Vec::new();
+    for user in [alice(), bob(), alice(), alice(), bob()] {
+        let claimed = t.running_job(&user).await;
+        t.store.finish(&claimed.fence, &outcome(None)).await.unwrap();
+        ids.insert(0, claimed.job.id);
+    }
+    let foreign = t.running_job(&adapter("globex", "carol")).await.job.id;
+    let (tenant, user) = (alice().tenant, alice().user);
+    let (mut all, mut after) = (Vec::new(), None);
+    loop {
+        let page = t.store.jobs(&tenant, None, after.as_ref(), 2).await.unwrap();
+        all.extend(page.entries.into_iter().map(|job| job.id));
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(all, ids);
+    let own = t.store.jobs(&tenant, Some(&user), None, 10).await.unwrap();
+    assert!(own.entries.iter().all(|job| job.adapter == alice()) && own.entries.len() == 3);
+    assert_eq!(own.next, None);
+    assert_eq!(t.store.jobs(&tenant, None, Some(&foreign), 10).await.unwrap().entries, []);
+}
+
+pub(crate) async fn the_queue_is_counted(t: Trial) {
+    let stats = t.store.queue_stats().await.unwrap();
+    assert_eq!(stats, store::QueueStats::default());
+    let started = t.now();
+    let running = t.running_job(&alice()).await;
+    t.append(&alice(), vec![text("b")]).await;
+    t.clock.advance_millis(10);
+    t.append(&bob(), vec![text("c")]).await;
+    let stats = t.store.queue_stats().await.unwrap();
+    assert_eq!((stats.queued, stats.running, stats.oldest_queued), (2, 1, Some(started)));
+    t.store.finish(&running.fence, &outcome(None)).await.unwrap();
+    assert_eq!(t.store.queue_stats().await.unwrap().running, 0);
+}

@@ -1,0 +1,58 @@
+//! One suite of properties, run on every kind of store, and negative controls for the suite itself.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod adapters;
+mod controls;
+mod history;
+mod jobs;
+mod trial;
+mod users;
+
+use trial::Trial;
+
+/// Makes a test of each property for each kind of store.
+macro_rules! conformance {
+    ($($module:ident: $($property:ident),+;)+) => {
+        mod on_disk {
+            $(mod $module {
+                $(#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+                async fn $property() {
+                    let folder = tempfile::tempdir().unwrap();
+                    let trial = crate::Trial::on_disk(folder.path()).await;
+                    crate::$module::$property(trial).await;
+                })+
+            })+
+        }
+        mod in_memory {
+            $(mod $module {
+                $(#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+                async fn $property() {
+                    crate::$module::$property(crate::Trial::in_memory().await).await;
+                })+
+            })+
+        }
+    };
+}
+
+conformance! {
+    history:
+        items_come_back_in_order, pages_join_to_the_whole, an_item_is_stored_once, a_conflicting_item_stores_nothing,
+        a_replay_changes_nothing, a_key_with_another_request_is_refused, concurrent_replays_store_once,
+        keys_belong_to_users_and_expire, the_store_counts_what_it_holds, odd_text_survives,
+        erased_history_is_gone_and_its_jobs_with_it, a_cancelled_append_is_whole_or_absent;
+    jobs:
+        uploads_coalesce_into_the_queued_job, duplicates_enqueue_nothing, the_oldest_claimable_job_is_next,
+        each_job_goes_to_one_worker, a_running_job_holds_back_the_next, an_expired_lease_passes_the_job_on,
+        a_beat_extends_the_lease, an_old_fence_can_do_nothing, a_job_is_given_up_after_its_attempts,
+        a_failed_job_waits_for_its_retry, a_retry_yields_to_a_queued_job, a_released_job_keeps_its_attempts,
+        an_outcome_comes_back, jobs_are_listed, the_queue_is_counted;
+    adapters:
+        a_generation_comes_back, publishing_ends_the_job, a_stale_publisher_changes_nothing,
+        one_of_two_publishers_wins, one_of_many_equal_publishers_wins, republishing_is_harmless,
+        an_id_means_its_bytes, heads_can_be_moved, old_generations_are_pruned,
+        a_cancelled_publish_is_whole_or_absent;
+    users:
+        a_user_at_a_glance, users_are_listed, tenants_are_apart, an_erased_user_is_gone,
+        an_erased_user_starts_from_nothing, a_running_job_cannot_bring_a_user_back,
+        a_publish_under_way_cannot_bring_a_user_back, an_upload_under_way_yields_to_an_erasure;
+}
