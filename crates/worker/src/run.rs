@@ -140,6 +140,10 @@ impl Worker {
                 let outcome = outcome(true, Some(id), Some(gate), reason, tokens);
                 self.store.publish(adapter, *generation, expected, Some((fence.clone(), outcome))).await?;
                 (self.announce)(adapter, &id);
+                let keep = self.bench.settings.keep_generations;
+                if let Err(error) = self.store.prune_generations(adapter, keep).await {
+                    tracing::warn!(%adapter, %error, "old generations were not removed");
+                }
             }
             Verdict::Keep { gate, tokens } => {
                 let reason = format!("not published: {}", gate.verdict);

@@ -30,6 +30,8 @@ pub struct Settings {
     pub lease_millis: i64,
     /// Claims after which a job that never ends is given up.
     pub max_attempts: u32,
+    /// Generations of a user that are kept, the head among them.
+    pub keep_generations: usize,
     /// How often to look for jobs that nobody announced.
     pub poll_millis: u64,
 }
@@ -43,6 +45,7 @@ impl Default for Settings {
             threads: 1,
             lease_millis: 60_000,
             max_attempts: 5,
+            keep_generations: 10,
             poll_millis: 5_000,
         }
     }
