@@ -1,44 +1,50 @@
 //! Decoding of weight rows to float32, block layouts as in llama.cpp's `ggml-common.h`.
 
 use crate::format::Format;
-use crate::lanes::multiversion;
+use crate::lanes::{Lanes, multiversion};
 
 multiversion! {
     /// Decodes a whole row; `bytes` holds exactly `out.len()` values.
-    pub(crate) fn decode(format: Format, bytes: &[u8], out: &mut [f32]) = decode_body
+    pub(crate) fn decode(format: Format, bytes: &[u8], out: &mut [f32]) = decode_body<Lanes>
+}
+
+/// Decodes a row chunk by chunk. A macro, since a function passed as a value is not compiled for the vector unit of
+/// the function it is passed to.
+macro_rules! chunks {
+    ($bytes:ident, $out:ident, $size:literal => $len:literal, $decode:expr) => {
+        for (chunk, values) in $bytes.as_chunks::<$size>().0.iter().zip($out.as_chunks_mut::<$len>().0) {
+            $decode(chunk, values);
+        }
+    };
 }
 
 #[inline(always)]
-fn decode_body(format: Format, bytes: &[u8], out: &mut [f32]) {
+fn decode_body<L: Lanes>(format: Format, bytes: &[u8], out: &mut [f32]) {
     match format {
-        Format::F32 => each(bytes, out, f32::from_le_bytes),
-        Format::F16 => each(bytes, out, |b| half_to_f32(u16::from_le_bytes(b))),
-        Format::Bf16 => each(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-        Format::Q8_0 => blocks::<34, 32>(bytes, out, q8_0),
-        Format::Q4_0 => blocks::<18, 32>(bytes, out, q4_0),
-        Format::Q4_1 => blocks::<20, 32>(bytes, out, q4_1),
-        Format::Q4K => blocks::<144, 256>(bytes, out, q4k),
-        Format::Q6K => blocks::<210, 256>(bytes, out, q6k),
+        Format::F32 => chunks!(bytes, out, 4 => 1, single),
+        Format::F16 => chunks!(bytes, out, 2 => 1, half),
+        Format::Bf16 => chunks!(bytes, out, 2 => 1, brain),
+        Format::Q8_0 => chunks!(bytes, out, 34 => 32, q8_0::<L>),
+        Format::Q4_0 => chunks!(bytes, out, 18 => 32, q4_0::<L>),
+        Format::Q4_1 => chunks!(bytes, out, 20 => 32, q4_1::<L>),
+        Format::Q4K => chunks!(bytes, out, 144 => 256, q4k::<L>),
+        Format::Q6K => chunks!(bytes, out, 210 => 256, q6k),
     }
 }
 
 #[inline(always)]
-fn each<const N: usize>(bytes: &[u8], out: &mut [f32], decode: impl Fn([u8; N]) -> f32) {
-    for (value, chunk) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
-        *value = decode(*chunk);
-    }
+fn single(bytes: &[u8; 4], out: &mut [f32; 1]) {
+    out[0] = f32::from_le_bytes(*bytes);
 }
 
 #[inline(always)]
-fn blocks<const BYTES: usize, const LEN: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
-) {
-    let blocks = bytes.as_chunks::<BYTES>().0.iter();
-    for (block, values) in blocks.zip(out.as_chunks_mut::<LEN>().0) {
-        decode(block, values);
-    }
+fn half(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = half_to_f32(u16::from_le_bytes(*bytes));
+}
+
+#[inline(always)]
+fn brain(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
 }
 
 #[inline(always)]
@@ -57,46 +63,50 @@ fn half_to_f32(half: u16) -> f32 {
     f32::from_bits(sign | finite | special)
 }
 
-/// `d * q`, q signed bytes after the scale.
+/// Stores `scale * q + min` for sixteen small integers. The product is exact, so that a fused and a separate addition
+/// round alike.
 #[inline(always)]
-fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let scale = half_at(block, 0);
-    for (value, &q) in out.iter_mut().zip(&block[2..]) {
-        *value = scale * f32::from(q as i8);
-    }
+fn put<L: Lanes>(q: L, scale: f32, min: f32, out: &mut [f32]) {
+    assert!(out.len() >= 16);
+    let values = L::splat(min).fma(q, L::splat(scale));
+    // SAFETY: sixteen values fit (asserted).
+    unsafe { values.store(out.as_mut_ptr()) };
 }
 
-/// Low nibbles first half, high nibbles second half.
+/// Sixteen bytes from `at` on.
 #[inline(always)]
-fn nibbles(packed: &[u8]) -> [u8; 32] {
-    let mut out = [0; 32];
-    for i in 0..16 {
-        out[i] = packed[i] & 15;
-    }
-    for i in 0..16 {
-        out[i + 16] = packed[i] >> 4;
-    }
-    out
+fn sixteen(block: &[u8], at: usize) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&block[at..at + 16]);
+    bytes
+}
+
+/// `d * q`, q signed bytes after the scale.
+#[inline(always)]
+fn q8_0<L: Lanes>(block: &[u8; 34], out: &mut [f32; 32]) {
+    let scale = half_at(block, 0);
+    put(L::from_i8(sixteen(block, 2)), scale, 0.0, &mut out[..16]);
+    put(L::from_i8(sixteen(block, 18)), scale, 0.0, &mut out[16..]);
+}
+
+/// `scale * q + min`, low nibbles first half, high nibbles second half.
+#[inline(always)]
+fn nibbles<L: Lanes>(packed: [u8; 16], scale: f32, min: f32, out: &mut [f32; 32]) {
+    put(L::from_u8(packed.map(|pair| pair & 15)), scale, min, &mut out[..16]);
+    put(L::from_u8(packed.map(|pair| pair >> 4)), scale, min, &mut out[16..]);
 }
 
 /// `d * (q - 8)`.
 #[inline(always)]
-fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
+fn q4_0<L: Lanes>(block: &[u8; 18], out: &mut [f32; 32]) {
     let scale = half_at(block, 0);
-    let quants = nibbles(&block[2..]);
-    for i in 0..32 {
-        out[i] = scale * (f32::from(quants[i]) - 8.0);
-    }
+    nibbles::<L>(sixteen(block, 2), scale, -8.0 * scale, out);
 }
 
 /// `d * q + m`.
 #[inline(always)]
-fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
-    let (scale, min) = (half_at(block, 0), half_at(block, 2));
-    let quants = nibbles(&block[4..]);
-    for i in 0..32 {
-        out[i] = scale * f32::from(quants[i]) + min;
-    }
+fn q4_1<L: Lanes>(block: &[u8; 20], out: &mut [f32; 32]) {
+    nibbles::<L>(sixteen(block, 4), half_at(block, 0), half_at(block, 2), out);
 }
 
 /// The six-bit scale and minimum of group `j` (0..8) out of the twelve packed bytes.
@@ -113,19 +123,18 @@ fn scale_min_k4(j: usize, packed: &[u8]) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// `d * scale * q - dmin * min`, groups of 32.
+/// `d * scale * q - dmin * min`, groups of 32: low nibbles one group, high nibbles the next.
 #[inline(always)]
-fn q4k(block: &[u8; 144], out: &mut [f32; 256]) {
+fn q4k<L: Lanes>(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (packed, quants) = (&block[4..16], &block[16..]);
-    for pair in 0..4 {
-        let (scale_low, min_low) = scale_min_k4(2 * pair, packed);
-        let (scale_high, min_high) = scale_min_k4(2 * pair + 1, packed);
-        let (d1, m1, d2, m2) = (d * scale_low, dmin * min_low, d * scale_high, dmin * min_high);
-        for at in 0..32 {
-            let q = quants[pair * 32 + at];
-            out[pair * 64 + at] = d1 * f32::from(q & 15) - m1;
-            out[pair * 64 + 32 + at] = d2 * f32::from(q >> 4) - m2;
+    for group in 0..8 {
+        let (scale, min) = scale_min_k4(group, packed);
+        let (scale, min) = (d * scale, -dmin * min);
+        for half in 0..2 {
+            let bytes = sixteen(quants, group / 2 * 32 + half * 16);
+            let q = bytes.map(|pair| if group % 2 == 0 { pair & 15 } else { pair >> 4 });
+            put(L::from_u8(q), scale, min, &mut out[group * 32 + half * 16..][..16]);
         }
     }
 }

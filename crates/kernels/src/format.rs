@@ -167,7 +167,7 @@ impl Weight {
     /// When `row` or the length of `out` does not fit the matrix.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {self:?} into {}", out.len());
-        crate::dequant::decode(self.format, self.row(row), out);
+        crate::dequant::decode(crate::lanes::isa(), self.format, self.row(row), out);
     }
 
     /// Reorders the rows: row `i` of the result is row `order(i)` of `self`.

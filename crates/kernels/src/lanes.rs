@@ -64,6 +64,10 @@ pub(crate) trait Lanes: Copy {
     unsafe fn store(self, to: *mut f32);
     /// The same value in every lane.
     fn splat(value: f32) -> Self;
+    /// Sixteen unsigned bytes.
+    fn from_u8(bytes: [u8; 16]) -> Self;
+    /// Sixteen signed bytes.
+    fn from_i8(bytes: [u8; 16]) -> Self;
     /// `self + a * b`, lane by lane.
     fn fma(self, a: Self, b: Self) -> Self;
     /// The sixteen lanes as an array.
@@ -107,6 +111,14 @@ impl Lanes for Portable {
         Self([value; 16])
     }
     #[inline(always)]
+    fn from_u8(bytes: [u8; 16]) -> Self {
+        Self(bytes.map(f32::from))
+    }
+    #[inline(always)]
+    fn from_i8(bytes: [u8; 16]) -> Self {
+        Self(bytes.map(|byte| f32::from(byte as i8)))
+    }
+    #[inline(always)]
     fn fma(self, a: Self, b: Self) -> Self {
         // Without a hardware instruction `mul_add` is a library call; aarch64 always has it.
         Self(std::array::from_fn(|i| {
@@ -127,9 +139,10 @@ impl Lanes for Portable {
 pub(crate) mod x86 {
     //! The x86 units. Values of these types exist only in code reached after detection.
     use std::arch::x86_64::{
-        __m256, __m512, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_storeu_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        __m256, __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
+        _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
     use super::Lanes;
@@ -157,6 +170,16 @@ pub(crate) mod x86 {
         fn splat(value: f32) -> Self {
             // SAFETY: as for `zero`.
             Self(unsafe { _mm512_set1_ps(value) })
+        }
+        #[inline(always)]
+        fn from_u8(bytes: [u8; 16]) -> Self {
+            // SAFETY: as for `zero`; the load reads the array's sixteen bytes.
+            Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) })
+        }
+        #[inline(always)]
+        fn from_i8(bytes: [u8; 16]) -> Self {
+            // SAFETY: as for `from_u8`.
+            Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) })
         }
         #[inline(always)]
         fn fma(self, a: Self, b: Self) -> Self {
@@ -198,6 +221,26 @@ pub(crate) mod x86 {
         fn splat(value: f32) -> Self {
             // SAFETY: as for `zero`.
             Self(unsafe { [_mm256_set1_ps(value); 2] })
+        }
+        #[inline(always)]
+        fn from_u8(bytes: [u8; 16]) -> Self {
+            // SAFETY: as for `zero`; the loads read the array's sixteen bytes.
+            Self(unsafe {
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes.as_ptr().cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes[8..].as_ptr().cast()))),
+                ]
+            })
+        }
+        #[inline(always)]
+        fn from_i8(bytes: [u8; 16]) -> Self {
+            // SAFETY: as for `from_u8`.
+            Self(unsafe {
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes.as_ptr().cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes[8..].as_ptr().cast()))),
+                ]
+            })
         }
         #[inline(always)]
         fn fma(self, a: Self, b: Self) -> Self {
