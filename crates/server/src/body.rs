@@ -1,0 +1,78 @@
+//! Reading a request's body: its media type, its size, the time it takes.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::HeaderMap;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use futures::StreamExt as _;
+
+use crate::app::App;
+use crate::error::{ApiError, Code};
+use crate::json::Object;
+
+/// A JSON object as a body, no longer than [`crate::Limits::body_bytes`].
+#[derive(Debug)]
+pub(crate) struct JsonBody(pub(crate) Object);
+
+impl FromRequest<App> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        match media_type(request.headers()).as_deref() {
+            Some(media) if is_json(media) => {}
+            other => return Err(unsupported(other, "application/json")),
+        }
+        let bytes = read(request, app, app.limits.body_bytes).await?;
+        Ok(Self(Object::parse(&bytes, app.limits.json_depth)?))
+    }
+}
+
+/// The media type without its parameters, in lower case.
+pub(crate) fn media_type(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(CONTENT_TYPE)?.to_str().ok()?;
+    Some(value.split(';').next()?.trim().to_ascii_lowercase())
+}
+
+/// Whether a media type is JSON. Others are refused, so that a web page of another origin cannot post to a server on
+/// loopback without the browser's asking first.
+pub(crate) fn is_json(media: &str) -> bool {
+    media == "application/json" || (media.starts_with("application/") && media.ends_with("+json"))
+}
+
+/// The body is of another media type.
+pub(crate) fn unsupported(found: Option<&str>, wanted: &str) -> ApiError {
+    let found = found.unwrap_or("missing");
+    let message = format!("the content type must be {wanted}, but is {found}");
+    ApiError::new(Code::UnsupportedMediaType, message).param("Content-Type")
+}
+
+/// The whole body, if it has at most `limit` bytes and comes in time.
+pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
+    let too_large = || ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes"));
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|length: u64| length > limit as u64) {
+        return Err(too_large());
+    }
+    let whole = async {
+        let mut chunks = request.into_body().into_data_stream();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|error| {
+                ApiError::new(Code::InvalidJson, "the body did not arrive whole").cause(error)
+            })?;
+            if bytes.len() + chunk.len() > limit {
+                return Err(too_large());
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(Bytes::from(bytes))
+    };
+    let timeout = app.limits.body_timeout;
+    match tokio::time::timeout(timeout, whole).await {
+        Ok(result) => result,
+        Err(_) => {
+            let message = format!("the body did not arrive within {} seconds", timeout.as_secs());
+            Err(ApiError::new(Code::RequestTimeout, message))
+        }
+    }
+}

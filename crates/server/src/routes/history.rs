@@ -1,0 +1,166 @@
+//! `/v1/users/{user}/history`: upload, read, erase.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use store::HistoryCursor;
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::body::{self, is_json, media_type, unsupported};
+use crate::error::{ApiError, Code, ErrorBody};
+use crate::routes::items::{self, StoredItem, Upload};
+use crate::routes::jobs::WireJob;
+use crate::routes::users::unknown_user;
+use crate::routes::{PageQuery, Paged, PathUser};
+
+/// Longest idempotency key.
+const MAX_KEY: usize = 255;
+
+/// The answer to an upload.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Uploaded {
+    /// Items that are new.
+    accepted: u64,
+    /// Items that were there already.
+    duplicates: u64,
+    /// Items of the user now.
+    total_items: u64,
+    /// The job that trains on them; if nothing was new, the user's latest.
+    #[schema(required)]
+    job: Option<WireJob>,
+    /// The same idempotency key was answered before: these are that answer's counts.
+    replayed: bool,
+}
+
+/// A page of a history, oldest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct HistoryPage {
+    /// `list`.
+    object: &'static str,
+    data: Vec<StoredItem>,
+    has_more: bool,
+    /// Where the next page begins: the query's `after`.
+    #[schema(required)]
+    next: Option<String>,
+}
+
+/// What was erased.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Erased {
+    user: String,
+    /// Items that are gone. The adapter stays until it is trained again or the user is erased.
+    deleted_items: u64,
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = key.to_str().ok().filter(|key| (1..=MAX_KEY).contains(&key.len()));
+    let problem = || ApiError::invalid("Idempotency-Key", format!("must be 1 to {MAX_KEY} ASCII characters"));
+    key.map(Some).ok_or_else(problem)
+}
+
+/// Takes in history and starts learning from it.
+///
+/// JSON, or an item per line with the content type `application/x-ndjson`. The answer comes when everything is on disk
+/// together with the job.
+#[utoipa::path(
+    post,
+    path = "/v1/users/{user}/history",
+    tag = "learn",
+    params(
+        ("user" = String, Path, description = "The user; made at the first upload"),
+        ("Idempotency-Key" = Option<String>, Header, description = "The same key with the same body is answered once"),
+    ),
+    request_body = Upload,
+    responses(
+        (status = 202, description = "On disk; the job will train", body = Uploaded),
+        (status = 400, description = "An item is wrong; `param` names the field", body = ErrorBody),
+        (status = 401, description = "The API key is missing or wrong", body = ErrorBody),
+        (status = 409, description = "An item with this id and other content exists", body = ErrorBody),
+        (status = 413, description = "The body or the user's history is too large", body = ErrorBody),
+        (status = 415, description = "Neither JSON nor NDJSON", body = ErrorBody),
+        (status = 422, description = "The idempotency key was used with another body", body = ErrorBody),
+        (status = 429, description = "Too many bytes in a minute; see Retry-After", body = ErrorBody),
+    )
+)]
+pub(crate) async fn upload(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+    request: Request,
+) -> Result<(StatusCode, Json<Uploaded>), ApiError> {
+    let key = idempotency_key(request.headers())?.map(str::to_owned);
+    let ndjson = match media_type(request.headers()).as_deref() {
+        Some("application/x-ndjson" | "application/ndjson" | "application/jsonl") => true,
+        Some(media) if is_json(media) => false,
+        other => return Err(unsupported(other, "application/json or application/x-ndjson")),
+    };
+    let bytes = body::read(request, &app, app.limits.upload_bytes).await?;
+    app.uploads().take(&id, bytes.len() as u64, app.clock.now())?;
+    let hash: [u8; 32] = Sha256::digest(&bytes).into();
+    let size = bytes.len() as u64;
+    let read = move |app: &App| if ndjson { items::from_ndjson(app, &bytes) } else { items::from_json(app, &bytes) };
+    let items = app.blocking(read).await??;
+    let most = app.limits.history_bytes_per_user;
+    if app.store.history_stats(&id).await?.bytes.saturating_add(size) > most {
+        let message = format!("a user's history may have {most} bytes: erase some first");
+        return Err(ApiError::new(Code::HistoryFull, message));
+    }
+    let appended = app.store.append(&id, key.as_deref(), hash, items).await?;
+    app.metrics.history(if appended.replayed { 0 } else { appended.accepted }, appended.duplicates);
+    app.on_upload.notify_one();
+    let uploaded = Uploaded {
+        accepted: appended.accepted,
+        duplicates: appended.duplicates,
+        total_items: appended.total_items,
+        job: appended.job.map(WireJob::from),
+        replayed: appended.replayed,
+    };
+    Ok((StatusCode::ACCEPTED, Json(uploaded)))
+}
+
+/// Reads a user's history, oldest first.
+#[utoipa::path(
+    get,
+    path = "/v1/users/{user}/history",
+    tag = "learn",
+    params(("user" = String, Path), PageQuery),
+    responses(
+        (status = 200, description = "A page", body = HistoryPage),
+        (status = 400, description = "The query is wrong", body = ErrorBody),
+        (status = 404, description = "No such user", body = ErrorBody),
+    )
+)]
+pub(crate) async fn read(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+    Paged(query): Paged,
+) -> Result<Json<HistoryPage>, ApiError> {
+    let after = query.after.as_deref().map(str::parse::<HistoryCursor>).transpose();
+    let after = after.map_err(|error| ApiError::from(error).param("after"))?;
+    let page = app.store.history(&id, after, query.limit(&app)?).await?.ok_or_else(|| unknown_user(&id))?;
+    Ok(Json(HistoryPage {
+        object: "list",
+        has_more: page.next.is_some(),
+        next: page.next.map(|next| next.to_string()),
+        data: page.entries.into_iter().map(StoredItem::from).collect(),
+    }))
+}
+
+/// Erases a user's history. A job under way is given up.
+#[utoipa::path(
+    delete,
+    path = "/v1/users/{user}/history",
+    tag = "learn",
+    params(("user" = String, Path)),
+    responses(
+        (status = 200, description = "Erased", body = Erased),
+        (status = 404, description = "No such user", body = ErrorBody),
+    )
+)]
+pub(crate) async fn erase(State(app): State<App>, PathUser(id): PathUser) -> Result<Json<Erased>, ApiError> {
+    let deleted_items = app.store.erase_history(&id).await?.ok_or_else(|| unknown_user(&id))?;
+    Ok(Json(Erased { user: id.user.into(), deleted_items }))
+}

@@ -1,0 +1,141 @@
+//! `GET /v1/jobs/{id}`: how a training job stands.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Serialize;
+use types::{GateReport, Job, JobId, JobOutcome};
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::auth::Principal;
+use crate::error::{ApiError, Code, ErrorBody};
+use crate::routes::items::seconds;
+
+/// A training job.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct WireJob {
+    id: String,
+    /// `job`.
+    object: &'static str,
+    user: String,
+    /// `queued`, `running`, `succeeded` (see `outcome`) or `failed` (see `error`).
+    status: &'static str,
+    /// How often a worker has taken it.
+    attempts: u32,
+    /// Unix seconds.
+    created_at: f64,
+    #[schema(required)]
+    started_at: Option<f64>,
+    #[schema(required)]
+    finished_at: Option<f64>,
+    #[schema(required)]
+    progress: Option<WireProgress>,
+    #[schema(required)]
+    outcome: Option<WireOutcome>,
+    #[schema(required)]
+    error: Option<String>,
+}
+
+/// How far a job is.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireProgress {
+    step: u32,
+    steps: u32,
+    /// Mean loss of the last step, nats per answer token.
+    #[schema(required)]
+    loss: Option<f64>,
+}
+
+/// What a job came to.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireOutcome {
+    /// Whether the new generation became head.
+    published: bool,
+    #[schema(required)]
+    generation: Option<String>,
+    #[schema(required)]
+    gate: Option<WireGate>,
+    /// Why, for people.
+    reason: String,
+    /// Tokens that went through training, all epochs.
+    trained_tokens: u64,
+    seconds: f64,
+}
+
+/// The held-out comparison, in bits per answer token.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireGate {
+    train_items: usize,
+    heldout_items: usize,
+    heldout_tokens: usize,
+    base_bits: f64,
+    #[schema(required)]
+    head_bits: Option<f64>,
+    new_bits: f64,
+    verdict: String,
+}
+
+impl From<GateReport> for WireGate {
+    fn from(gate: GateReport) -> Self {
+        let GateReport { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict } = gate;
+        Self { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict }
+    }
+}
+
+impl From<JobOutcome> for WireOutcome {
+    fn from(outcome: JobOutcome) -> Self {
+        Self {
+            published: outcome.published,
+            generation: outcome.generation.map(|id| id.to_string()),
+            gate: outcome.gate.map(WireGate::from),
+            reason: outcome.reason,
+            trained_tokens: outcome.trained_tokens,
+            seconds: outcome.seconds,
+        }
+    }
+}
+
+impl From<Job> for WireJob {
+    fn from(job: Job) -> Self {
+        Self {
+            id: job.id.into(),
+            object: "job",
+            user: job.adapter.user.into(),
+            status: job.state.as_str(),
+            attempts: job.attempts,
+            created_at: seconds(job.created_at),
+            started_at: job.started_at.map(seconds),
+            finished_at: job.finished_at.map(seconds),
+            progress: job.progress.map(|progress| WireProgress {
+                step: progress.step,
+                steps: progress.steps,
+                loss: Some(progress.loss).filter(|loss| loss.is_finite()),
+            }),
+            outcome: job.outcome.map(WireOutcome::from),
+            error: job.error,
+        }
+    }
+}
+
+/// Looks at a training job.
+#[utoipa::path(
+    get,
+    path = "/v1/jobs/{id}",
+    tag = "learn",
+    params(("id" = String, Path, description = "The job's id, from the upload's answer")),
+    responses(
+        (status = 200, description = "The job", body = WireJob),
+        (status = 401, description = "The API key is missing or wrong", body = ErrorBody),
+        (status = 404, description = "No such job", body = ErrorBody),
+    )
+)]
+pub(crate) async fn job(
+    State(app): State<App>,
+    principal: Principal,
+    Path(id): Path<String>,
+) -> Result<Json<WireJob>, ApiError> {
+    let unknown = || ApiError::new(Code::JobNotFound, format!("there is no job {id:?}")).param("id");
+    let parsed: JobId = id.parse().map_err(|_| unknown())?;
+    let job = app.store.job(&principal.tenant, &parsed).await?.ok_or_else(unknown)?;
+    Ok(Json(job.into()))
+}

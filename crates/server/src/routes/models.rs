@@ -1,0 +1,95 @@
+//! `GET /v1/models`: the base, and the users' adapters as models.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Serialize;
+use types::{AdapterId, TenantId, Timestamp};
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::auth::Principal;
+use crate::error::{ApiError, ErrorBody};
+use crate::wanted::{by_model, model_of, unknown_model};
+
+/// The models.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ModelList {
+    /// `list`.
+    object: &'static str,
+    data: Vec<ModelCard>,
+}
+
+/// A model: the base, or a user's adapter on it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ModelCard {
+    id: String,
+    /// `model`.
+    object: &'static str,
+    /// Unix time.
+    created: i64,
+    owned_by: &'static str,
+    /// The base's name.
+    root: String,
+    /// For an adapter, the base it acts on.
+    #[schema(required)]
+    parent: Option<String>,
+}
+
+impl ModelCard {
+    fn base(app: &App) -> Self {
+        Self::new(app, app.model_name.clone(), app.started(), None)
+    }
+
+    fn new(app: &App, id: String, created: Timestamp, parent: Option<String>) -> Self {
+        let root = app.model_name.clone();
+        Self { id, object: "model", created: created.seconds(), owned_by: "atelier", root, parent }
+    }
+}
+
+/// Lists the models: the base first, then the users who have an adapter.
+#[utoipa::path(
+    get,
+    path = "/v1/models",
+    tag = "models",
+    responses(
+        (status = 200, description = "The models", body = ModelList),
+        (status = 401, description = "The API key is missing or wrong", body = ErrorBody),
+    )
+)]
+pub(crate) async fn list(State(app): State<App>, principal: Principal) -> Result<Json<ModelList>, ApiError> {
+    let mut data = vec![ModelCard::base(&app)];
+    data.extend(adapters(&app, &principal.tenant).await?);
+    Ok(Json(ModelList { object: "list", data }))
+}
+
+/// The adapters of the tenant's users; the list is no longer than one page of users.
+async fn adapters(app: &App, tenant: &TenantId) -> Result<Vec<ModelCard>, ApiError> {
+    let page = app.store.users(tenant, None, app.limits.page).await?;
+    let card = |record: store::UserRecord| {
+        let head = record.head?;
+        let id = model_of(&app.model_name, &record.id.user);
+        Some(ModelCard::new(app, id, head.created_at, Some(app.model_name.clone())))
+    };
+    Ok(page.entries.into_iter().filter_map(card).collect())
+}
+
+/// Looks at a model.
+#[utoipa::path(
+    get,
+    path = "/v1/models/{*id}",
+    tag = "models",
+    params(("id" = String, Path, description = "`<base>` or `<base>:<user>`")),
+    responses(
+        (status = 200, description = "The model", body = ModelCard),
+        (status = 404, description = "No such model", body = ErrorBody),
+    )
+)]
+pub(crate) async fn read(
+    State(app): State<App>,
+    principal: Principal,
+    Path(id): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let Some(user) = by_model(&app.model_name, &id)? else { return Ok(Json(ModelCard::base(&app))) };
+    let head = app.store.head(&AdapterId::new(principal.tenant, user)).await?.ok_or_else(|| unknown_model(&id))?;
+    Ok(Json(ModelCard::new(&app, id, head.created_at, Some(app.model_name.clone()))))
+}

@@ -1,0 +1,117 @@
+//! Health, limits, the API's description, and the two vLLM routes that are deliberately not served.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::error::{ApiError, Code, ErrorBody};
+use crate::openapi::openapi_json;
+
+/// How the server is.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Health {
+    /// `ok`.
+    status: &'static str,
+}
+
+/// The process is alive.
+#[utoipa::path(get, path = "/health/live", tag = "operation", responses((status = 200, description = "Alive", body = Health)))]
+pub(crate) async fn live() -> Json<Health> {
+    Json(Health { status: "ok" })
+}
+
+/// The server can take requests: the model is loaded and the store answers.
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    tag = "operation",
+    responses(
+        (status = 200, description = "Ready", body = Health),
+        (status = 500, description = "The store does not answer", body = ErrorBody),
+    )
+)]
+pub(crate) async fn ready(State(app): State<App>) -> Result<Json<Health>, ApiError> {
+    app.store.queue_stats().await?;
+    Ok(Json(Health { status: "ok" }))
+}
+
+/// What a client may ask for.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct WireLimits {
+    /// Tokens of prompt and answer together.
+    context_tokens: usize,
+    body_bytes: usize,
+    upload_bytes: usize,
+    json_depth: usize,
+    /// `n` times the number of prompts.
+    choices: usize,
+    stop_strings: usize,
+    stop_bytes: usize,
+    stop_token_ids: usize,
+    top_logprobs: u32,
+    logit_bias: usize,
+    in_flight_per_user: usize,
+    queued_per_user: usize,
+    queued: usize,
+    upload_bytes_per_minute: u64,
+    history_bytes_per_user: u64,
+    item_bytes: usize,
+    item_metadata_bytes: usize,
+    page: u32,
+    generation_seconds: u64,
+}
+
+/// The limits that requests are checked against.
+#[utoipa::path(get, path = "/v1/limits", tag = "operation", responses((status = 200, description = "The limits", body = WireLimits)))]
+pub(crate) async fn limits(State(app): State<App>) -> Json<WireLimits> {
+    let limits = &app.limits;
+    Json(WireLimits {
+        context_tokens: app.engine.limits().context,
+        body_bytes: limits.body_bytes,
+        upload_bytes: limits.upload_bytes,
+        json_depth: limits.json_depth,
+        choices: limits.choices,
+        stop_strings: limits.stop_strings,
+        stop_bytes: limits.stop_bytes,
+        stop_token_ids: limits.stop_tokens,
+        top_logprobs: limits.top_logprobs,
+        logit_bias: limits.logit_bias,
+        in_flight_per_user: limits.in_flight_per_user,
+        queued_per_user: limits.queued_per_user,
+        queued: limits.queued,
+        upload_bytes_per_minute: limits.upload_bytes_per_minute,
+        history_bytes_per_user: limits.history_bytes_per_user,
+        item_bytes: limits.item_bytes,
+        item_metadata_bytes: limits.item_metadata_bytes,
+        page: limits.page,
+        generation_seconds: limits.generation_timeout.as_secs(),
+    })
+}
+
+/// The description of this API.
+#[utoipa::path(get, path = "/openapi.json", tag = "operation", responses((status = 200, description = "OpenAPI 3.1", content_type = "application/json")))]
+pub(crate) async fn description() -> Response {
+    ([(CONTENT_TYPE, "application/json")], openapi_json()).into_response()
+}
+
+fn no_loading() -> ApiError {
+    let message = "adapters are not loaded by name or path here: upload history with POST /v1/users/{user}/history, and \
+                   the user's adapter is trained and served from then on";
+    ApiError::new(Code::AdapterLoadUnsupported, message)
+}
+
+/// vLLM's route; a path from a client is a hole, so it is refused.
+#[utoipa::path(post, path = "/v1/load_lora_adapter", tag = "operation", responses((status = 400, description = "Always; says what to do instead", body = ErrorBody)))]
+pub(crate) async fn load_lora_adapter() -> ApiError {
+    no_loading()
+}
+
+/// vLLM's route; refused likewise.
+#[utoipa::path(post, path = "/v1/unload_lora_adapter", tag = "operation", responses((status = 400, description = "Always; says what to do instead", body = ErrorBody)))]
+pub(crate) async fn unload_lora_adapter() -> ApiError {
+    no_loading()
+}

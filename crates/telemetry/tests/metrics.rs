@@ -1,0 +1,69 @@
+//! What a scrape sees.
+
+use telemetry::{CacheSnapshot, EngineSnapshot, GenerationOutcome, Metrics, QueueSnapshot, Snapshot};
+use types::Timestamp;
+
+fn snapshot() -> Snapshot {
+    Snapshot {
+        now: Timestamp(1_800_000_012_500),
+        engine: EngineSnapshot {
+            waiting: 3,
+            running: 2,
+            batch: 8,
+            kv_blocks_used: 5,
+            kv_blocks: 20,
+            prompt_tokens: 70,
+            generated_tokens: 40,
+            ..EngineSnapshot::default()
+        },
+        cache: CacheSnapshot { hits: 9, misses: 1, load_micros: 1_500_000, ..CacheSnapshot::default() },
+        queue: QueueSnapshot { queued: 4, running: 1, oldest_queued: Some(Timestamp(1_800_000_010_000)) },
+    }
+}
+
+#[test]
+fn names_and_values() {
+    let metrics = Metrics::new();
+    metrics.request("GET", "/v1/users/{user}", 200, 0.004);
+    metrics.request("GET", "/v1/users/{user}", 404, 3.0);
+    metrics.generation(GenerationOutcome::Completed);
+    metrics.generation(GenerationOutcome::Cancelled);
+    metrics.first_token(0.2);
+    metrics.per_token(0.02);
+    metrics.history(5, 2);
+    let text = metrics.render(&snapshot()).expect("renders");
+    for line in [
+        "vllm:num_requests_waiting 3.0",
+        "vllm:num_requests_running 2.0",
+        "vllm:kv_cache_usage_perc 0.25",
+        r#"vllm:lora_requests_info{max_lora="8",running_lora_adapters="",waiting_lora_adapters=""} 1800000012"#,
+        "atelier_prompt_tokens_total 70",
+        "atelier_generated_tokens_total 40",
+        "atelier_adapter_cache_hits_total 9",
+        "atelier_adapter_cache_load_seconds_total 1.5",
+        r#"atelier_jobs{state="queued"} 4"#,
+        r#"atelier_jobs{state="running"} 1"#,
+        "atelier_oldest_queued_job_seconds 2.5",
+        r#"atelier_requests_total{method="GET",route="/v1/users/{user}",status="404"} 1"#,
+        r#"atelier_request_seconds_bucket{le="0.005",method="GET",route="/v1/users/{user}"} 1"#,
+        r#"atelier_request_seconds_bucket{le="+Inf",method="GET",route="/v1/users/{user}"} 2"#,
+        r#"atelier_request_seconds_sum{method="GET",route="/v1/users/{user}"} 3.004"#,
+        r#"atelier_generations_total{outcome="cancelled"} 1"#,
+        "atelier_time_to_first_token_seconds_count 1",
+        "atelier_history_items_total 5",
+        "atelier_history_duplicates_total 2",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+}
+
+#[test]
+fn strange_durations_do_no_harm() {
+    let metrics = Metrics::new();
+    for seconds in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+        metrics.first_token(seconds);
+    }
+    let text = metrics.render(&Snapshot::default()).expect("renders");
+    assert!(text.contains("atelier_time_to_first_token_seconds_count 4"), "{text}");
+}
