@@ -42,8 +42,7 @@ pub(crate) fn open(folder: &Path) -> Result<Source, ModelError> {
         final_norm: "model.norm.weight".into(),
         block: block_name,
     };
-    let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-    Ok(Source { config, tensors, names, interleaved: false, name, tokenizer })
+    Ok(Source { config, tensors, names, interleaved: false, tokenizer })
 }
 
 fn block_name(layer: usize, part: Part) -> String {

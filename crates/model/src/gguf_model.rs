@@ -69,10 +69,6 @@ pub(crate) fn open(path: &Path) -> Result<Source, ModelError> {
         }
     }
     let config = config(&Metadata { file: &file, architecture }, &tensors)?;
-    let name = match file.metadata.get("general.name") {
-        Some(Value::Text(name)) if !name.is_empty() => Some(name.clone()),
-        _ => None,
-    };
     // llama.cpp stores q and k of this family with the two halves of each head interleaved.
     let interleaved = architecture == "llama";
     let vocabulary = vocabulary(&file)?;
@@ -86,7 +82,6 @@ pub(crate) fn open(path: &Path) -> Result<Source, ModelError> {
             block: block_name,
         },
         interleaved,
-        name,
         tokenizer: vocabulary.map(types::TokenizerSource::Gguf),
     })
 }

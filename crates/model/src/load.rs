@@ -23,8 +23,6 @@ pub struct LoadOptions {
 pub struct Loaded {
     /// The frozen base.
     pub model: BaseModel,
-    /// The model's own name, if it has one.
-    pub name: Option<String>,
     /// The tokenizer's raw material; `None` if the files hold none.
     pub tokenizer: Option<TokenizerSource>,
 }
@@ -55,7 +53,6 @@ pub(crate) struct Source {
     pub(crate) names: Names,
     /// Rows of q and k have the halves of each head interleaved.
     pub(crate) interleaved: bool,
-    pub(crate) name: Option<String>,
     pub(crate) tokenizer: Option<TokenizerSource>,
 }
 
@@ -73,7 +70,7 @@ pub fn load(path: &Path, options: LoadOptions) -> Result<Loaded, ModelError> {
     let hash = source.tensors.hash()?;
     let model = build(&source, hash)?;
     tracing::info!(path = %path.display(), bytes = model.weight_bytes(), "model loaded");
-    Ok(Loaded { model, name: source.name, tokenizer: source.tokenizer })
+    Ok(Loaded { model, tokenizer: source.tokenizer })
 }
 
 fn build(source: &Source, hash: [u8; 32]) -> Result<BaseModel, ModelError> {

@@ -1,0 +1,199 @@
+//! The server with its worker: loads the model, opens the store, starts both roles.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adapters::AdapterCache;
+use anyhow::{Context, bail};
+use engine::ModelEngine;
+use model::{BaseModel, LoadOptions, Loaded};
+use server::{ApiKey, App, AppState, Auth, Limits};
+use sha2::{Digest, Sha256};
+use store::Store;
+use telemetry::Metrics;
+use text::Tokenizer;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use types::SystemClock;
+use worker::Worker;
+
+use crate::settings::{ServiceArgs, TrainingArgs};
+use crate::{fetch, model_path};
+
+const MIB: usize = 1 << 20;
+
+/// A running service.
+pub struct Service {
+    /// The address it listens on.
+    pub address: SocketAddr,
+    /// The shared base.
+    pub base: Arc<BaseModel>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its name in the API.
+    pub model_name: String,
+    store: Store,
+    stop: CancellationToken,
+    server: JoinHandle<std::io::Result<()>>,
+    worker: Option<JoinHandle<()>>,
+}
+
+impl Service {
+    /// Starts the service; it runs until [`Service::stop`].
+    ///
+    /// # Errors
+    /// When a setting is wrong, the model cannot be loaded, the data folder cannot be opened or the address cannot
+    /// be had.
+    pub async fn start(args: &ServiceArgs, data: &Path) -> anyhow::Result<Self> {
+        let auth = auth(args)?;
+        let recipe = args.training.recipe();
+        recipe.check().context("training settings")?;
+        // Bind first: a taken port is the commonest mistake and should not wait for the model.
+        let listener = TcpListener::bind(args.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}", args.listen))?;
+        let address = listener.local_addr()?;
+
+        let cache = fetch::cache_folder(args.cache.as_deref())?;
+        let path = model_path::find(args.model.as_deref(), &cache).await?;
+        let options = LoadOptions { max_context: args.max_context };
+        let model_file = path.clone();
+        let Loaded { model, tokenizer } =
+            tokio::task::spawn_blocking(move || model::load(&model_file, options)).await??;
+        let Some(source) = tokenizer else {
+            bail!("{}: there is no tokenizer (tokenizer.json, or the tokenizer.* keys of a GGUF file)", path.display());
+        };
+        let tokenizer = Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
+        let base = Arc::new(model);
+        let model_name = model_name(args.model_name.as_deref(), &path)?;
+
+        let store = Store::open(data, Arc::new(SystemClock)).await?;
+        let adapters =
+            AdapterCache::new(store.clone(), base.shape(), *base.hash(), args.adapter_mib as usize * MIB);
+        let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
+        let on_upload = Arc::new(Notify::new());
+        let stop = CancellationToken::new();
+        let worker = if args.training.no_training {
+            None
+        } else {
+            let announced = adapters.clone();
+            let worker = Worker::new(
+                store.clone(),
+                Arc::clone(&base),
+                tokenizer.clone(),
+                worker_settings(&args.training),
+                Arc::new(move |id, head| announced.announce(id, head)),
+            )?;
+            Some(tokio::spawn(worker.run(Arc::clone(&on_upload), stop.clone())))
+        };
+        let app = App::new(AppState {
+            engine: Arc::new(engine),
+            tokenizer: tokenizer.clone(),
+            store: store.clone(),
+            adapters,
+            model_name: model_name.clone(),
+            base_hash: *base.hash(),
+            limits: Limits::default(),
+            auth,
+            clock: Arc::new(SystemClock),
+            metrics: Metrics::default(),
+            on_upload,
+        });
+        let server = tokio::spawn(server::serve(listener, app, stop.clone()));
+        Ok(Self { address, base, tokenizer, model_name, store, stop, server, worker })
+    }
+
+    /// Stops accepting, lets running answers finish, hands an unfinished job back and closes the store.
+    ///
+    /// # Errors
+    /// When the server had failed.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        let served = self.server.await;
+        if let Some(worker) = self.worker {
+            // The training thread looks at the signal after every step.
+            if tokio::time::timeout(Duration::from_secs(60), worker).await.is_err() {
+                tracing::warn!("the worker did not stop in time; its job is taken up at the next start");
+            }
+        }
+        self.store.close().await;
+        served??;
+        Ok(())
+    }
+}
+
+fn auth(args: &ServiceArgs) -> anyhow::Result<Auth> {
+    match &args.api_key {
+        Some(key) if key.len() < 16 => bail!("--api-key: must have at least 16 characters"),
+        Some(key) => {
+            let sha256 = Sha256::digest(key.as_bytes()).into();
+            Ok(Auth::Keys(vec![ApiKey { sha256, tenant: "default".parse()? }]))
+        }
+        None if args.listen.ip().is_loopback() => Ok(Auth::Open),
+        None => bail!("--listen {}: listening beyond loopback needs --api-key (or ATELIER_API_KEY)", args.listen),
+    }
+}
+
+/// The name clients write in `model`: no colon (it separates base and user), no blank.
+fn model_name(given: Option<&str>, path: &Path) -> anyhow::Result<String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    if let Some(name) = given {
+        if name.is_empty() || !name.chars().all(is_name) {
+            bail!("--model-name: may hold letters, digits and - _ . / only");
+        }
+        return Ok(name.to_owned());
+    }
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let whole = path.file_name().and_then(|name| name.to_str()).unwrap_or("base");
+    let stem = whole.strip_suffix(".gguf").unwrap_or(whole);
+    // What is left of `Name.Q4_1.gguf` is the model's name, not its number format.
+    let is_format = |end: &str| ["Q", "F", "BF", "IQ"].iter().any(|kind| {
+        end.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    });
+    let stem = stem.rsplit_once('.').filter(|(_, end)| is_format(end)).map_or(stem, |(name, _)| name);
+    let name: String = stem.chars().map(|c| if is_name(c) { c } else { '-' }).collect();
+    Ok(if name.trim_matches('-').is_empty() { "base".to_owned() } else { name })
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Settings {
+    engine::Settings {
+        batch: args.batch.into(),
+        queue: args.queue.into(),
+        step_tokens: args.step_tokens as usize,
+        kv_bytes: args.kv_mib as usize * MIB,
+        threads: args.threads.map_or_else(cores, usize::from),
+        eos: tokenizer.eos_ids().to_vec(),
+    }
+}
+
+fn worker_settings(args: &TrainingArgs) -> worker::Settings {
+    worker::Settings {
+        recipe: args.recipe(),
+        min_items: args.min_items,
+        threads: args.train_threads.map_or_else(cores, usize::from),
+        ..worker::Settings::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_come_from_files_and_are_plain() {
+        let name = |path: &str| model_name(None, Path::new(path)).unwrap_or_default();
+        assert_eq!(name("/models/SmolLM2-135M-Instruct.Q4_1.gguf"), "SmolLM2-135M-Instruct");
+        assert_eq!(name("/models/Llama-3.2-1B.gguf"), "Llama-3.2-1B");
+        assert_eq!(name("/models/my model:v2"), "my-model-v2");
+        assert!(model_name(Some("a:b"), Path::new("x")).is_err());
+        assert_eq!(model_name(Some("org/base"), Path::new("x")).unwrap_or_default(), "org/base");
+    }
+}

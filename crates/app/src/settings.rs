@@ -1,0 +1,144 @@
+//! The command line, with its environment variables and defaults.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use train::Recipe;
+
+/// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
+/// adapters from the users' histories.
+#[derive(Debug, Parser)]
+#[command(name = "atelier", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the HTTP API and train in the background.
+    Serve(Box<ServiceArgs>),
+    /// Show the whole loop on three real users: upload, train, compare, answer; then keep serving.
+    Demo {
+        /// End after the table and the answers.
+        #[arg(long)]
+        exit: bool,
+        /// Settings of the server.
+        #[command(flatten)]
+        service: Box<ServiceArgs>,
+    },
+    /// Fetch the default model into the cache folder and print its path.
+    Fetch {
+        /// Folder for what is fetched.
+        #[arg(long, env = "ATELIER_CACHE")]
+        cache: Option<PathBuf>,
+    },
+}
+
+/// Everything a server needs to know.
+#[derive(Debug, Clone, Args)]
+pub struct ServiceArgs {
+    /// Address to listen on; port 0 takes a free one. Other than loopback needs --api-key.
+    #[arg(long, default_value = "127.0.0.1:8080", env = "ATELIER_LISTEN")]
+    pub listen: SocketAddr,
+    /// Folder for histories, jobs and adapters. [default: ./atelier-data; demo: in the cache folder]
+    #[arg(long, env = "ATELIER_DATA")]
+    pub data: Option<PathBuf>,
+    /// A GGUF file, a folder in Hugging Face layout, or (feature `hub`) a hub id. [default: SmolLM2-135M-Instruct]
+    #[arg(long, env = "ATELIER_MODEL")]
+    pub model: Option<String>,
+    /// Name of the model in the API. [default: the model's own]
+    #[arg(long, env = "ATELIER_MODEL_NAME")]
+    pub model_name: Option<String>,
+    /// Key that clients must send as bearer token.
+    #[arg(long, env = "ATELIER_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Folder for what is fetched. [default: ~/.cache/atelier]
+    #[arg(long, env = "ATELIER_CACHE")]
+    pub cache: Option<PathBuf>,
+    /// Longest sequence, prompt and answer together, in tokens. [default: the model's]
+    #[arg(long, env = "ATELIER_MAX_CONTEXT")]
+    pub max_context: Option<usize>,
+    /// Sequences that run in one batch.
+    #[arg(long, default_value_t = 16, env = "ATELIER_BATCH", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub batch: u16,
+    /// Sequences that may wait.
+    #[arg(long, default_value_t = 128, env = "ATELIER_QUEUE", value_parser = clap::value_parser!(u16).range(1..))]
+    pub queue: u16,
+    /// Tokens in one step of the model; longer prompts are cut into chunks.
+    #[arg(long, default_value_t = 256, env = "ATELIER_STEP_TOKENS", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub step_tokens: u32,
+    /// Memory for keys and values, in MiB.
+    #[arg(long, default_value_t = 1024, env = "ATELIER_KV_MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub kv_mib: u32,
+    /// Memory for adapters, in MiB, beyond those in use.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
+    pub adapter_mib: u32,
+    /// Threads of the model. [default: all cores]
+    #[arg(long, env = "ATELIER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Logs as JSON lines.
+    #[arg(long, env = "ATELIER_LOG_JSON")]
+    pub log_json: bool,
+    /// What to log, e.g. `info` or `engine=debug,warn`.
+    #[arg(long, default_value = "info", env = "ATELIER_LOG")]
+    pub log: String,
+    /// How adapters are trained.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+}
+
+/// The recipe's numbers: OPPU's structure, with rates fit for a small base.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Training")]
+pub struct TrainingArgs {
+    /// Do not train: uploads are kept and their jobs wait.
+    #[arg(long, env = "ATELIER_NO_TRAINING")]
+    pub no_training: bool,
+    /// Threads of the training. [default: all cores]
+    #[arg(long, env = "ATELIER_TRAIN_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub train_threads: Option<u16>,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 2e-3, env = "ATELIER_LEARNING_RATE")]
+    pub learning_rate: f64,
+    /// Passes over a user's items.
+    #[arg(long, default_value_t = 3, env = "ATELIER_EPOCHS")]
+    pub epochs: u32,
+    /// Items per optimiser step.
+    #[arg(long, default_value_t = 4, env = "ATELIER_TRAIN_BATCH")]
+    pub train_batch: usize,
+    /// Rank of the adapters.
+    #[arg(long, default_value_t = 8, env = "ATELIER_RANK")]
+    pub rank: usize,
+    /// Fewest items a user must have to be trained.
+    #[arg(long, default_value_t = 8, env = "ATELIER_MIN_ITEMS")]
+    pub min_items: usize,
+}
+
+impl TrainingArgs {
+    /// The recipe: OPPU's with these numbers; alpha equals the rank, as there.
+    #[must_use]
+    pub fn recipe(&self) -> Recipe {
+        let mut recipe = Recipe::oppu();
+        recipe.learning_rate = self.learning_rate;
+        recipe.epochs = self.epochs;
+        recipe.batch = self.train_batch;
+        recipe.lora.r = self.rank;
+        recipe.lora.alpha = self.rank as f64;
+        recipe
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}
