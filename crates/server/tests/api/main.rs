@@ -1,0 +1,150 @@
+//! The HTTP role over a tiny random model and a store in memory.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod bad_input;
+mod faults;
+mod generate;
+mod learn;
+mod openapi;
+
+use std::sync::Arc;
+
+use adapters::AdapterCache;
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Request, StatusCode};
+use engine::{Engine, ModelEngine, Settings};
+use serde_json::{Value, json};
+use server::{ApiKey, App, AppState, Auth, Limits};
+use sha2::{Digest as _, Sha256};
+use store::{NewGeneration, Store};
+use telemetry::Metrics;
+use testkit::{fixture, tiny_model};
+use tokio::sync::Notify;
+use tower::ServiceExt as _;
+use types::{AdapterId, SystemClock};
+
+/// A server without a socket.
+struct Server {
+    app: App,
+    store: Store,
+    base: [u8; 32],
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {}", self.text()))
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// The data of server-sent events.
+    fn events(&self) -> Vec<String> {
+        self.text().split("\n\n").filter_map(|event| Some(event.strip_prefix("data: ")?.to_owned())).collect()
+    }
+
+    fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("")
+    }
+}
+
+impl Server {
+    async fn new() -> Self {
+        Self::with(Auth::Open, Limits::default(), None).await
+    }
+
+    /// A server; the engine is a real one on the tiny model unless another is given.
+    async fn with(auth: Auth, limits: Limits, engine: Option<Arc<dyn Engine>>) -> Self {
+        let (model, tokenizer) = tiny_model();
+        let settings = Settings {
+            batch: 4,
+            queue: 32,
+            step_tokens: 64,
+            kv_bytes: 1 << 20,
+            threads: 1,
+            eos: tokenizer.eos_ids().to_vec(),
+        };
+        let engine = engine.unwrap_or_else(|| Arc::new(ModelEngine::start(Arc::clone(&model), settings).unwrap()));
+        let store = Store::in_memory(Arc::new(SystemClock)).await.unwrap();
+        let base = *model.hash();
+        let app = App::new(AppState {
+            engine,
+            tokenizer,
+            store: store.clone(),
+            adapters: AdapterCache::new(store.clone(), model.shape(), base, 1 << 20),
+            model_name: "base".into(),
+            base_hash: base,
+            limits,
+            auth,
+            clock: Arc::new(SystemClock),
+            metrics: Metrics::default(),
+            on_upload: Arc::new(Notify::new()),
+        });
+        Self { app, store, base }
+    }
+
+    async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.app.router().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = to_bytes(body, usize::MAX).await.unwrap().to_vec();
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    async fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
+        let request = Request::builder().method(method).uri(path);
+        let request = match body {
+            Some(body) => request.header("content-type", "application/json").body(Body::from(body.to_string())),
+            None => request.body(Body::empty()),
+        };
+        self.send(request.unwrap()).await
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Answer {
+        self.call("POST", path, Some(&body)).await
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        self.call("GET", path, None).await
+    }
+
+    /// Gives a user the fixture's adapter.
+    async fn adopt(&self, tenant: &str, user: &str) -> String {
+        let folder = fixture("tiny-llama/lora-all");
+        let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
+        let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
+        let id = peft::generation_id(&self.base, &config, &weights);
+        let generation =
+            NewGeneration { id, parent: None, base: self.base, config, weights, meta: json!({ "gate": null }) };
+        let adapter = AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap());
+        self.store.publish(&adapter, generation, None, None).await.unwrap();
+        id.to_string()
+    }
+}
+
+fn key(text: &str, tenant: &str) -> ApiKey {
+    ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().unwrap() }
+}
+
+/// A chat request that the tiny model answers.
+fn chat() -> Value {
+    json!({
+        "model": "base",
+        "messages": [{ "role": "user", "content": "hello" }],
+        "max_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": true,
+    })
+}
+
+/// `body` with a field set.
+fn with(mut body: Value, field: &str, value: Value) -> Value {
+    body[field] = value;
+    body
+}
