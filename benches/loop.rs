@@ -59,10 +59,13 @@ fn main() {
     }
     for Row { name, ours: [median, low, high], peer, floor } in rows {
         let ratio = peer.map(|peer| median / peer);
-        println!("{}", json!({
-            "name": name, "ours": median, "low": low, "high": high, "peer": peer, "ratio": ratio, "floor": floor,
-            "goal": null, "holds": null,
-        }));
+        println!(
+            "{}",
+            json!({
+                "name": name, "ours": median, "low": low, "high": high, "peer": peer, "ratio": ratio, "floor": floor,
+                "goal": null, "holds": null,
+            })
+        );
     }
 }
 
@@ -79,22 +82,31 @@ fn serving(base: &Arc<BaseModel>, path: &Path, runs: usize) -> Vec<Row> {
     let engine = ModelEngine::start(Arc::clone(base), settings).expect("it starts");
     let mut candle = Candle::load(path);
     let all: Vec<Arc<Adapter>> = (0..8).map(|seed| adapter(base, seed, &Site::ALL)).collect();
-    let mut measure = |name, floor, users: usize, prompt, answer, adapters: &[Arc<Adapter>], with_peer: bool| {
-        let (mut ours, mut peers) = (Vec::new(), Vec::new());
-        for _ in 0..runs {
-            ours.push(serve(&engine, users, prompt, answer, adapters));
-            if with_peer {
-                peers.push(candle.measure(prompt, answer));
+    let mut measure =
+        |name, floor, users: usize, prompt, answer, adapters: &[Arc<Adapter>], with_peer: bool| {
+            let (mut ours, mut peers) = (Vec::new(), Vec::new());
+            for _ in 0..runs {
+                ours.push(serve(&engine, users, prompt, answer, adapters));
+                if with_peer {
+                    peers.push(candle.measure(prompt, answer));
+                }
             }
-        }
-        let peer = (!peers.is_empty()).then(|| spread(&mut peers)[0]);
-        Row { name, ours: spread(&mut ours), peer, floor }
-    };
+            let peer = (!peers.is_empty()).then(|| spread(&mut peers)[0]);
+            Row { name, ours: spread(&mut ours), peer, floor }
+        };
     vec![
         measure("decode, 1 user, no adapter, tok/s (peer: candle)", Some(290.0), 1, 8, 64, &[], true),
         measure("decode, 1 user, rank 8 on all seven sites, tok/s", None, 1, 8, 64, &all, false),
         measure("decode, 8 users, no adapter, tok/s", Some(2_300.0), 8, 8, 64, &[], false),
-        measure("decode, 8 users with 8 adapters, rank 8 on all seven sites, tok/s", None, 8, 8, 64, &all, false),
+        measure(
+            "decode, 8 users with 8 adapters, rank 8 on all seven sites, tok/s",
+            None,
+            8,
+            8,
+            64,
+            &all,
+            false,
+        ),
         measure("prompt of 512 tokens, tok/s (peer: candle)", Some(4_300.0), 1, 512, 1, &[], true),
     ]
 }
@@ -155,7 +167,8 @@ fn serve(engine: &ModelEngine, users: usize, prompt: usize, answer: u32, adapter
                 deadline: None,
             })
             .collect();
-        let submitted: Vec<_> = jobs.into_iter().map(|job| engine.submit(job).expect("it is taken")).collect();
+        let submitted: Vec<_> =
+            jobs.into_iter().map(|job| engine.submit(job).expect("it is taken")).collect();
         let (mut tokens, mut start) = (0u32, Instant::now());
         let whole = start;
         let mut first = true;
@@ -175,7 +188,11 @@ fn serve(engine: &ModelEngine, users: usize, prompt: usize, answer: u32, adapter
                 }
             }
         }
-        if answer == 1 { prompt as f64 / whole.elapsed().as_secs_f64() } else { f64::from(tokens) / start.elapsed().as_secs_f64() }
+        if answer == 1 {
+            prompt as f64 / whole.elapsed().as_secs_f64()
+        } else {
+            f64::from(tokens) / start.elapsed().as_secs_f64()
+        }
     })
 }
 
@@ -191,7 +208,12 @@ fn adapter(base: &BaseModel, seed: u64, sites: &[Site]) -> Arc<Adapter> {
     let mut random = |len: usize| (0..len).map(|_| rng.random_range(-0.01..0.01)).collect();
     let tensors = shape.site_ids().map(|id| {
         let (out, input) = shape.dims(id.site);
-        sites.contains(&id.site).then(|| LoraTensors { rank: 8, scale: 1.0, a: random(8 * input), b: random(out * 8) })
+        sites.contains(&id.site).then(|| LoraTensors {
+            rank: 8,
+            scale: 1.0,
+            a: random(8 * input),
+            b: random(out * 8),
+        })
     });
     let names = sites.iter().map(|site| site.module().to_owned()).collect();
     let config = LoraConfig { target_modules: TargetModules::Names(names), ..LoraConfig::oppu() };

@@ -20,7 +20,7 @@ fn damaged_gguf_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let good = std::fs::read(fetch::default_model(&fetch::cache_folder(None).unwrap()).unwrap()).unwrap();
-    let mut try_bytes = |bytes: &[u8]| {
+    let try_bytes = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
         error(&path)
     };
@@ -57,7 +57,8 @@ fn damaged_folders_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     assert!(error(folder.path()).contains("not a model"));
     assert!(error(&folder.path().join("absent")).contains("absent"));
-    let copy = |file: &str| std::fs::copy(fixture("tiny-llama").join(file), folder.path().join(file)).unwrap();
+    let copy =
+        |file: &str| std::fs::copy(fixture("tiny-llama").join(file), folder.path().join(file)).unwrap();
     copy("config.json");
     assert!(error(folder.path()).contains("model.safetensors"));
     let weights = std::fs::read(fixture("tiny-llama/model.safetensors")).unwrap();

@@ -99,7 +99,11 @@ fn tokens_equal_those_of_the_reference() {
         let text = case["text"].as_str().unwrap();
         assert_eq!(tokenizer.encode(text, Special::Parse).unwrap(), ids(&case["ids"]), "{text:?}");
         if let Some(expected) = case.get("ids_special_as_text") {
-            assert_eq!(tokenizer.encode(text, Special::Literal).unwrap(), ids(expected), "{text:?} literally");
+            assert_eq!(
+                tokenizer.encode(text, Special::Literal).unwrap(),
+                ids(expected),
+                "{text:?} literally"
+            );
         }
     }
 }

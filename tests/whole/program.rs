@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// A running server; killed when dropped.
-pub struct Program {
+pub(crate) struct Program {
     child: Child,
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Program {
@@ -23,7 +23,7 @@ impl Program {
     }
 
     /// Starts a server and waits until it says where it listens.
-    pub fn start(arguments: &[&str], data: &Path) -> Self {
+    pub(crate) fn start(arguments: &[&str], data: &Path) -> Self {
         let mut child = Self::command(arguments, data).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -33,8 +33,9 @@ impl Program {
     }
 
     /// Starts a server that must not start; returns what it says.
-    pub fn refuses(arguments: &[&str], data: &Path) -> String {
-        let mut child = Self::command(arguments, data).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    pub(crate) fn refuses(arguments: &[&str], data: &Path) -> String {
+        let mut child =
+            Self::command(arguments, data).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut said = String::new();
         child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         assert!(!child.wait().unwrap().success(), "it started");
@@ -42,12 +43,12 @@ impl Program {
         said
     }
 
-    pub fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
     /// The process is gone at once, as in a power cut.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }

@@ -163,7 +163,8 @@ impl Inner {
         let start = Instant::now();
         let files = self.store.fetch(id, &head.id).await?;
         let shape = self.shape.clone();
-        let parse = move || LoraWeights::parse(&files.config, &files.weights, &shape).map(|w| Adapter::new(&w));
+        let parse =
+            move || LoraWeights::parse(&files.config, &files.weights, &shape).map(|w| Adapter::new(&w));
         let adapter = tokio::task::spawn_blocking(parse).await.map_err(|_| AcquireError::Stopped)??;
         let adapter = Arc::new(adapter);
         self.counters.loads.fetch_add(1, Ordering::Relaxed);
@@ -183,7 +184,13 @@ impl Resident {
     }
 
     /// Puts an adapter in and makes room by dropping the least recently used ones that nobody holds.
-    fn insert(&mut self, id: &AdapterId, generation: GenerationId, adapter: Arc<Adapter>, budget: usize) -> u64 {
+    fn insert(
+        &mut self,
+        id: &AdapterId,
+        generation: GenerationId,
+        adapter: Arc<Adapter>,
+        budget: usize,
+    ) -> u64 {
         self.remove(id);
         self.bytes += adapter.bytes();
         self.adapters.put(id.clone(), (generation, adapter));
@@ -192,7 +199,9 @@ impl Resident {
             let unused = |(_, (_, adapter)): &(&AdapterId, &(GenerationId, Arc<Adapter>))| {
                 Arc::strong_count(adapter) == 1
             };
-            let Some(victim) = self.adapters.iter().rev().find(unused).map(|(id, _)| id.clone()) else { break };
+            let Some(victim) = self.adapters.iter().rev().find(unused).map(|(id, _)| id.clone()) else {
+                break;
+            };
             self.remove(&victim);
             evicted += 1;
         }

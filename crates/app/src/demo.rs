@@ -50,7 +50,13 @@ pub async fn run(context: &DemoContext) -> anyhow::Result<()> {
     let mut jobs = Vec::new();
     for person in &people {
         let (uploaded, kept) = person.split();
-        println!("  {:9} {} ({} items uploaded, {} kept back)", person.id, person.who, uploaded.len(), kept.len());
+        println!(
+            "  {:9} {} ({} items uploaded, {} kept back)",
+            person.id,
+            person.who,
+            uploaded.len(),
+            kept.len()
+        );
         jobs.push(api.upload(person.id, uploaded).await.with_context(|| format!("upload of {}", person.id))?);
     }
     println!("\nThe worker trains them, one after another:");
@@ -105,7 +111,8 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
             Ok(Loss::bits_per_token(&evaluate(&base, adapter, examples, 2048, 512)?))
         };
         let by_base = kept.iter().map(|examples| bits(None, examples)).collect::<Result<_, _>>()?;
-        let row = |examples: &Vec<Example>| adapters.iter().map(|adapter| bits(Some(adapter), examples)).collect();
+        let row =
+            |examples: &Vec<Example>| adapters.iter().map(|adapter| bits(Some(adapter), examples)).collect();
         let by_adapters = kept.iter().map(row).collect::<Result<_, _>>()?;
         Ok(Table { names, base: by_base, adapters: by_adapters })
     })
@@ -114,12 +121,18 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
 
 impl Table {
     fn print(&self) {
-        println!("\nBits per token on the items kept back (lower is better, the user's own adapter in brackets):");
+        println!(
+            "\nBits per token on the items kept back (lower is better, the user's own adapter in brackets):"
+        );
         let heads: String = self.names.iter().map(|name| format!("{name:>12}")).collect();
         println!("  {:12}{:>10}{heads}", "items of", "base");
         for (row, name) in self.names.iter().enumerate() {
             let cell = |(column, bits): (usize, &f64)| {
-                if column == row { format!("{:>12}", format!("[{bits:.3}]")) } else { format!("{bits:>11.3} ") }
+                if column == row {
+                    format!("{:>12}", format!("[{bits:.3}]"))
+                } else {
+                    format!("{bits:>11.3} ")
+                }
             };
             let cells: String = self.adapters[row].iter().enumerate().map(cell).collect();
             println!("  {name:12}{:>10.3}{cells}", self.base[row]);

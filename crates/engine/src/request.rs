@@ -69,7 +69,9 @@ pub enum SubmitError {
     #[error("the prompt is empty")]
     EmptyPrompt,
     /// Prompt and answer do not fit the context.
-    #[error("prompt of {prompt} tokens plus max_tokens of {max_tokens} exceed the context of {context} tokens")]
+    #[error(
+        "prompt of {prompt} tokens plus max_tokens of {max_tokens} exceed the context of {context} tokens"
+    )]
     TooLong {
         /// Tokens of the prompt.
         prompt: usize,

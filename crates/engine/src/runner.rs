@@ -175,7 +175,9 @@ impl Runner {
             let usage = sequence.usage();
             match progress {
                 Progress::Goes => self.scheduler.settle(work, true),
-                Progress::Finished(reason) => self.end(work.id, End::Event(Event::Finished { reason, usage })),
+                Progress::Finished(reason) => {
+                    self.end(work.id, End::Event(Event::Finished { reason, usage }))
+                }
                 Progress::Cancelled => self.end(work.id, End::Cancelled),
                 Progress::Failed(reason) => self.fail(work.id, reason),
             }

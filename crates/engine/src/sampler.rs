@@ -176,7 +176,8 @@ mod tests {
         let logits = [1.0f32, 3.0, 2.0, -1.0];
         let mut counts = [0u32; 4];
         for position in 0..20_000 {
-            counts[choose(SamplingParams { seed: 7, ..SamplingParams::default() }, &logits, position) as usize] += 1;
+            counts[choose(SamplingParams { seed: 7, ..SamplingParams::default() }, &logits, position)
+                as usize] += 1;
         }
         let total: f32 = logits.iter().map(|l| l.exp()).sum();
         for (count, logit) in counts.iter().zip(logits) {
@@ -221,7 +222,8 @@ mod tests {
 
     #[test]
     fn log_probabilities_are_those_of_the_model() {
-        let params = SamplingParams { logprobs: Some(2), temperature: 0.3, top_k: 1, ..SamplingParams::default() };
+        let params =
+            SamplingParams { logprobs: Some(2), temperature: 0.3, top_k: 1, ..SamplingParams::default() };
         let choice = Sampler::new(params, &[]).choose(&[0.0, 1.0, 2.0], 0, &[]);
         let log_sum = (1.0f32 + 1.0f32.exp() + 2.0f32.exp()).ln();
         let choice = choice.unwrap_or(Choice { id: 9, logprob: 0.0, top: Vec::new() });

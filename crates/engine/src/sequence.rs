@@ -54,9 +54,8 @@ impl Sequence {
     pub(crate) fn advance(&mut self, logits: &[f32], eos: &[u32], context: usize) -> Progress {
         let position = self.answered();
         let params = self.sampler.params();
-        let is_stop = |id: &u32| {
-            params.stop_token_ids.contains(id) || (!params.ignore_eos && eos.contains(id))
-        };
+        let is_stop =
+            |id: &u32| params.stop_token_ids.contains(id) || (!params.ignore_eos && eos.contains(id));
         let banned: Vec<u32> = if position < params.min_tokens {
             eos.iter().chain(&params.stop_token_ids).copied().filter(is_stop).collect()
         } else {

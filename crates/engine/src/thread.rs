@@ -66,7 +66,8 @@ impl ModelEngine {
         let config = model.config();
         let blocks = settings.kv_bytes / KvPool::block_bytes(config);
         if blocks == 0 {
-            let problem = format!("a KV budget of {} bytes holds no block of {BLOCK_LEN} tokens", settings.kv_bytes);
+            let problem =
+                format!("a KV budget of {} bytes holds no block of {BLOCK_LEN} tokens", settings.kv_bytes);
             return Err(ModelError::Batch(problem));
         }
         let limits = Limits {

@@ -160,10 +160,7 @@ async fn what_cannot_run_is_refused_at_once() {
         engine.submit(job).map(|_| ()).unwrap_err()
     };
     assert_eq!(refuse(|job| job.prompt.clear()), SubmitError::EmptyPrompt);
-    assert_eq!(
-        refuse(|job| job.prompt[0] = 320),
-        SubmitError::TokenOutOfRange { id: 320, vocabulary: 320 }
-    );
+    assert_eq!(refuse(|job| job.prompt[0] = 320), SubmitError::TokenOutOfRange { id: 320, vocabulary: 320 });
     // Four blocks of sixteen tokens are the longest sequence this pool can hold.
     assert_eq!(
         refuse(|job| job.params.max_tokens = u32::MAX),
@@ -186,5 +183,8 @@ async fn a_full_queue_says_so() {
     assert!(matches!(busy, SubmitError::Busy { .. }), "{busy}");
     drop(streams);
     until(&engine, |stats| stats.running == 0 && stats.waiting == 0).await;
-    assert!(matches!(collect(engine.submit(job(3, None)).unwrap()).await.last(), Some(Event::Finished { .. })));
+    assert!(matches!(
+        collect(engine.submit(job(3, None)).unwrap()).await.last(),
+        Some(Event::Finished { .. })
+    ));
 }

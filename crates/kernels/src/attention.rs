@@ -82,7 +82,13 @@ thread_local! {
 ///
 /// # Panics
 /// When a length does not fit, or a sequence's blocks do not reach its last row.
-pub fn paged_attention(kv: &KvView<'_>, sequences: &[PagedSequence<'_>], heads: usize, q: &[f32], out: &mut [f32]) {
+pub fn paged_attention(
+    kv: &KvView<'_>,
+    sequences: &[PagedSequence<'_>],
+    heads: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
     let dim = kv.layout.head_dim;
     let width = heads * dim;
     assert!(heads.is_multiple_of(kv.layout.kv_heads), "heads do not divide into groups");
@@ -98,7 +104,15 @@ pub fn paged_attention(kv: &KvView<'_>, sequences: &[PagedSequence<'_>], heads: 
         let at = (sequence.first_row + row) * width + head * dim;
         // SAFETY: every task has its own row and head.
         let out = unsafe { shared.part(at, dim) };
-        one(isa(), kv, sequence.blocks, sequence.start + row, head / (heads / kv.layout.kv_heads), &q[at..][..dim], out);
+        one(
+            isa(),
+            kv,
+            sequence.blocks,
+            sequence.start + row,
+            head / (heads / kv.layout.kv_heads),
+            &q[at..][..dim],
+            out,
+        );
     });
 }
 

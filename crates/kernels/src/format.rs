@@ -199,9 +199,6 @@ mod tests {
             Weight::new(Format::Q4_1, 2, 64, vec![0; 79]),
             Err(WeightError::Length { expected: 80, got: 79, .. })
         ));
-        assert_eq!(
-            Weight::new(Format::F32, usize::MAX, 64, vec![]).map(|_| ()),
-            Err(WeightError::TooLarge)
-        );
+        assert_eq!(Weight::new(Format::F32, usize::MAX, 64, vec![]).map(|_| ()), Err(WeightError::TooLarge));
     }
 }

@@ -140,9 +140,9 @@ pub(crate) mod x86 {
     //! The x86 units. Values of these types exist only in code reached after detection.
     use std::arch::x86_64::{
         __m256, __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-        _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-        _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+        _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_storeu_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
     use super::Lanes;
@@ -246,10 +246,7 @@ pub(crate) mod x86 {
         fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: as for `zero`.
             Self(unsafe {
-                [
-                    _mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]),
-                    _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1]),
-                ]
+                [_mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]), _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1])]
             })
         }
         #[inline(always)]

@@ -23,7 +23,5 @@ pub use format::{Format, Weight, WeightError};
 pub use lanes::{Isa, isa, isas};
 pub use linear::{AdapterRows, adapt, linear, linear_adapted, linear_adapted_with};
 pub use linear_grad::linear_transposed;
-pub use pointwise::{
-    RopeTable, rms_norm, rms_norm_grad, rope, swiglu, swiglu_grad,
-};
+pub use pointwise::{RopeTable, rms_norm, rms_norm_grad, rope, swiglu, swiglu_grad};
 pub use sequence_attention::{Span, SpanAttention, span_attention, span_attention_grad};

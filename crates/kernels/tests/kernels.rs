@@ -4,8 +4,8 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
-    AdapterRows, Format, Isa, KvLayout, KvView, PagedSequence, RopeTable, Span, SpanAttention, Weight,
-    isas, linear_adapted_with, linear_transposed, paged_attention, reference, rms_norm, rms_norm_grad, rope,
+    AdapterRows, Format, Isa, KvLayout, KvView, PagedSequence, RopeTable, Span, SpanAttention, Weight, isas,
+    linear_adapted_with, linear_transposed, paged_attention, reference, rms_norm, rms_norm_grad, rope,
     span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
 use rand::rngs::StdRng;

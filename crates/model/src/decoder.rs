@@ -108,13 +108,25 @@ impl BaseModel {
     ///
     /// # Errors
     /// When a token or position is out of range, or the pass fails.
-    pub fn hidden(&self, tokens: &[u32], positions: &[u32], pass: &mut impl Pass) -> Result<Tensor, ModelError> {
+    pub fn hidden(
+        &self,
+        tokens: &[u32],
+        positions: &[u32],
+        pass: &mut impl Pass,
+    ) -> Result<Tensor, ModelError> {
         let config = &self.config;
         if tokens.is_empty() || tokens.len() != positions.len() {
-            return Err(ModelError::Batch(format!("{} tokens with {} positions", tokens.len(), positions.len())));
+            return Err(ModelError::Batch(format!(
+                "{} tokens with {} positions",
+                tokens.len(),
+                positions.len()
+            )));
         }
         if let Some(position) = positions.iter().find(|p| **p as usize >= config.context) {
-            return Err(ModelError::Batch(format!("position {position} is beyond the context of {}", config.context)));
+            return Err(ModelError::Batch(format!(
+                "position {position} is beyond the context of {}",
+                config.context
+            )));
         }
         let mut x = self.embed(tokens)?;
         let rope = Rope { table: Arc::clone(&self.rope), positions: positions.into() };

@@ -85,10 +85,8 @@ struct HfConfig {
 /// The config, and whether the output layer is the embedding.
 fn read_config(path: &Path) -> Result<(ModelConfig, bool), ModelError> {
     let bytes = std::fs::read(path).map_err(|source| io(path, source))?;
-    let hf: HfConfig = serde_json::from_slice(&bytes).map_err(|error| ModelError::Corrupt {
-        path: path.to_owned(),
-        problem: error.to_string(),
-    })?;
+    let hf: HfConfig = serde_json::from_slice(&bytes)
+        .map_err(|error| ModelError::Corrupt { path: path.to_owned(), problem: error.to_string() })?;
     if !matches!(hf.model_type.as_str(), "llama" | "mistral" | "qwen2" | "qwen3") {
         let problem = format!("is {:?}; llama, mistral, qwen2 and qwen3 are supported", hf.model_type);
         return Err(ModelError::config("model_type", problem));
@@ -97,7 +95,8 @@ fn read_config(path: &Path) -> Result<(ModelConfig, bool), ModelError> {
         return Err(ModelError::config("hidden_act", format!("is {act:?}; silu is supported")));
     }
     if hf.quantization_config.is_some() {
-        let problem = "is set; safetensors in F32, F16 or BF16 are supported (use GGUF for quantised weights)";
+        let problem =
+            "is set; safetensors in F32, F16 or BF16 are supported (use GGUF for quantised weights)";
         return Err(ModelError::config("quantization_config", problem));
     }
     let head_dim = match hf.head_dim {
@@ -131,8 +130,11 @@ fn rope(hf: &HfConfig) -> Result<(f64, RopeScaling), ModelError> {
     let empty = HashMap::new();
     let fields = hf.rope_parameters.as_ref().or(hf.rope_scaling.as_ref()).unwrap_or(&empty);
     let number = |field: &str| {
-        let value = fields.get(field).and_then(Value::as_f64).filter(|value| value.is_finite() && *value > 0.0);
-        value.ok_or_else(|| ModelError::config(format!("rope_parameters.{field}"), "must be a positive number"))
+        let value =
+            fields.get(field).and_then(Value::as_f64).filter(|value| value.is_finite() && *value > 0.0);
+        value.ok_or_else(|| {
+            ModelError::config(format!("rope_parameters.{field}"), "must be a positive number")
+        })
     };
     let theta = match (fields.contains_key("rope_theta"), hf.rope_theta) {
         (true, _) => number("rope_theta")?,
@@ -222,7 +224,8 @@ fn read_shard(path: &Path, tensors: &mut Tensors) -> Result<(), ModelError> {
     let entries: HashMap<String, Value> =
         serde_json::from_slice(&header).map_err(|error| corrupt(error.to_string()))?;
     for (name, entry) in entries.into_iter().filter(|(name, _)| name != "__metadata__") {
-        let entry: Entry = serde_json::from_value(entry).map_err(|error| corrupt(format!("{name:?}: {error}")))?;
+        let entry: Entry =
+            serde_json::from_value(entry).map_err(|error| corrupt(format!("{name:?}: {error}")))?;
         let format = match entry.dtype.as_str() {
             "F32" => Format::F32,
             "F16" => Format::F16,
@@ -234,7 +237,9 @@ fn read_shard(path: &Path, tensors: &mut Tensors) -> Result<(), ModelError> {
         let bytes = values.and_then(|values| values.checked_mul(format.block_bytes() as u64));
         let [begin, end] = entry.data_offsets;
         if bytes.is_none() || end.checked_sub(begin) != bytes || end > length - 8 - header_length {
-            return Err(corrupt(format!("tensor {name:?} lies outside the file or has another length than its shape: it is truncated or damaged")));
+            return Err(corrupt(format!(
+                "tensor {name:?} lies outside the file or has another length than its shape: it is truncated or damaged"
+            )));
         }
         let place = Place { format, shape: entry.shape, file: index, offset: 8 + header_length + begin };
         tensors.places.insert(name, place);

@@ -99,8 +99,8 @@ impl GgufFile {
         let start = reader.at.next_multiple_of(align);
         for tensor in &mut tensors {
             let offset = start.checked_add(tensor.offset).filter(|offset| *offset <= length);
-            tensor.offset =
-                offset.ok_or_else(|| format!("tensor {:?} begins beyond the end of the file", tensor.name))?;
+            tensor.offset = offset
+                .ok_or_else(|| format!("tensor {:?} begins beyond the end of the file", tensor.name))?;
         }
         Ok(Self { metadata, tensors })
     }

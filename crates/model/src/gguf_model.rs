@@ -62,7 +62,8 @@ pub(crate) fn open(path: &Path) -> Result<Source, ModelError> {
     let mut tensors = Tensors::default();
     let index = tensors.add_file(path)?;
     for tensor in &file.tensors {
-        let place = Place { format: tensor.format, shape: tensor.shape.clone(), file: index, offset: tensor.offset };
+        let place =
+            Place { format: tensor.format, shape: tensor.shape.clone(), file: index, offset: tensor.offset };
         if tensors.places.insert(tensor.name.clone(), place).is_some() {
             let problem = format!("tensor {:?} is there twice", tensor.name);
             return Err(ModelError::Corrupt { path: path.to_owned(), problem });
@@ -145,7 +146,11 @@ fn config(metadata: &Metadata<'_>, tensors: &Tensors) -> Result<ModelConfig, Mod
     })
 }
 
-fn rope_scaling(metadata: &Metadata<'_>, tensors: &Tensors, head_dim: usize) -> Result<RopeScaling, ModelError> {
+fn rope_scaling(
+    metadata: &Metadata<'_>,
+    tensors: &Tensors,
+    head_dim: usize,
+) -> Result<RopeScaling, ModelError> {
     if tensors.has("rope_freqs.weight") {
         return tensors.vector("rope_freqs.weight", head_dim / 2).map(RopeScaling::Factors);
     }

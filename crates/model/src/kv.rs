@@ -29,7 +29,8 @@ impl KvPool {
     pub fn new(config: &ModelConfig, blocks: usize) -> Result<Self, ModelError> {
         let layout = KvLayout { kv_heads: config.kv_heads, head_dim: config.head_dim, block_len: BLOCK_LEN };
         let values = layout.block_values().checked_mul(blocks).filter(|_| u32::try_from(blocks).is_ok());
-        let values = values.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
+        let values =
+            values.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
         // Each made afresh, not cloned: zeroed memory costs nothing until it is used.
         let store = || (0..config.layers).map(|_| vec![0.0; values]).collect();
         let free = (0..blocks as u32).rev().collect();
@@ -67,7 +68,14 @@ impl KvPool {
     }
 
     /// Stores one position of a sequence in a layer; rows are (kv_heads, head_dim).
-    pub(crate) fn store(&mut self, layer: usize, blocks: &[u32], position: usize, key: &[f32], value: &[f32]) {
+    pub(crate) fn store(
+        &mut self,
+        layer: usize,
+        blocks: &[u32],
+        position: usize,
+        key: &[f32],
+        value: &[f32],
+    ) {
         self.layout.store(&mut self.keys[layer], blocks, position, key);
         self.layout.store(&mut self.values[layer], blocks, position, value);
     }

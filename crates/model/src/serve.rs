@@ -59,14 +59,25 @@ impl BaseModel {
     /// # Errors
     /// When a token, position or block is out of range; the pool then holds no sequence's state but that of
     /// the sequences in `input`, which must be given up.
-    pub fn forward(&self, input: &BatchInput, kv: &mut KvPool, adapters: &AdapterBatch) -> Result<Logits, ModelError> {
+    pub fn forward(
+        &self,
+        input: &BatchInput,
+        kv: &mut KvPool,
+        adapters: &AdapterBatch,
+    ) -> Result<Logits, ModelError> {
         let vocab = self.config().vocab;
         let (mut tokens, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         for sequence in &input.sequences {
             let end = sequence.start + sequence.tokens.len();
             let known = |block: &u32| (*block as usize) < kv.blocks();
-            if sequence.tokens.is_empty() || end > sequence.blocks.len() * BLOCK_LEN || !sequence.blocks.iter().all(known) {
-                return Err(ModelError::Batch(format!("positions up to {end} in {} blocks", sequence.blocks.len())));
+            if sequence.tokens.is_empty()
+                || end > sequence.blocks.len() * BLOCK_LEN
+                || !sequence.blocks.iter().all(known)
+            {
+                return Err(ModelError::Batch(format!(
+                    "positions up to {end} in {} blocks",
+                    sequence.blocks.len()
+                )));
             }
             tokens.extend_from_slice(&sequence.tokens);
             positions.extend((sequence.start as u32..).take(sequence.tokens.len()));
@@ -116,7 +127,12 @@ impl Pass for Serving<'_> {
                 let (key, value) = (&keys[at..at + width], &values[at..at + width]);
                 self.kv.store(layer, &sequence.blocks, sequence.start + row, key, value);
             }
-            sequences.push(PagedSequence { blocks: &sequence.blocks, first_row, rows, start: sequence.start });
+            sequences.push(PagedSequence {
+                blocks: &sequence.blocks,
+                first_row,
+                rows,
+                start: sequence.start,
+            });
             first_row += rows;
         }
         let view = self.kv.view(layer);
@@ -129,7 +145,12 @@ impl Pass for Serving<'_> {
 }
 
 /// The frozen product and every row's adapter, without a gradient.
-fn fused_linear(id: SiteId, linear: &Linear, x: &Tensor, adapters: &AdapterBatch) -> Result<Tensor, ModelError> {
+fn fused_linear(
+    id: SiteId,
+    linear: &Linear,
+    x: &Tensor,
+    adapters: &AdapterBatch,
+) -> Result<Tensor, ModelError> {
     let adapters = adapters.at(id);
     let rows = x.dims2()?.0;
     let width = linear.weight.rows();

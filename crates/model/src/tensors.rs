@@ -50,8 +50,8 @@ impl Tensors {
     /// A vector, as float32.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let (place, bytes) = self.read(name, &[len])?;
-        let row = Weight::new(place.format, 1, len, bytes)
-            .map_err(|e| ModelError::tensor(name, e.to_string()))?;
+        let row =
+            Weight::new(place.format, 1, len, bytes).map_err(|e| ModelError::tensor(name, e.to_string()))?;
         let mut values = vec![0.0; len];
         row.decode_row(0, &mut values);
         Ok(values)

@@ -33,7 +33,13 @@ fn expected(folder: &Path) -> Vec<(Vec<u32>, Vec<Vec<f32>>)> {
 }
 
 /// A sequence fed in pieces of the given lengths, logits after each piece.
-fn feed(base: &BaseModel, kv: &mut KvPool, ids: &[u32], pieces: &[usize], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
+fn feed(
+    base: &BaseModel,
+    kv: &mut KvPool,
+    ids: &[u32],
+    pieces: &[usize],
+    adapter: Option<&Arc<Adapter>>,
+) -> Vec<Vec<f32>> {
     let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate().unwrap()).collect();
     let mut start = 0;
     let mut logits = Vec::new();

@@ -175,7 +175,10 @@ impl LoraConfig {
         if let TargetModules::Names(names) = &self.target_modules {
             let is_site = |name: &String| shape.site_ids().any(|id| named(&id.module_path(), name));
             if let Some(name) = names.iter().find(|name| !is_site(name)) {
-                return Err(PeftError::field("target_modules", format!("names {name:?}, which is no linear layer of this base that adapters act on")));
+                return Err(PeftError::field(
+                    "target_modules",
+                    format!("names {name:?}, which is no linear layer of this base that adapters act on"),
+                ));
             }
         }
         let mut sites = Vec::new();

@@ -63,8 +63,8 @@ impl LoraWeights {
         let config = LoraConfig::parse(config)?;
         let expected = config.sites(shape)?;
         check_header(weights)?;
-        let file = SafeTensors::deserialize(weights)
-            .map_err(|error| PeftError::Safetensors(error.to_string()))?;
+        let file =
+            SafeTensors::deserialize(weights).map_err(|error| PeftError::Safetensors(error.to_string()))?;
         let names: HashSet<String> =
             expected.iter().flat_map(|&(id, ..)| [tensor_name(id, "A"), tensor_name(id, "B")]).collect();
         if let Some(extra) = file.names().into_iter().find(|name| !names.contains(*name)) {
@@ -123,7 +123,12 @@ fn read(file: &SafeTensors<'_>, name: &str, shape: [usize; 2]) -> Result<Vec<f32
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::F16 => halves().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
         Dtype::BF16 => halves().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-        other => return Err(PeftError::tensor(name, format!("has the type {other:?}; F32, F16 or BF16 is needed"))),
+        other => {
+            return Err(PeftError::tensor(
+                name,
+                format!("has the type {other:?}; F32, F16 or BF16 is needed"),
+            ));
+        }
     };
     if values.iter().all(|v| v.is_finite()) {
         Ok(values)
@@ -135,7 +140,8 @@ fn read(file: &SafeTensors<'_>, name: &str, shape: [usize; 2]) -> Result<Vec<f32
 /// Bounds the header and refuses duplicate tensor names, which the format's reader would let pass.
 fn check_header(file: &[u8]) -> Result<(), PeftError> {
     let invalid = |problem: &str| PeftError::Safetensors(problem.to_owned());
-    let (length, rest) = file.split_first_chunk::<8>().ok_or_else(|| invalid("it is shorter than 8 bytes"))?;
+    let (length, rest) =
+        file.split_first_chunk::<8>().ok_or_else(|| invalid("it is shorter than 8 bytes"))?;
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER {
         return Err(invalid("its header is longer than 1 MiB"));

@@ -9,8 +9,15 @@ use serde_json::{Value, json};
 /// The shape of the fixture `tiny-llama`.
 fn shape() -> BaseShape {
     let (query, key, hidden, wide) = (64, 32, 64, 96);
-    let dims =
-        [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (wide, hidden), (wide, hidden), (hidden, wide)];
+    let dims = [
+        (query, hidden),
+        (key, hidden),
+        (key, hidden),
+        (hidden, query),
+        (wide, hidden),
+        (wide, hidden),
+        (hidden, wide),
+    ];
     BaseShape { layers: 3, dims }
 }
 
@@ -89,7 +96,8 @@ fn configs_are_refused_by_field() {
 #[test]
 fn weights_are_refused_by_tensor() {
     let (config, weights) = files("lora-qv");
-    let parse = |weights: &[u8]| LoraWeights::parse(&config, weights, &shape()).map(|_| ()).unwrap_err().to_string();
+    let parse =
+        |weights: &[u8]| LoraWeights::parse(&config, weights, &shape()).map(|_| ()).unwrap_err().to_string();
     assert!(parse(b"").contains("shorter than 8 bytes"));
     assert!(parse(&weights[..weights.len() - 4]).contains("not valid"));
     assert!(parse(&u64::MAX.to_le_bytes()).contains("1 MiB"));
@@ -100,7 +108,10 @@ fn weights_are_refused_by_tensor() {
 
     // A config that implies other tensors than the file holds.
     assert!(refuse(|config| config["target_modules"] = json!(["q_proj"])).contains("not implied"));
-    assert!(refuse(|config| config["target_modules"] = json!(["q_proj", "v_proj", "k_proj"])).contains("is missing"));
+    assert!(
+        refuse(|config| config["target_modules"] = json!(["q_proj", "v_proj", "k_proj"]))
+            .contains("is missing")
+    );
     assert!(refuse(|config| config["r"] = json!(4)).contains("shape"));
     let mut wide = shape();
     wide.dims[0] = (128, 64);

@@ -49,7 +49,8 @@ pub(crate) fn unsupported(found: Option<&str>, wanted: &str) -> ApiError {
 /// The whole body, if it has at most `limit` bytes and comes in time.
 pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes"));
-    let announced = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let announced =
+        request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     if announced.is_some_and(|length: u64| length > limit as u64) {
         return Err(too_large());
     }

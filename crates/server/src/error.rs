@@ -171,7 +171,8 @@ impl ApiError {
 
     /// A fault of the server, of which the client learns no more than that.
     pub fn internal(cause: impl Display) -> Self {
-        Self::new(Code::Internal, "the server failed; the request id names this failure in its log").cause(cause)
+        Self::new(Code::Internal, "the server failed; the request id names this failure in its log")
+            .cause(cause)
     }
 
     /// Names the field that is wrong.

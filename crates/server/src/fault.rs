@@ -39,8 +39,12 @@ impl From<StoreError> for ApiError {
             StoreError::IdempotencyConflict { .. } => {
                 Self::new(Code::IdempotencyKeyReused, error.to_string()).param("Idempotency-Key")
             }
-            StoreError::ItemConflict { .. } => Self::new(Code::ItemConflict, error.to_string()).param("items"),
-            StoreError::Invalid { field, .. } => Self::new(Code::InvalidValue, error.to_string()).param(*field),
+            StoreError::ItemConflict { .. } => {
+                Self::new(Code::ItemConflict, error.to_string()).param("items")
+            }
+            StoreError::Invalid { field, .. } => {
+                Self::new(Code::InvalidValue, error.to_string()).param(*field)
+            }
             StoreError::DiskFull { .. } => {
                 Self::new(Code::StorageFull, "the server's disk is full").cause(&error)
             }

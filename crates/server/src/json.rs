@@ -71,7 +71,8 @@ impl Object {
     ) -> Result<(), ApiError> {
         for (name, value) in self.0.as_object().into_iter().flatten() {
             let name = name.as_str();
-            if value.is_null() || harmless.contains(&name) || known.iter().any(|names| names.contains(&name)) {
+            if value.is_null() || harmless.contains(&name) || known.iter().any(|names| names.contains(&name))
+            {
                 continue;
             }
             match unsupported.iter().find(|(unsupported, _)| *unsupported == name) {
@@ -201,7 +202,9 @@ mod tests {
 
     #[test]
     fn what_is_no_object_is_refused() {
-        for text in ["", "null", "[]", "1", "{", "{}}", "{} x", r#"{"a":1,}"#, "\u{feff}{}", r#"{"a":"\ud800"}"#] {
+        for text in
+            ["", "null", "[]", "1", "{", "{}}", "{} x", r#"{"a":1,}"#, "\u{feff}{}", r#"{"a":"\ud800"}"#]
+        {
             let error = Object::parse(text.as_bytes(), 4).expect_err(text);
             assert_eq!(error.code(), Code::InvalidJson, "{text}");
         }

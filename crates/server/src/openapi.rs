@@ -28,7 +28,8 @@ struct Key;
 impl Modify for Key {
     fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer);
-        let scheme = SecurityScheme::Http(bearer.description(Some("Not needed on loopback without keys")).build());
+        let scheme =
+            SecurityScheme::Http(bearer.description(Some("Not needed on loopback without keys")).build());
         openapi.components.get_or_insert_default().add_security_scheme("key", scheme);
     }
 }

@@ -142,7 +142,8 @@ impl SamplingFields {
             top_p: positive("top_p", self.top_p, 1.0)?.unwrap_or(1.0),
             min_p: within("min_p", self.min_p, 0.0..=1.0)?.unwrap_or(0.0),
             repetition_penalty: penalty.unwrap_or(1.0),
-            frequency_penalty: within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0),
+            frequency_penalty: within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?
+                .unwrap_or(0.0),
             presence_penalty: within("presence_penalty", self.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0),
             logit_bias: self.logit_bias(app)?,
             seed,
@@ -187,11 +188,15 @@ impl SamplingFields {
     fn logit_bias(&self, app: &App) -> Result<Vec<(u32, f32)>, ApiError> {
         let Some(biases) = &self.logit_bias else { return Ok(Vec::new()) };
         if biases.len() > app.limits.logit_bias {
-            return Err(ApiError::invalid("logit_bias", format!("holds more than {} tokens", app.limits.logit_bias)));
+            return Err(ApiError::invalid(
+                "logit_bias",
+                format!("holds more than {} tokens", app.limits.logit_bias),
+            ));
         }
         let bias = |(id, bias): (&String, &f64)| {
             let param = || format!("logit_bias.{id}");
-            let id: u32 = id.parse().map_err(|_| ApiError::invalid(param(), "does not start with a token id"))?;
+            let id: u32 =
+                id.parse().map_err(|_| ApiError::invalid(param(), "does not start with a token id"))?;
             let bias = within(&param(), Some(*bias), -100.0..=100.0)?.unwrap_or(0.0);
             in_vocabulary(app, &param(), id).map(|id| (id, bias))
         };
@@ -230,7 +235,10 @@ pub(crate) fn stop_strings(app: &App, stops: Vec<String>) -> Result<Vec<String>,
         return Err(ApiError::invalid("stop", format!("holds more than {} strings", limits.stop_strings)));
     }
     if stops.iter().any(|stop| stop.is_empty() || stop.len() > limits.stop_bytes) {
-        return Err(ApiError::invalid("stop", format!("must hold strings of 1 to {} bytes", limits.stop_bytes)));
+        return Err(ApiError::invalid(
+            "stop",
+            format!("must hold strings of 1 to {} bytes", limits.stop_bytes),
+        ));
     }
     Ok(stops)
 }
@@ -279,7 +287,9 @@ pub(crate) fn positive(param: &str, value: Option<f64>, most: f64) -> Result<Opt
 fn top_k(value: Option<i64>) -> Result<u32, ApiError> {
     match value {
         None | Some(-1) => Ok(0),
-        Some(k) => u32::try_from(k).map_err(|_| ApiError::invalid("top_k", format!("must be -1 or above, not {k}"))),
+        Some(k) => {
+            u32::try_from(k).map_err(|_| ApiError::invalid("top_k", format!("must be -1 or above, not {k}")))
+        }
     }
 }
 

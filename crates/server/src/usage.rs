@@ -46,7 +46,8 @@ mod tests {
 
     #[test]
     fn prompts_count_once() {
-        let answer = |prompt_tokens, completion_tokens| Usage { prompt_tokens, cached_tokens: 1, completion_tokens };
+        let answer =
+            |prompt_tokens, completion_tokens| Usage { prompt_tokens, cached_tokens: 1, completion_tokens };
         let usage = WireUsage::of(&[answer(5, 1), answer(5, 2), answer(7, 3), answer(7, 4)], 2);
         assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.total_tokens), (12, 10, 22));
         assert_eq!(usage.prompt_tokens_details.cached_tokens, 2);

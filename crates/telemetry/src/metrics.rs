@@ -73,7 +73,11 @@ impl Metrics {
             history_duplicates: Counter::default(),
         };
         let registry = &mut inner.registry;
-        registry.register("atelier_requests", "HTTP requests; status 499: the client left", inner.requests.clone());
+        registry.register(
+            "atelier_requests",
+            "HTTP requests; status 499: the client left",
+            inner.requests.clone(),
+        );
         registry.register(
             "atelier_request_seconds",
             "Seconds from a request to the head of its response",

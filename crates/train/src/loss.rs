@@ -65,11 +65,13 @@ impl CustomOp1 for CrossEntropy {
             let mut dx = vec![0.0; x.len()];
             self.chunks(x, |first, mut logits, targets| {
                 let scales = &rest[0][first..first + targets.len()];
-                logits.par_chunks_mut(vocab).zip(targets).zip(scales).for_each(|((logits, &target), &scale)| {
-                    let (max, sum) = normaliser(logits);
-                    logits.iter_mut().for_each(|logit| *logit = (*logit - max).exp() / sum * scale);
-                    logits[target as usize] -= scale;
-                });
+                logits.par_chunks_mut(vocab).zip(targets).zip(scales).for_each(
+                    |((logits, &target), &scale)| {
+                        let (max, sum) = normaliser(logits);
+                        logits.iter_mut().for_each(|logit| *logit = (*logit - max).exp() / sum * scale);
+                        logits[target as usize] -= scale;
+                    },
+                );
                 let part = &mut dx[first * width..][..targets.len() * width];
                 kernels::linear_transposed(&self.head.weight, &logits, part);
             });

@@ -34,7 +34,8 @@ fn setup() -> Setup {
     let base = load(&fixture(""), LoadOptions::default()).unwrap().model;
     let read = |file: &str| std::fs::read(fixture("lora-qv").join(file)).unwrap();
     let start =
-        LoraWeights::parse(&read("adapter_config.json"), &read("adapter_model.safetensors"), &base.shape()).unwrap();
+        LoraWeights::parse(&read("adapter_config.json"), &read("adapter_model.safetensors"), &base.shape())
+            .unwrap();
     let batch = tensors("train-lora-qv/grads.safetensors");
     let ids: Vec<Vec<u32>> = batch["input_ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
     let labels: Vec<Vec<i64>> = batch["labels"].to_vec2().unwrap();
@@ -98,7 +99,8 @@ fn gradients_equal_torch() {
     }
     // Negative control: one input token changed must show.
     setup.examples[0].tokens[0] ^= 1;
-    let difference = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| gradient_difference(&setup, 1000)));
+    let difference =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| gradient_difference(&setup, 1000)));
     assert!(difference.is_err() || difference.is_ok_and(|difference| difference > 1e-5));
 }
 
@@ -128,7 +130,8 @@ fn twenty_steps_equal_torch() {
     // The serving path sees the same loss as the training path.
     let adapter = Arc::new(Adapter::new(&trained.weights));
     let losses = evaluate(&setup.base, Some(&adapter), &setup.examples, 100, 1000).unwrap();
-    let nats: f64 = losses.iter().map(|l| l.nats).sum::<f64>() / losses.iter().map(|l| l.tokens).sum::<usize>() as f64;
+    let nats: f64 =
+        losses.iter().map(|l| l.nats).sum::<f64>() / losses.iter().map(|l| l.tokens).sum::<usize>() as f64;
     let expected = json["loss_after_last_step"].as_f64().unwrap();
     assert!((nats - expected).abs() < 1e-4, "{nats} instead of {expected}");
     assert!((Loss::bits_per_token(&losses) - expected / std::f64::consts::LN_2).abs() < 2e-4);

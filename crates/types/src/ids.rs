@@ -19,7 +19,9 @@ pub enum IdError {
         len: usize,
     },
     /// A character outside the allowed set.
-    #[error("{what} may hold letters, digits and . _ @ + - only, and starts with a letter or digit: found {found:?}")]
+    #[error(
+        "{what} may hold letters, digits and . _ @ + - only, and starts with a letter or digit: found {found:?}"
+    )]
     Character {
         /// Which identifier.
         what: &'static str,

@@ -174,7 +174,11 @@ impl Worker {
                 bench.work(items, head.as_ref(), |report| {
                     let progress = JobProgress { step: report.step, steps: report.steps, loss: report.loss };
                     *shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
-                    if shared.stop.load(Ordering::Acquire) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                    if shared.stop.load(Ordering::Acquire) {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
                 })
             })
         });

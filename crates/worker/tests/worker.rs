@@ -49,7 +49,12 @@ impl Fixture {
         (tokio::spawn(worker.unwrap().run(Arc::clone(&self.wake), stop.clone())), stop)
     }
 
-    async fn upload(&self, id: &AdapterId, range: std::ops::Range<usize>, output: impl Fn(usize) -> String) -> Job {
+    async fn upload(
+        &self,
+        id: &AdapterId,
+        range: std::ops::Range<usize>,
+        output: impl Fn(usize) -> String,
+    ) -> Job {
         let item = |at: usize| NewItem {
             id: Some(format!("i{at}").parse().unwrap()),
             input: Some(format!("greet guest {at}")),

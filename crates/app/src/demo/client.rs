@@ -53,7 +53,11 @@ impl Api {
             .send()
             .await?;
         let response = Self::ok(response).await?;
-        ensure!(response.status() == StatusCode::ACCEPTED, "an upload was answered with {}", response.status());
+        ensure!(
+            response.status() == StatusCode::ACCEPTED,
+            "an upload was answered with {}",
+            response.status()
+        );
         let answer: Value = response.json().await?;
         Ok(answer["job"]["id"].as_str().map(str::to_owned))
     }
@@ -64,7 +68,9 @@ impl Api {
             let now: Value = self.get(&format!("/v1/jobs/{job}")).await?.json().await?;
             progress(&now);
             match now["status"].as_str() {
-                Some("succeeded") => return Ok(now["outcome"]["reason"].as_str().unwrap_or_default().to_owned()),
+                Some("succeeded") => {
+                    return Ok(now["outcome"]["reason"].as_str().unwrap_or_default().to_owned());
+                }
                 Some("failed") => bail!("the job failed: {}", now["error"]),
                 _ => tokio::time::sleep(Duration::from_millis(250)).await,
             }
@@ -80,7 +86,12 @@ impl Api {
     }
 
     /// One message, answered greedily by the base or, with `user`, by the user's adapter.
-    pub(super) async fn chat(&self, model: &str, user: Option<&str>, message: &str) -> anyhow::Result<Answer> {
+    pub(super) async fn chat(
+        &self,
+        model: &str,
+        user: Option<&str>,
+        message: &str,
+    ) -> anyhow::Result<Answer> {
         let mut body = json!({
             "model": model,
             "messages": [{ "role": "user", "content": message }],
@@ -90,7 +101,8 @@ impl Api {
         if let Some(user) = user {
             body["user"] = json!(user);
         }
-        let response = self.client.post(format!("{}/v1/chat/completions", self.base)).json(&body).send().await?;
+        let response =
+            self.client.post(format!("{}/v1/chat/completions", self.base)).json(&body).send().await?;
         let response = Self::ok(response).await?;
         let generation = response.headers().get("x-atelier-generation").and_then(|value| value.to_str().ok());
         let generation = generation.unwrap_or("unknown").chars().take(12).collect();

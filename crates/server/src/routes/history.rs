@@ -101,7 +101,8 @@ pub(crate) async fn upload(
     app.uploads().take(&id, bytes.len() as u64, app.clock.now())?;
     let hash: [u8; 32] = Sha256::digest(&bytes).into();
     let size = bytes.len() as u64;
-    let read = move |app: &App| if ndjson { items::from_ndjson(app, &bytes) } else { items::from_json(app, &bytes) };
+    let read =
+        move |app: &App| if ndjson { items::from_ndjson(app, &bytes) } else { items::from_json(app, &bytes) };
     let items = app.blocking(read).await??;
     let most = app.limits.history_bytes_per_user;
     if app.store.history_stats(&id).await?.bytes.saturating_add(size) > most {

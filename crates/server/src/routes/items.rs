@@ -138,7 +138,8 @@ pub(crate) fn from_ndjson(app: &App, bytes: &[u8]) -> Result<Vec<NewItem>, ApiEr
         items.push(item.map_err(|error| {
             let detail = error.body().error;
             let param = detail.param.map_or(String::new(), |param| format!(".{param}"));
-            ApiError::new(error.code(), format!("line {number}: {}", detail.message)).param(format!("line {number}{param}"))
+            ApiError::new(error.code(), format!("line {number}: {}", detail.message))
+                .param(format!("line {number}{param}"))
         })?);
     }
     check(app, items)

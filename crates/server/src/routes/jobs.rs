@@ -77,7 +77,15 @@ struct WireGate {
 
 impl From<GateReport> for WireGate {
     fn from(gate: GateReport) -> Self {
-        let GateReport { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict } = gate;
+        let GateReport {
+            train_items,
+            heldout_items,
+            heldout_tokens,
+            base_bits,
+            head_bits,
+            new_bits,
+            verdict,
+        } = gate;
         Self { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict }
     }
 }

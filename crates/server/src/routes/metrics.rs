@@ -27,8 +27,11 @@ impl QueueGauge {
             return Ok(snapshot);
         }
         let stats = app.store.queue_stats().await?;
-        let snapshot =
-            QueueSnapshot { queued: stats.queued, running: stats.running, oldest_queued: stats.oldest_queued };
+        let snapshot = QueueSnapshot {
+            queued: stats.queued,
+            running: stats.running,
+            oldest_queued: stats.oldest_queued,
+        };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, snapshot));
         Ok(snapshot)
     }

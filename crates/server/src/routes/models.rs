@@ -90,6 +90,7 @@ pub(crate) async fn read(
     Path(id): Path<String>,
 ) -> Result<Json<ModelCard>, ApiError> {
     let Some(user) = by_model(&app.model_name, &id)? else { return Ok(Json(ModelCard::base(&app))) };
-    let head = app.store.head(&AdapterId::new(principal.tenant, user)).await?.ok_or_else(|| unknown_model(&id))?;
+    let head =
+        app.store.head(&AdapterId::new(principal.tenant, user)).await?.ok_or_else(|| unknown_model(&id))?;
     Ok(Json(ModelCard::new(&app, id, head.created_at, Some(app.model_name.clone()))))
 }

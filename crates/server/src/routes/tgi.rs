@@ -125,7 +125,8 @@ impl Parameters {
         if self.top_k == Some(0) {
             return Err(ApiError::invalid("top_k", "must be at least 1"));
         }
-        let sample = self.do_sample == Some(true) || temperature.is_some() || self.top_k.is_some() || top_p.is_some();
+        let sample =
+            self.do_sample == Some(true) || temperature.is_some() || self.top_k.is_some() || top_p.is_some();
         let frequency = within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
         let presence = within("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
         Ok(SamplingParams {

@@ -130,7 +130,10 @@ pub(crate) async fn read(State(app): State<App>, PathUser(id): PathUser) -> Resu
         (status = 404, description = "No such user", body = ErrorBody),
     )
 )]
-pub(crate) async fn erase(State(app): State<App>, PathUser(id): PathUser) -> Result<Json<DeletedUser>, ApiError> {
+pub(crate) async fn erase(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+) -> Result<Json<DeletedUser>, ApiError> {
     let erased = app.store.erase_user(&id).await;
     // Also when the erasure failed half-way: what is resident is loaded again if it is still there.
     app.adapters.forget(&id);

@@ -30,7 +30,19 @@ async fn every_number_is_checked() {
         others.as_object_mut().unwrap().remove(field);
         let others = others.to_string();
         let others = others.strip_suffix('}').unwrap();
-        let values = ["-1", "0", "1", "-2147483649", "4294967295", "4294967296", "1e400", "-1e400", "\"1\"", "[]", "true"];
+        let values = [
+            "-1",
+            "0",
+            "1",
+            "-2147483649",
+            "4294967295",
+            "4294967296",
+            "1e400",
+            "-1e400",
+            "\"1\"",
+            "[]",
+            "true",
+        ];
         for value in values {
             let number: Option<f64> = value.parse().ok();
             let fine = number.is_some_and(|n| n.is_finite() && n >= least && n <= most);
@@ -43,7 +55,9 @@ async fn every_number_is_checked() {
             } else {
                 assert_eq!(answer.status, 400, "{field} = {value}: {}", answer.text());
                 let error = &answer.json()["error"];
-                assert!(error["message"].is_string() && error.get("param").is_some() && error["code"].is_string());
+                assert!(
+                    error["message"].is_string() && error.get("param").is_some() && error["code"].is_string()
+                );
             }
         }
     }
@@ -63,7 +77,11 @@ async fn errors_name_the_field() {
         (chat("temperature", json!(2.1)), 400, "temperature"),
         (chat("messages", json!([])), 400, "messages"),
         (chat("messages", json!([{ "role": "king", "content": "x" }])), 400, "messages[0].role"),
-        (chat("messages", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])), 400, "messages[0].content"),
+        (
+            chat("messages", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])),
+            400,
+            "messages[0].content",
+        ),
         (chat("messages", json!([{ "role": "user", "content": "long ".repeat(2000) }])), 400, "messages"),
         (chat("logit_bias", json!({ "999999": 1 })), 400, "logit_bias.999999"),
         (chat("logit_bias", json!({ "1": 101 })), 400, "logit_bias.1"),
@@ -93,7 +111,9 @@ async fn errors_name_the_field() {
 
 #[tokio::test]
 async fn what_is_no_request_is_refused() {
-    let server = Server::with(Auth::Open, Limits { body_bytes: 1000, upload_bytes: 2000, ..Limits::default() }, None).await;
+    let server =
+        Server::with(Auth::Open, Limits { body_bytes: 1000, upload_bytes: 2000, ..Limits::default() }, None)
+            .await;
     let send = async |path: &str, media: &str, body: String| {
         let request = Request::post(path).header("content-type", media);
         server.send(request.body(Body::from(body)).unwrap()).await
@@ -101,17 +121,25 @@ async fn what_is_no_request_is_refused() {
     for path in ["/v1/chat/completions", "/v1/completions", "/v1/users/ann/history"] {
         for body in ["", "{", "[]", "null", "{\"model\":}", "\u{0}"] {
             let answer = send(path, "application/json", body.into()).await;
-            assert_eq!((answer.status.as_u16(), &answer.json()["error"]["code"]), (400, &json!("invalid_json")), "{body:?}");
+            assert_eq!(
+                (answer.status.as_u16(), &answer.json()["error"]["code"]),
+                (400, &json!("invalid_json")),
+                "{body:?}"
+            );
         }
         let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
         assert_eq!(send(path, "application/json", deep).await.status, 400);
-        assert_eq!(send(path, "application/json", format!("{{\"a\":\"{}\"}}", "x".repeat(3000))).await.status, 413);
+        assert_eq!(
+            send(path, "application/json", format!("{{\"a\":\"{}\"}}", "x".repeat(3000))).await.status,
+            413
+        );
         assert_eq!(send(path, "text/plain", "{}".into()).await.status, 415);
     }
     assert_eq!(send("/generate", "application/json", "{".into()).await.status, 422);
     assert_eq!(server.get("/v1/nothing").await.json()["error"]["code"], "route_not_found");
     assert_eq!(server.get("/v1/chat/completions").await.json()["error"]["code"], "method_not_allowed");
     assert_eq!(server.get("/v1/jobs/none").await.json()["error"]["code"], "job_not_found");
-    let load = server.post("/v1/load_lora_adapter", json!({ "lora_name": "x", "lora_path": "/etc/passwd" })).await;
+    let load =
+        server.post("/v1/load_lora_adapter", json!({ "lora_name": "x", "lora_path": "/etc/passwd" })).await;
     assert_eq!((load.status.as_u16(), load.text().contains("/v1/users/{user}/history")), (400, true));
 }

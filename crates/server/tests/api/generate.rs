@@ -19,7 +19,10 @@ async fn a_chat_is_answered() {
     assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
     assert_eq!(body["object"], "chat.completion");
     let choice = &body["choices"][0];
-    assert_eq!((&choice["message"]["role"], &choice["finish_reason"]), (&json!("assistant"), &json!("length")));
+    assert_eq!(
+        (&choice["message"]["role"], &choice["finish_reason"]),
+        (&json!("assistant"), &json!("length"))
+    );
     assert_eq!(choice["logprobs"]["content"].as_array().unwrap().len(), 6);
     let usage = &body["usage"];
     assert_eq!(usage["completion_tokens"], 6);
@@ -30,19 +33,25 @@ async fn a_chat_is_answered() {
 async fn streams_say_the_same_in_pieces() {
     let server = Server::new().await;
     let whole = server.post("/v1/chat/completions", chat()).await.json();
-    let streamed = with(with(chat(), "stream", json!(true)), "stream_options", json!({ "include_usage": true }));
+    let streamed =
+        with(with(chat(), "stream", json!(true)), "stream_options", json!({ "include_usage": true }));
     let answer = server.post("/v1/chat/completions", streamed).await;
     assert_eq!(answer.header("content-type"), "text/event-stream");
     let mut events = answer.events();
     assert_eq!(events.pop().as_deref(), Some("[DONE]"));
     let chunks: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
-    assert!(chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["id"] == chunks[0]["id"]));
+    assert!(
+        chunks
+            .iter()
+            .all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["id"] == chunks[0]["id"])
+    );
     assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
     let (usage, chunks) = chunks.split_last().unwrap();
     assert_eq!((&usage["choices"], &usage["usage"]), (&json!([]), &whole["usage"]));
     assert!(chunks.iter().all(|chunk| chunk["usage"].is_null() && chunk.get("usage").is_some()));
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "length");
-    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    let text: String =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(text, whole["choices"][0]["message"]["content"].as_str().unwrap());
 
     let whole = server.post("/v1/completions", completion()).await.json();
@@ -96,7 +105,8 @@ async fn adapters_answer_when_named_and_when_there() {
     assert_eq!((newcomer.status.as_u16(), newcomer.header("x-atelier-adapter")), (200, "none"));
     assert_eq!(newcomer.json()["choices"][0]["message"], base["choices"][0]["message"]);
     let models = server.get("/v1/models").await.json();
-    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().filter_map(|card| card["id"].as_str()).collect();
+    let ids: Vec<&str> =
+        models["data"].as_array().unwrap().iter().filter_map(|card| card["id"].as_str()).collect();
     assert_eq!(ids, ["base", "base:ann"]);
     assert_eq!(server.get("/v1/models/base:ann").await.json()["parent"], "base");
     assert_eq!(server.get("/v1/models/base:bob").await.status, 404);
@@ -120,7 +130,8 @@ async fn tgi_speaks_its_own_shapes() {
     assert_eq!(details["tokens"].as_array().unwrap().len(), 5);
     assert!(details["tokens"][0]["logprob"].as_f64().unwrap() < 0.0);
     let answer = server.post("/generate_stream", body).await;
-    let events: Vec<Value> = answer.events().iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let events: Vec<Value> =
+        answer.events().iter().map(|event| serde_json::from_str(event).unwrap()).collect();
     assert_eq!(events.len(), 5);
     assert!(events[..4].iter().all(|event| event["generated_text"].is_null() && event["details"].is_null()));
     assert_eq!(events[4]["generated_text"], whole["generated_text"]);
@@ -128,6 +139,7 @@ async fn tgi_speaks_its_own_shapes() {
     let unknown = json!({ "inputs": "x", "parameters": { "adapter_id": "nobody" } });
     let unknown = server.post("/generate", unknown).await;
     assert_eq!((unknown.status.as_u16(), &unknown.json()["error_type"]), (404, &json!("model_not_found")));
-    let wrong = server.post("/generate", json!({ "inputs": "x", "parameters": { "max_new_tokens": 0 } })).await;
+    let wrong =
+        server.post("/generate", json!({ "inputs": "x", "parameters": { "max_new_tokens": 0 } })).await;
     assert_eq!((wrong.status.as_u16(), &wrong.json()["error_type"]), (422, &json!("validation")));
 }

@@ -24,7 +24,10 @@ async fn history_goes_in_and_comes_out() {
     let job = uploaded["job"]["id"].as_str().unwrap();
     assert_eq!(server.get(&format!("/v1/jobs/{job}")).await.json()["status"], "queued");
     let more = server.post(HISTORY, items(7)).await.json();
-    assert_eq!((&more["accepted"], &more["duplicates"], &more["total_items"]), (&json!(2), &json!(5), &json!(7)));
+    assert_eq!(
+        (&more["accepted"], &more["duplicates"], &more["total_items"]),
+        (&json!(2), &json!(5), &json!(7))
+    );
     assert_eq!(more["job"]["id"], job, "one job waits");
 
     let page = server.get(&format!("{HISTORY}?limit=4")).await.json();
@@ -45,7 +48,8 @@ async fn history_goes_in_and_comes_out() {
 }
 
 async fn keyed(server: &Server, key: &str, body: Value) -> Answer {
-    let request = Request::post(HISTORY).header("content-type", "application/json").header("idempotency-key", key);
+    let request =
+        Request::post(HISTORY).header("content-type", "application/json").header("idempotency-key", key);
     server.send(request.body(Body::from(body.to_string())).unwrap()).await
 }
 
@@ -56,7 +60,10 @@ async fn a_key_is_answered_once() {
     let again = keyed(&server, "k", items(3)).await.json();
     assert_eq!((&again["accepted"], &again["replayed"]), (&first["accepted"], &json!(true)));
     let other = keyed(&server, "k", items(4)).await;
-    assert_eq!((other.status.as_u16(), &other.json()["error"]["code"]), (422, &json!("idempotency_key_reused")));
+    assert_eq!(
+        (other.status.as_u16(), &other.json()["error"]["code"]),
+        (422, &json!("idempotency_key_reused"))
+    );
     let changed = json!({ "items": [{ "id": "i1", "output": "something else" }] });
     assert_eq!(server.post(HISTORY, changed).await.status, 409);
 }
@@ -94,7 +101,8 @@ async fn nobody_sees_what_is_anothers() {
     let server = Server::with(keys, Limits::default(), None).await;
     server.adopt("one", "ann").await;
     let ask = async |key: Option<&str>, method: &str, path: &str, body: Option<Value>| {
-        let mut request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+        let mut request =
+            Request::builder().method(method).uri(path).header("content-type", "application/json");
         if let Some(key) = key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
@@ -103,7 +111,8 @@ async fn nobody_sees_what_is_anothers() {
     };
     let uploaded = ask(Some("key of one"), "POST", HISTORY, Some(items(3))).await.json();
     let job = format!("/v1/jobs/{}", uploaded["job"]["id"].as_str().unwrap());
-    let chat = json!({ "model": "base:ann", "messages": [{ "role": "user", "content": "x" }], "max_tokens": 2 });
+    let chat =
+        json!({ "model": "base:ann", "messages": [{ "role": "user", "content": "x" }], "max_tokens": 2 });
     let generate = json!({ "inputs": "x", "parameters": { "adapter_id": "ann", "max_new_tokens": 2 } });
     let routes = [
         ("GET", "/v1/users/ann", None),

@@ -71,7 +71,8 @@ impl Server {
             threads: 1,
             eos: tokenizer.eos_ids().to_vec(),
         };
-        let engine = engine.unwrap_or_else(|| Arc::new(ModelEngine::start(Arc::clone(&model), settings).unwrap()));
+        let engine =
+            engine.unwrap_or_else(|| Arc::new(ModelEngine::start(Arc::clone(&model), settings).unwrap()));
         let store = Store::in_memory(Arc::new(SystemClock)).await.unwrap();
         let base = *model.hash();
         let app = App::new(AppState {
@@ -100,7 +101,9 @@ impl Server {
     async fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
         let request = Request::builder().method(method).uri(path);
         let request = match body {
-            Some(body) => request.header("content-type", "application/json").body(Body::from(body.to_string())),
+            Some(body) => {
+                request.header("content-type", "application/json").body(Body::from(body.to_string()))
+            }
             None => request.body(Body::empty()),
         };
         self.send(request.unwrap()).await
@@ -120,8 +123,14 @@ impl Server {
         let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
         let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
         let id = peft::generation_id(&self.base, &config, &weights);
-        let generation =
-            NewGeneration { id, parent: None, base: self.base, config, weights, meta: json!({ "gate": null }) };
+        let generation = NewGeneration {
+            id,
+            parent: None,
+            base: self.base,
+            config,
+            weights,
+            meta: json!({ "gate": null }),
+        };
         let adapter = AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap());
         self.store.publish(&adapter, generation, None, None).await.unwrap();
         id.to_string()

@@ -1,0 +1,76 @@
+//! `ci`: everything that must hold, in order, up to the first failure.
+
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+
+use crate::{openapi, tidy, workspace};
+
+/// Where the round trip's files go, relative to the root.
+const ROUNDTRIP: &str = "target/roundtrip";
+const FIXTURE: &str = "tests/fixtures/tiny-llama";
+
+pub(crate) fn run() -> anyhow::Result<()> {
+    step("format", || cargo("fmt --all --check"))?;
+    step("clippy", || cargo("clippy --release --workspace --all-targets -- -D warnings"))?;
+    step("tidy", tidy::run)?;
+    step("documentation", documentation)?;
+    step("description of the API", || openapi::run(true))?;
+    step("demo", demo)?;
+    step("round trip through HF peft", roundtrip)?;
+    // Last, so that the tests' summary closes the output.
+    step("tests", || cargo("test --release --workspace"))
+}
+
+fn step(title: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    println!("\n== {title}");
+    let start = Instant::now();
+    let result = work();
+    let seconds = start.elapsed().as_secs_f64();
+    match &result {
+        Ok(()) => println!("== {title}: passed in {seconds:.1} s"),
+        Err(_) => println!("== {title}: FAILED after {seconds:.1} s"),
+    }
+    result.with_context(|| format!("step \"{title}\""))
+}
+
+/// Runs cargo with arguments that contain no spaces.
+fn cargo(args: &str) -> anyhow::Result<()> {
+    check("cargo", &args.split(' ').collect::<Vec<_>>(), &[])
+}
+
+fn check(program: &str, args: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
+    let mut command = workspace::command(program, args);
+    let status = command.envs(environment.iter().copied()).status();
+    let status = status.with_context(|| format!("cannot start {program}"))?;
+    ensure!(status.success(), "{program} {}: {status}", args.join(" "));
+    Ok(())
+}
+
+fn documentation() -> anyhow::Result<()> {
+    let args = ["doc", "--release", "--workspace", "--no-deps"];
+    check("cargo", &args, &[("RUSTDOCFLAGS", "-D warnings")])
+}
+
+/// The demo with nothing left over from an earlier run.
+fn demo() -> anyhow::Result<()> {
+    let data = std::env::temp_dir().join(format!("atelier-ci-{}", std::process::id()));
+    std::fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
+    let folder = data.to_string_lossy();
+    let args = ["run", "--release", "--", "demo", "--exit", "--listen", "127.0.0.1:0", "--data", &folder];
+    let result = check("cargo", &args, &[]);
+    std::fs::remove_dir_all(&data).with_context(|| format!("cannot remove {}", data.display()))?;
+    result
+}
+
+/// An adapter trained here gives the same logits in HF peft; another adapter does not (negative control).
+fn roundtrip() -> anyhow::Result<()> {
+    let printed = workspace::output("tests/reference/setup.sh", &[])?;
+    let python = printed.lines().last().context("setup.sh printed no python")?;
+    cargo(&format!("run --release -p train --example roundtrip -- {ROUNDTRIP}"))?;
+    let script = "tests/reference/roundtrip.py";
+    let (adapter, other) = (format!("{ROUNDTRIP}/adapter"), format!("{ROUNDTRIP}/other"));
+    let logits = format!("{ROUNDTRIP}/logits.json");
+    check(python, &[script, FIXTURE, &adapter, &logits], &[])?;
+    check(python, &[script, FIXTURE, &other, &logits, "--expect-mismatch"], &[])
+}
