@@ -40,6 +40,7 @@ fn messages(value: &Value) -> Vec<Message> {
             "system" => Role::System,
             "user" => Role::User,
             "assistant" => Role::Assistant,
+            "tool" => Role::Tool,
             other => panic!("role {other}"),
         };
         Message::new(role, value["content"].as_str().unwrap())

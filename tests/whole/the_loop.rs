@@ -79,10 +79,10 @@ async fn ask(client: &reqwest::Client, program: &Program, model: &str) -> reqwes
 async fn a_kill_in_the_middle_of_training_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let client = reqwest::Client::new();
-    let start = |path: &Path| Program::start(&["--model-name", "base", "--epochs", "4"], path);
+    let start = |path: &Path| Program::start(&["--model-name", "base", "--epochs", "2"], path);
     let program = start(folder.path());
-    let uploaded = upload(&client, &program, 40).await;
-    assert_eq!(uploaded["accepted"], 40);
+    let uploaded = upload(&client, &program, 24).await;
+    assert_eq!(uploaded["accepted"], 24);
     let job = uploaded["job"]["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/jobs/{job}");
     let none = ask(&client, &program, "base:kit").await;
@@ -95,9 +95,9 @@ async fn a_kill_in_the_middle_of_training_loses_nothing() {
     assert_eq!(done["outcome"]["published"], true, "{done}");
     assert!(done["attempts"].as_u64() >= Some(2), "{done}");
     let user: Value = client.get(program.url("/v1/users/kit")).send().await.unwrap().json().await.unwrap();
-    assert_eq!(user["items"], 40, "{user}");
+    assert_eq!(user["items"], 24, "{user}");
     // The same upload again changes nothing.
-    assert_eq!(upload(&client, &program, 40).await["duplicates"], 40);
+    assert_eq!(upload(&client, &program, 24).await["duplicates"], 24);
 
     let answer = ask(&client, &program, "base:kit").await;
     assert_eq!(answer.status(), 200);
