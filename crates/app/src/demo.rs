@@ -4,6 +4,7 @@
 mod client;
 mod users;
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,10 +63,9 @@ pub async fn run(context: &DemoContext) -> anyhow::Result<()> {
     println!("\nThe worker trains them, one after another:");
     for (person, job) in people.iter().zip(jobs) {
         let Some(job) = job else { continue };
-        let bar = ProgressBar::new(1).with_message(person.id);
-        bar.set_style(ProgressStyle::with_template("  {msg:9} {bar:30} {pos}/{len} steps, {elapsed}")?);
-        let reason = api.wait(&job, |job| follow(&bar, job)).await;
-        bar.finish_and_clear();
+        let mut progress = Progress::new(person.id)?;
+        let reason = api.wait(&job, |job| progress.follow(job)).await;
+        progress.bar.finish_and_clear();
         println!("  {:9} {}", person.id, reason.with_context(|| format!("training of {}", person.id))?);
     }
     let table = measure(context, &api, &people).await?;
@@ -79,10 +79,33 @@ pub async fn run(context: &DemoContext) -> anyhow::Result<()> {
     table.check()
 }
 
-fn follow(bar: &ProgressBar, job: &Value) {
-    if let (Some(step), Some(steps)) = (job["progress"]["step"].as_u64(), job["progress"]["steps"].as_u64()) {
-        bar.set_length(steps);
-        bar.set_position(step);
+/// How far one person's training is: a bar on a terminal, elsewhere a line per quarter.
+struct Progress {
+    name: &'static str,
+    bar: ProgressBar,
+    lines: bool,
+    quarters: u64,
+}
+
+impl Progress {
+    fn new(name: &'static str) -> anyhow::Result<Self> {
+        let bar = ProgressBar::new(1).with_message(name);
+        bar.set_style(ProgressStyle::with_template("  {msg:9} {bar:30} {pos}/{len} steps, {elapsed}")?);
+        // The bar draws on stderr and hides itself where that is not a terminal.
+        Ok(Self { name, bar, lines: !std::io::stderr().is_terminal(), quarters: 0 })
+    }
+
+    fn follow(&mut self, job: &Value) {
+        let (step, steps) = (job["progress"]["step"].as_u64(), job["progress"]["steps"].as_u64());
+        let (Some(step), Some(steps @ 1..)) = (step, steps) else { return };
+        self.bar.set_length(steps);
+        self.bar.set_position(step);
+        // The last quarter needs no line: the outcome follows at once.
+        let quarters = (step * 4 / steps).min(3);
+        if self.lines && quarters > self.quarters {
+            self.quarters = quarters;
+            println!("  {:9} {step}/{steps} steps", self.name);
+        }
     }
 }
 

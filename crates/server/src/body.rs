@@ -1,14 +1,21 @@
 //! Reading a request's body: its media type, its size, the time it takes.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::HeaderMap;
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use futures::StreamExt as _;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use futures::{Stream, StreamExt as _};
 
 use crate::app::App;
 use crate::error::{ApiError, Code};
 use crate::json::Object;
+
+/// How much of a body that is too large is taken in and dropped, and for how long. A client that still writes when
+/// the connection is closed gets a reset instead of the answer.
+const DRAIN_BYTES: u64 = 16 * 1024 * 1024;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// A JSON object as a body, no longer than [`crate::Limits::body_bytes`].
 #[derive(Debug)]
@@ -51,17 +58,23 @@ pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<By
     let too_large = || ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes"));
     let announced =
         request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    // Who expects to be asked on has not begun to write.
+    let waits = request.headers().contains_key(EXPECT);
+    let mut chunks = request.into_body().into_data_stream();
     if announced.is_some_and(|length: u64| length > limit as u64) {
+        if !waits && announced.is_some_and(|length| length <= limit as u64 + DRAIN_BYTES) {
+            drain(&mut chunks).await;
+        }
         return Err(too_large());
     }
     let whole = async {
-        let mut chunks = request.into_body().into_data_stream();
         let mut bytes = Vec::new();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|error| {
                 ApiError::new(Code::InvalidJson, "the body did not arrive whole").cause(error)
             })?;
             if bytes.len() + chunk.len() > limit {
+                drain(&mut chunks).await;
                 return Err(too_large());
             }
             bytes.extend_from_slice(&chunk);
@@ -76,4 +89,17 @@ pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<By
             Err(ApiError::new(Code::RequestTimeout, message))
         }
     }
+}
+
+/// Takes in what a client is still writing.
+async fn drain<E>(chunks: &mut (impl Stream<Item = Result<Bytes, E>> + Unpin)) {
+    let rest = async {
+        let mut left = DRAIN_BYTES;
+        while let Some(Ok(chunk)) = chunks.next().await {
+            let Some(less) = left.checked_sub(chunk.len() as u64) else { break };
+            left = less;
+        }
+    };
+    // Out of time or not, the answer is the same.
+    let _ = tokio::time::timeout(DRAIN_TIME, rest).await;
 }

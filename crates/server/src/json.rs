@@ -44,6 +44,17 @@ impl Object {
         Ok(Self(Value::Object(map)))
     }
 
+    /// Without the fields that are null, here and in the objects directly in it: some clients send all they know.
+    pub(crate) fn without_nulls(mut self) -> Self {
+        if let Some(map) = self.0.as_object_mut() {
+            map.retain(|_, value| !value.is_null());
+            for inner in map.values_mut().filter_map(Value::as_object_mut) {
+                inner.retain(|_, value| !value.is_null());
+            }
+        }
+        self
+    }
+
     /// Reads the fields that `T` has. The error names the field.
     pub(crate) fn read<'de, T: Deserialize<'de>>(&'de self) -> Result<T, ApiError> {
         serde_path_to_error::deserialize(&self.0).map_err(|error| {

@@ -25,10 +25,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
 
     println!("\ndependency crates: {}", dependencies(&workspace::metadata(true)?));
     let tree = workspace::output("cargo", &["tree", "--duplicates", "--depth", "0"])?;
-    let doubled: BTreeSet<&str> = tree.lines().filter(|line| !line.trim().is_empty()).collect();
+    let doubled = doubled(&tree);
     println!("in more than one version: {}", doubled.len());
-    for line in doubled {
-        println!("  {line}");
+    for (name, versions) in doubled {
+        println!("  {name} {}", versions.into_iter().collect::<Vec<_>>().join(", "));
     }
     Ok(())
 }
@@ -48,6 +48,20 @@ fn split(path: &str, text: &str) -> [usize; 2] {
 /// The crate a file belongs to.
 fn owner(path: &str) -> &str {
     path.strip_prefix("crates/").and_then(|path| path.split('/').next()).unwrap_or("atelier")
+}
+
+/// Crates in more than one version, from `cargo tree --duplicates`, which also lists a version built twice with
+/// different features.
+fn doubled(tree: &str) -> BTreeMap<&str, BTreeSet<&str>> {
+    let mut versions: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for line in tree.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(version)) = (words.next(), words.next()) {
+            versions.entry(name).or_default().insert(version);
+        }
+    }
+    versions.retain(|_, versions| versions.len() > 1);
+    versions
 }
 
 /// How many crates of others the product is built from, development dependencies left out.
@@ -99,5 +113,11 @@ mod tests {
             {"id": "d", "deps": [dep("e", Value::Null)]},
         ]}});
         assert_eq!(dependencies(&metadata), 2);
+    }
+
+    #[test]
+    fn only_different_versions_are_doubled() {
+        let found = doubled("a v1.0.0\n\na v1.0.0\n\nb v1.0.0\n\nb v2.0.0\n");
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), ["b"]);
     }
 }

@@ -72,7 +72,7 @@ impl Api {
                     return Ok(now["outcome"]["reason"].as_str().unwrap_or_default().to_owned());
                 }
                 Some("failed") => bail!("the job failed: {}", now["error"]),
-                _ => tokio::time::sleep(Duration::from_millis(250)).await,
+                _ => tokio::time::sleep(Duration::from_millis(500)).await,
             }
         }
     }

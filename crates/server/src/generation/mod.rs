@@ -126,6 +126,9 @@ pub(crate) struct End {
 impl App {
     /// Starts the answers to a request, prompt by prompt: choice `i` answers prompt `i / n`.
     pub(crate) async fn generate(&self, ask: Ask) -> Result<Generation, ApiError> {
+        if ask.prompts.iter().any(|prompt| ask.params.min_tokens > prompt.max_tokens) {
+            return Err(ApiError::invalid("min_tokens", "must not be above max_tokens"));
+        }
         let meter = Meter::new(self.metrics.clone(), ask.prompts.len() * ask.n);
         let until = Instant::now() + self.limits.generation_timeout;
         let who = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use text::{ChatOptions, Message, Role};
@@ -49,8 +50,9 @@ pub(crate) struct ChatRequest {
     sampling: SamplingFields,
 }
 
-/// One message.
+/// One message. What clients send along with an earlier answer is accepted where it is empty or cannot matter.
 #[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 struct WireMessage {
     /// `system`, `developer` (the same), `user`, `assistant` or `tool`.
     role: String,
@@ -61,6 +63,21 @@ struct WireMessage {
     /// Not supported.
     #[schema(ignore)]
     tool_calls: Option<Value>,
+    /// Not supported.
+    #[schema(ignore)]
+    function_call: Option<Value>,
+    /// Not supported.
+    #[schema(ignore)]
+    audio: Option<Value>,
+    #[schema(ignore)]
+    #[serde(rename = "tool_call_id")]
+    _tool_call_id: Option<IgnoredAny>,
+    #[schema(ignore)]
+    #[serde(rename = "refusal")]
+    _refusal: Option<IgnoredAny>,
+    #[schema(ignore)]
+    #[serde(rename = "annotations")]
+    _annotations: Option<IgnoredAny>,
 }
 
 /// A message's content.
@@ -96,9 +113,14 @@ impl WireMessage {
                 return Err(ApiError::invalid(param("role"), problem));
             }
         };
-        if self.tool_calls.is_some() {
-            let message = format!("{}: tool calls are not supported by this server", param("tool_calls"));
-            return Err(ApiError::new(Code::UnsupportedParameter, message).param(param("tool_calls")));
+        let asks = |value: &Value| value.as_array().is_none_or(|list| !list.is_empty());
+        for (field, value) in
+            [("tool_calls", &self.tool_calls), ("function_call", &self.function_call), ("audio", &self.audio)]
+        {
+            if value.as_ref().is_some_and(asks) {
+                let message = format!("{}: not supported by this server", param(field));
+                return Err(ApiError::new(Code::UnsupportedParameter, message).param(param(field)));
+            }
         }
         let content = match &self.content {
             None if role == Role::Assistant => String::new(),

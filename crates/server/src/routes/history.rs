@@ -110,7 +110,9 @@ pub(crate) async fn upload(
         return Err(ApiError::new(Code::HistoryFull, message));
     }
     let appended = app.store.append(&id, key.as_deref(), hash, items).await?;
-    app.metrics.history(if appended.replayed { 0 } else { appended.accepted }, appended.duplicates);
+    if !appended.replayed {
+        app.metrics.history(appended.accepted, appended.duplicates);
+    }
     app.on_upload.notify_one();
     let uploaded = Uploaded {
         accepted: appended.accepted,

@@ -1,7 +1,7 @@
 //! `GET /v1/jobs/{id}`: how a training job stands.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::Serialize;
 use types::{GateReport, Job, JobId, JobOutcome};
 use utoipa::ToSchema;
@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use crate::app::App;
 use crate::auth::Principal;
 use crate::error::{ApiError, Code, ErrorBody};
+use crate::routes::PathId;
 use crate::routes::items::seconds;
 
 /// A training job.
@@ -140,7 +141,7 @@ impl From<Job> for WireJob {
 pub(crate) async fn job(
     State(app): State<App>,
     principal: Principal,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<WireJob>, ApiError> {
     let unknown = || ApiError::new(Code::JobNotFound, format!("there is no job {id:?}")).param("id");
     let parsed: JobId = id.parse().map_err(|_| unknown())?;

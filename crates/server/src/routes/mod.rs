@@ -41,6 +41,18 @@ struct UserPath {
     user: String,
 }
 
+/// An id in a path, whatever it names; what is no text is a 400 in the envelope.
+pub(crate) struct PathId(pub(crate) String);
+
+impl FromRequestParts<App> for PathId {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let id = Path::<String>::from_request_parts(parts, app).await;
+        id.map(|Path(id)| Self(id)).map_err(|error| ApiError::invalid("id", error))
+    }
+}
+
 /// A page of a list, as asked for in the query.
 #[derive(Debug, Default, serde::Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -48,18 +60,19 @@ pub(crate) struct PageQuery {
     /// Where to go on: `next` of the page before.
     pub(crate) after: Option<String>,
     /// Entries of the page.
-    #[param(minimum = 1)]
-    pub(crate) limit: Option<u32>,
+    // Parsed here and not by serde, so that the error names it.
+    #[param(minimum = 1, value_type = Option<u32>)]
+    pub(crate) limit: Option<String>,
 }
 
 impl PageQuery {
     /// The number of entries, within the limit.
     pub(crate) fn limit(&self, app: &App) -> Result<u32, ApiError> {
         let most = app.limits.page;
-        match self.limit {
-            None => Ok(most.min(100)),
-            Some(limit) if (1..=most).contains(&limit) => Ok(limit),
-            Some(_) => Err(ApiError::invalid("limit", format!("must be from 1 to {most}"))),
+        let Some(limit) = &self.limit else { return Ok(most.min(100)) };
+        match limit.parse() {
+            Ok(limit) if (1..=most).contains(&limit) => Ok(limit),
+            _ => Err(ApiError::invalid("limit", format!("must be from 1 to {most}"))),
         }
     }
 }

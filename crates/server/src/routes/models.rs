@@ -1,7 +1,7 @@
 //! `GET /v1/models`: the base, and the users' adapters as models.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::Serialize;
 use types::{AdapterId, TenantId, Timestamp};
 use utoipa::ToSchema;
@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use crate::app::App;
 use crate::auth::Principal;
 use crate::error::{ApiError, ErrorBody};
+use crate::routes::PathId;
 use crate::wanted::{by_model, model_of, unknown_model};
 
 /// The models.
@@ -87,7 +88,7 @@ async fn adapters(app: &App, tenant: &TenantId) -> Result<Vec<ModelCard>, ApiErr
 pub(crate) async fn read(
     State(app): State<App>,
     principal: Principal,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<ModelCard>, ApiError> {
     let Some(user) = by_model(&app.model_name, &id)? else { return Ok(Json(ModelCard::base(&app))) };
     let head =

@@ -42,12 +42,16 @@ impl IntoResponse for Tgi {
 
 /// A text to go on with.
 #[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct GenerateRequest {
     /// The text. Special tokens written in it count as such.
     inputs: String,
     /// How to go on.
     #[serde(default)]
     parameters: Parameters,
+    /// What the route does anyway.
+    #[schema(ignore)]
+    stream: Option<bool>,
 }
 
 /// How to go on.
@@ -207,6 +211,12 @@ fn wire(app: &App, id: u32, logprob: f32) -> WireToken {
     WireToken { id, text, logprob: logprob.max(-9999.0), special: app.tokenizer.is_special(id) }
 }
 
+/// A token of an answer, with the text that it completed: a character may be spread over several tokens.
+fn chosen(app: &App, token: &Token) -> WireToken {
+    let wire = wire(app, token.id, token.logprob);
+    if token.stop || wire.special { wire } else { WireToken { text: token.text.clone(), ..wire } }
+}
+
 fn alternatives(app: &App, token: &Token) -> Vec<WireToken> {
     token.top.iter().map(|(id, logprob)| wire(app, *id, *logprob)).collect()
 }
@@ -222,12 +232,17 @@ struct Begun {
     start: Instant,
 }
 
-async fn begin(app: &App, request: Request) -> Result<Begun, ApiError> {
+async fn begin(app: &App, request: Request, streaming: bool) -> Result<Begun, ApiError> {
     let start = Instant::now();
     let (mut parts, body) = request.into_parts();
     let principal = Principal::from_request_parts(&mut parts, app).await?;
     let JsonBody(object) = JsonBody::from_request(Request::from_parts(parts, body), app).await?;
-    let GenerateRequest { inputs, parameters } = object.read()?;
+    let object = object.without_nulls();
+    let GenerateRequest { inputs, parameters, stream } = object.read()?;
+    if stream == Some(true) && !streaming {
+        let message = "stream: for a stream use the route /generate_stream";
+        return Err(ApiError::new(Code::UnsupportedParameter, message).param("stream"));
+    }
     parameters.refuse_unsupported()?;
     let wanted = Wanted::tgi(&app.model_name, parameters.adapter_id.as_deref())?;
     let params = parameters.sampling(app)?;
@@ -288,13 +303,13 @@ async fn begin(app: &App, request: Request) -> Result<Begun, ApiError> {
     )
 )]
 pub(crate) async fn generate(State(app): State<App>, request: Request) -> Result<Response, Tgi> {
-    let begun = begin(&app, request).await?;
+    let begun = begin(&app, request, false).await?;
     let (served, queued) = (begun.generation.served.clone(), begun.generation.queued());
     let answer = begun.generation.collect().await?.pop().unwrap_or_default();
     let end = answer.end;
     let details = end.filter(|_| begun.details).map(|end| Details {
         prefill: Some(Vec::new()),
-        tokens: Some(answer.tokens.iter().map(|token| wire(&app, token.id, token.logprob)).collect()),
+        tokens: Some(answer.tokens.iter().map(|token| chosen(&app, token)).collect()),
         top_tokens: begun.top.then(|| answer.tokens.iter().map(|token| alternatives(&app, token)).collect()),
         ..details(end, begun.sample.then_some(begun.seed))
     });
@@ -349,7 +364,7 @@ fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {
     )
 )]
 pub(crate) async fn generate_stream(State(app): State<App>, request: Request) -> Result<Response, Tgi> {
-    let begun = begin(&app, request).await?;
+    let begun = begin(&app, request, true).await?;
     let format = TgiStream {
         text: begun.inputs.unwrap_or_default(),
         seed: begun.sample.then_some(begun.seed),
@@ -382,7 +397,7 @@ impl Format for TgiStream {
             let end = piece.end.filter(|_| at == last);
             events.push(sse::event(&StreamEvent {
                 index: self.index,
-                token: wire(&self.app, token.id, token.logprob),
+                token: chosen(&self.app, token),
                 top_tokens: self.top.then(|| alternatives(&self.app, token)),
                 generated_text: end.map(|_| std::mem::take(&mut self.text)),
                 details: end.map(|end| details(end, self.seed)),
