@@ -1,9 +1,12 @@
 //! `ci`: everything that must hold, in order, up to the first failure.
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 
+use crate::totals::Totals;
 use crate::{openapi, tidy, workspace};
 
 /// Where the round trip's files go, relative to the root.
@@ -18,24 +21,26 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("description of the API", || openapi::run(true))?;
     step("demo", demo)?;
     step("round trip through HF peft", roundtrip)?;
-    // Last, so that the tests' summary closes the output.
-    step("tests", || cargo("test --release --workspace"))
+    let totals = step("tests", tests)?;
+    println!("\n{totals}");
+    println!("tests: {} passed, {} failed", totals.passed, totals.failed);
+    Ok(())
 }
 
-fn step(title: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn step<T>(title: &str, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     println!("\n== {title}");
     let start = Instant::now();
     let result = work();
     let seconds = start.elapsed().as_secs_f64();
     match &result {
-        Ok(()) => println!("== {title}: passed in {seconds:.1} s"),
+        Ok(_) => println!("== {title}: passed in {seconds:.1} s"),
         Err(_) => println!("== {title}: FAILED after {seconds:.1} s"),
     }
     result.with_context(|| format!("step \"{title}\""))
 }
 
 /// Runs cargo with arguments that contain no spaces.
-fn cargo(args: &str) -> anyhow::Result<()> {
+pub(crate) fn cargo(args: &str) -> anyhow::Result<()> {
     check("cargo", &args.split(' ').collect::<Vec<_>>(), &[])
 }
 
@@ -61,6 +66,24 @@ fn demo() -> anyhow::Result<()> {
     let result = check("cargo", &args, &[]);
     std::fs::remove_dir_all(&data).with_context(|| format!("cannot remove {}", data.display()))?;
     result
+}
+
+/// The README's second command. Each test target has a summary of its own; they are added up.
+fn tests() -> anyhow::Result<Totals> {
+    let mut command = workspace::command("cargo", &["test", "--release", "--workspace"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
+    let output = child.stdout.take().context("no standard output")?;
+    let mut totals = Totals::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("cannot read what the tests print")?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        totals.add(&line);
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "cargo test: {status}; {totals}");
+    ensure!(totals.passed > 0, "cargo test ran no test");
+    Ok(totals)
 }
 
 /// An adapter trained here gives the same logits in HF peft; another adapter does not (negative control).

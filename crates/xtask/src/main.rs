@@ -5,6 +5,8 @@
 
 mod bench;
 mod ci;
+#[cfg(test)]
+mod container_tests;
 mod edges;
 mod licences;
 mod lines;
@@ -12,6 +14,7 @@ mod openapi;
 mod results;
 mod sources;
 mod tidy;
+mod totals;
 mod workspace;
 
 use clap::{Parser, Subcommand};
@@ -46,6 +49,8 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Fetch the default model into the cache folder and print its path
+    FetchModel,
     /// Everything that must hold before a change is merged
     Ci,
 }
@@ -56,6 +61,7 @@ fn main() -> anyhow::Result<()> {
         Task::Openapi { check } => openapi::run(check),
         Task::Lines => lines::run(),
         Task::Bench { area, quick, json } => bench::run(area, quick, json),
+        Task::FetchModel => ci::cargo("run --release --quiet -- fetch"),
         Task::Ci => ci::run(),
     }
 }

@@ -28,7 +28,7 @@ const HOSTS: [&str; 6] = [
     concat!("deb.debian", ".org"),
 ];
 
-const UNCHECKED: &str = concat!("un", "safe ");
+const UNCHECKED: &str = concat!("un", "safe");
 const ENVIRONMENT: &str = concat!("env::", "var");
 
 /// Violations in one file, as `path:line: what`.
@@ -77,7 +77,7 @@ fn rust(path: &str, text: &str, found: &mut Vec<String>) {
             continue;
         }
         if !may_be_unchecked && has_word(code, UNCHECKED) {
-            found.push(format!("{path}:{number}: {UNCHECKED}belongs in crates/kernels only"));
+            found.push(format!("{path}:{number}: {UNCHECKED} belongs in crates/kernels only"));
         }
         if !may_read_environment && code.contains(ENVIRONMENT) {
             found.push(format!("{path}:{number}: the environment is read in crates/app only"));
@@ -92,9 +92,11 @@ fn numbered(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.lines().enumerate().map(|(index, line)| (index + 1, line))
 }
 
-/// Whether the needle stands in the line with no letter before it.
-fn has_word(line: &str, needle: &str) -> bool {
-    line.match_indices(needle).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
+/// Whether the word stands in the line, and not as part of a longer one.
+fn has_word(line: &str, word: &str) -> bool {
+    let goes_on = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word)
+        .any(|(at, _)| !line[..at].ends_with(goes_on) && !line[at + word.len()..].starts_with(goes_on))
 }
 
 /// The name of the module that a line declares.
@@ -158,10 +160,13 @@ mod tests {
 
     #[test]
     fn code_in_the_wrong_crate_is_found() {
-        let unchecked = format!("//! x\n{UNCHECKED}{{}}\n");
-        assert_eq!(count("crates/a/src/lib.rs", &unchecked), 1);
-        assert_eq!(count("crates/kernels/src/lib.rs", &unchecked), 0);
-        assert_eq!(count("crates/a/src/lib.rs", &format!("//! x\n// {UNCHECKED}is a word here\n")), 0);
+        for code in [" {}", "{", " fn f() {", "(no_mangle)]"] {
+            let unchecked = format!("//! x\n#[{UNCHECKED}{code}\n");
+            assert_eq!(count("crates/a/src/lib.rs", &unchecked), 1, "{code}");
+            assert_eq!(count("crates/kernels/src/lib.rs", &unchecked), 0, "{code}");
+        }
+        assert_eq!(count("crates/a/src/lib.rs", &format!("//! x\n// {UNCHECKED} is a word here\n")), 0);
+        assert_eq!(count("crates/a/src/lib.rs", &format!("//! x\n#![deny({UNCHECKED}_code)]\n")), 0);
         let environment = format!("//! x\nlet x = std::{ENVIRONMENT}(\"HOME\");\n");
         assert_eq!(count("crates/a/src/lib.rs", &environment), 1);
         assert_eq!(count("crates/app/src/lib.rs", &environment), 0);

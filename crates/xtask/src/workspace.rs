@@ -45,7 +45,10 @@ pub(crate) fn metadata(dependencies: bool) -> anyhow::Result<Value> {
 
 /// Paths of the files under version control or about to be, relative to the root.
 pub(crate) fn files() -> anyhow::Result<Vec<String>> {
-    let listed = output("git", &["ls-files", "-z", "--cached", "--others", "--exclude-standard"])?;
+    // A checkout may belong to somebody else, e.g. when a container runs as root; git would refuse it.
+    let anyones = ["-c", "safe.directory=*"];
+    let wanted = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"];
+    let listed = output("git", &[&anyones[..], &wanted[..]].concat())?;
     let mut files: Vec<String> = listed.split_terminator('\0').map(str::to_owned).collect();
     files.retain(|file| root().join(file).is_file());
     files.sort();

@@ -4,6 +4,9 @@ use axum::body::Body;
 use axum::http::Request;
 use serde_json::{Value, json};
 use server::{Auth, Limits};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
 
 use crate::{Server, chat, with};
 
@@ -74,7 +77,18 @@ async fn errors_name_the_field() {
         (chat("max_tokens", json!(-1)), 400, "max_tokens"),
         (chat("max_tokens", json!(0)), 400, "max_tokens"),
         (chat("max_tokens", json!(100_000)), 400, "messages"),
+        (chat("min_tokens", json!(7)), 400, "min_tokens"),
         (chat("temperature", json!(2.1)), 400, "temperature"),
+        (
+            chat("messages", json!([{ "role": "user", "content": "x", "images": ["y"] }])),
+            400,
+            "messages[0].images",
+        ),
+        (
+            chat("messages", json!([{ "role": "assistant", "function_call": { "name": "f" } }])),
+            400,
+            "messages[0].function_call",
+        ),
         (chat("messages", json!([])), 400, "messages"),
         (chat("messages", json!([{ "role": "king", "content": "x" }])), 400, "messages[0].role"),
         (
@@ -142,4 +156,45 @@ async fn what_is_no_request_is_refused() {
     let load =
         server.post("/v1/load_lora_adapter", json!({ "lora_name": "x", "lora_path": "/etc/passwd" })).await;
     assert_eq!((load.status.as_u16(), load.text().contains("/v1/users/{user}/history")), (400, true));
+}
+
+#[tokio::test]
+async fn paths_and_queries_are_answered_in_the_envelope() {
+    let server = Server::new().await;
+    for (path, param) in [
+        ("/v1/jobs/%ff", "id"),
+        ("/v1/models/%ff", "id"),
+        ("/v1/users/%ff", "user"),
+        ("/v1/users?limit=x", "limit"),
+        ("/v1/users?limit=0", "limit"),
+        ("/v1/users?limit=-1", "limit"),
+        ("/v1/users?limit=4294967296", "limit"),
+    ] {
+        let answer = server.get(path).await;
+        assert_eq!(answer.status, 400, "{path}: {}", answer.text());
+        assert_eq!(answer.json()["error"]["param"], param, "{path}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_writes_too_much_still_reads_why() {
+    let server = Server::new().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(server::serve(listener, server.app.clone(), stop.clone()));
+    let size = 12 * 1024 * 1024;
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         content-length: {size}\r\n\r\n"
+    );
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&vec![b' '; size]).await.expect("the server takes it in");
+    let mut start = [0; 12];
+    stream.read_exact(&mut start).await.unwrap();
+    assert_eq!(&start, b"HTTP/1.1 413");
+    drop(stream);
+    stop.cancel();
+    serving.await.unwrap().unwrap();
 }

@@ -143,3 +143,49 @@ async fn tgi_speaks_its_own_shapes() {
         server.post("/generate", json!({ "inputs": "x", "parameters": { "max_new_tokens": 0 } })).await;
     assert_eq!((wrong.status.as_u16(), &wrong.json()["error_type"]), (422, &json!("validation")));
 }
+
+#[tokio::test]
+async fn tgi_clients_send_all_they_know() {
+    let server = Server::new().await;
+    // What lorax-client 0.6 sends for `generate("x", max_new_tokens=2)`.
+    let parameters = json!({
+        "adapter_id": null, "adapter_source": null, "merged_adapters": null, "api_token": null,
+        "do_sample": false, "max_new_tokens": 2, "ignore_eos_token": false, "repetition_penalty": null,
+        "return_full_text": false, "stop": [], "seed": null, "temperature": null, "top_k": null, "top_p": null,
+        "truncate": null, "typical_p": null, "best_of": null, "watermark": false, "details": true,
+        "decoder_input_details": false, "return_k_alternatives": null, "response_format": null,
+    });
+    let body = json!({ "inputs": "x", "parameters": parameters, "stream": false });
+    let answer = server.post("/generate", body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let nothing = json!({ "inputs": "x", "parameters": null });
+    assert_eq!(server.post("/generate", nothing).await.status, 200);
+    for wrong in [
+        json!({ "inputs": "x", "paramters": { "max_new_tokens": 2 } }),
+        json!({ "inputs": "x", "parameters": { "adapter_source": "hub" } }),
+        json!({ "inputs": "x", "stream": true }),
+    ] {
+        let answer = server.post("/generate", wrong.clone()).await;
+        assert_eq!(answer.status, 422, "{wrong}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
+async fn tgi_tokens_joined_are_the_text() {
+    let server = Server::new().await;
+    // The tiny model's tokens are mostly single bytes, so characters are often incomplete.
+    for seed in 0..8 {
+        let parameters = json!({
+            "max_new_tokens": 24, "do_sample": true, "seed": seed, "details": true, "ignore_eos_token": true,
+        });
+        let body = json!({ "inputs": "x", "parameters": parameters });
+        let answer = server.post("/generate", body).await.json();
+        let tokens = answer["details"]["tokens"].as_array().unwrap();
+        let plain = tokens.iter().filter(|token| token["special"] == false);
+        let joined: String = plain.map(|token| token["text"].as_str().unwrap()).collect();
+        let whole = answer["generated_text"].as_str().unwrap();
+        // A character that stays incomplete at the end belongs to no token.
+        let rest = whole.strip_prefix(&joined);
+        assert!(rest.is_some_and(|rest| matches!(rest, "" | "\u{fffd}")), "{joined:?} {whole:?}");
+    }
+}
