@@ -16,7 +16,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use engine::{Engine, Event, Generate, ModelEngine, Settings};
 use model::{BaseModel, LoadOptions};
-use peft::{Adapter, Lease, LoraConfig, LoraTensors, LoraWeights, TargetModules};
+use peft::{Adapter, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -77,6 +77,7 @@ fn serving(base: &Arc<BaseModel>, path: &Path, runs: usize) -> Vec<Row> {
         step_tokens: 512,
         kv_bytes: 512 << 20,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
+        precision: Precision::Fast,
         eos: Vec::new(),
     };
     let engine = ModelEngine::start(Arc::clone(base), settings).expect("it starts");
@@ -218,7 +219,7 @@ fn adapter(base: &BaseModel, seed: u64, sites: &[Site]) -> Arc<Adapter> {
     let names = sites.iter().map(|site| site.module().to_owned()).collect();
     let config = LoraConfig { target_modules: TargetModules::Names(names), ..LoraConfig::oppu() };
     let weights = LoraWeights { config, sites: tensors.collect() };
-    Arc::new(Adapter::new(&weights))
+    Arc::new(Adapter::new(&weights, Precision::Fast))
 }
 
 /// Tokens per second of one optimiser step over 4 x 256 tokens.

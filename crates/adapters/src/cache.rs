@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dashmap::DashMap;
 use lru::LruCache;
-use peft::{Adapter, BaseShape, Lease, LoraWeights};
+use peft::{Adapter, BaseShape, Lease, LoraWeights, Precision};
 use store::{GenerationRecord, Store};
 use tokio::sync::{OnceCell, Semaphore};
 use types::{AdapterId, GenerationId};
@@ -25,6 +25,7 @@ struct Inner {
     store: Store,
     shape: BaseShape,
     base: [u8; 32],
+    precision: Precision,
     budget: usize,
     resident: Mutex<Resident>,
     loading: DashMap<(AdapterId, GenerationId), Arc<OnceCell<Arc<Adapter>>>>,
@@ -69,14 +70,15 @@ pub struct Residency {
 }
 
 impl AdapterCache {
-    /// An empty cache over a store, for adapters of a base with this shape and hash.
+    /// An empty cache over a store, for adapters of a base with this shape and hash, kept in a precision.
     #[must_use]
-    pub fn new(store: Store, shape: BaseShape, base: [u8; 32], budget: usize) -> Self {
+    pub fn new(store: Store, shape: BaseShape, base: [u8; 32], precision: Precision, budget: usize) -> Self {
         let resident = Resident { adapters: LruCache::unbounded(), bytes: 0 };
         Self(Arc::new(Inner {
             store,
             shape,
             base,
+            precision,
             budget,
             resident: Mutex::new(resident),
             loading: DashMap::new(),
@@ -163,8 +165,10 @@ impl Inner {
         let start = Instant::now();
         let files = self.store.fetch(id, &head.id).await?;
         let shape = self.shape.clone();
-        let parse =
-            move || LoraWeights::parse(&files.config, &files.weights, &shape).map(|w| Adapter::new(&w));
+        let precision = self.precision;
+        let parse = move || {
+            LoraWeights::parse(&files.config, &files.weights, &shape).map(|w| Adapter::new(&w, precision))
+        };
         let adapter = tokio::task::spawn_blocking(parse).await.map_err(|_| AcquireError::Stopped)??;
         let adapter = Arc::new(adapter);
         self.counters.loads.fetch_add(1, Ordering::Relaxed);

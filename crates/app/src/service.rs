@@ -76,8 +76,8 @@ impl Service {
         let model_name = model_name(args.model_name.as_deref(), &path)?;
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
-        let adapters =
-            AdapterCache::new(store.clone(), base.shape(), *base.hash(), args.adapter_mib as usize * MIB);
+        let (precision, budget) = (args.precision.into(), args.adapter_mib as usize * MIB);
+        let adapters = AdapterCache::new(store.clone(), base.shape(), *base.hash(), precision, budget);
         let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();
@@ -178,6 +178,7 @@ fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Setting
         step_tokens: args.step_tokens as usize,
         kv_bytes: args.kv_mib as usize * MIB,
         threads: args.threads.map_or_else(cores, usize::from),
+        precision: args.precision.into(),
         eos: tokenizer.eos_ids().to_vec(),
     }
 }

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use model::Precision;
 use train::Recipe;
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
@@ -77,6 +78,9 @@ pub struct ServiceArgs {
     /// Memory for adapters, in MiB, beyond those in use.
     #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
     pub adapter_mib: u32,
+    /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
+    #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
+    pub precision: PrecisionArg,
     /// Threads of the model. [default: all cores]
     #[arg(long, env = "ATELIER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -89,6 +93,24 @@ pub struct ServiceArgs {
     /// How adapters are trained.
     #[command(flatten)]
     pub training: TrainingArgs,
+}
+
+/// How the model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// 8-bit activations for quantised weights, bfloat16 KV and adapters.
+    Fast,
+    /// float32 throughout, as in the reference implementation.
+    Exact,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::Fast => Self::Fast,
+            PrecisionArg::Exact => Self::Exact,
+        }
+    }
 }
 
 /// The recipe's numbers: OPPU's structure, with rates fit for a small base.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use model::{BaseModel, BatchInput, KvPool, SequenceRows};
+use model::{BaseModel, BatchInput, KvPool, Logits, Runtime};
 use peft::AdapterBatch;
 
 use crate::request::{Event, Generate, TokenSink};
@@ -19,6 +19,11 @@ use crate::thread::Shared;
 pub(crate) struct Runner {
     pub(crate) model: Arc<BaseModel>,
     pub(crate) kv: KvPool,
+    pub(crate) runtime: Runtime,
+    /// What one step leaves to the next: its buffers.
+    pub(crate) input: BatchInput,
+    pub(crate) adapters: AdapterBatch,
+    pub(crate) logits: Logits,
     pub(crate) scheduler: Scheduler,
     pub(crate) eos: Vec<u32>,
     pub(crate) context: usize,
@@ -108,7 +113,7 @@ impl Runner {
             return;
         }
         match self.forward(&step.work) {
-            Ok(logits) => self.settle(&step.work, &logits),
+            Ok(()) => self.settle(&step.work),
             // One of the sequences is at fault: run each alone, so that only that one ends.
             Err(_) if step.work.len() > 1 => {
                 for work in &step.work {
@@ -121,34 +126,29 @@ impl Runner {
 
     fn alone(&mut self, work: &Work) {
         match self.forward(std::slice::from_ref(work)) {
-            Ok(logits) => self.settle(std::slice::from_ref(work), &logits),
+            Ok(()) => self.settle(std::slice::from_ref(work)),
             Err(reason) => self.fail(work.id, reason),
         }
     }
 
-    /// One forward pass over the work's rows; the logits of those that sample, in order.
-    fn forward(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>, String> {
-        let (mut input, mut rows) = (BatchInput::default(), Vec::new());
+    /// One forward pass over the work's rows; leaves the logits of those that sample, in order.
+    fn forward(&mut self, work: &[Work]) -> Result<(), String> {
+        self.input.clear();
+        self.adapters.clear();
         for work in work {
             let sequence = self.sequences.get(&work.id).ok_or("the sequence is gone")?;
-            let tokens = sequence.tokens[sequence.computed..sequence.computed + work.tokens].to_vec();
-            rows.extend(std::iter::repeat_n(sequence.adapter(), work.tokens));
-            input.sequences.push(SequenceRows {
-                tokens,
-                start: sequence.computed,
-                blocks: sequence.blocks.clone(),
-                want_logits: work.sample,
-            });
+            let tokens = &sequence.tokens[sequence.computed..sequence.computed + work.tokens];
+            self.input.push(tokens, sequence.computed, &sequence.blocks, work.sample);
+            self.adapters.push(sequence.adapter(), work.tokens);
         }
-        let adapters = AdapterBatch::new(rows);
-        let (model, kv) = (&self.model, &mut self.kv);
-        let result = catch_unwind(AssertUnwindSafe(|| model.forward(&input, kv, &adapters)));
+        let Self { model, runtime, input, kv, adapters, logits, .. } = self;
+        let result = catch_unwind(AssertUnwindSafe(|| model.forward(runtime, input, kv, adapters, logits)));
         self.shared.count(|stats| {
             stats.steps += 1;
-            stats.adapters_running = adapters.adapters();
+            stats.adapters_running = self.adapters.adapters();
         });
         match result {
-            Ok(Ok(logits)) => Ok(logits.rows().map(<[f32]>::to_vec).collect()),
+            Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -158,8 +158,9 @@ impl Runner {
         }
     }
 
-    fn settle(&mut self, work: &[Work], logits: &[Vec<f32>]) {
-        let mut logits = logits.iter();
+    fn settle(&mut self, work: &[Work]) {
+        let all = std::mem::take(&mut self.logits);
+        let mut logits = all.rows();
         let (mut prompt, mut generated) = (0, 0);
         for work in work {
             let row = if work.sample { logits.next() } else { None };
@@ -182,6 +183,8 @@ impl Runner {
                 Progress::Failed(reason) => self.fail(work.id, reason),
             }
         }
+        drop(logits);
+        self.logits = all;
         self.shared.count(|stats| {
             stats.prompt_tokens += prompt;
             stats.generated_tokens += generated;

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use model::{BLOCK_LEN, BaseModel, KvPool, ModelError};
+use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, Logits, ModelError, Precision, Runtime};
+use peft::AdapterBatch;
 
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
@@ -24,6 +25,8 @@ pub struct Settings {
     pub kv_bytes: usize,
     /// Threads of the model's arithmetic.
     pub threads: usize,
+    /// Whether quantised weights meet activations in 8 bits and KV is bfloat16, or all is float32.
+    pub precision: Precision,
     /// Tokens that end a sequence.
     pub eos: Vec<u32>,
 }
@@ -64,7 +67,7 @@ impl ModelEngine {
     /// When the KV budget does not hold one block, or the threads cannot be started.
     pub fn start(model: Arc<BaseModel>, settings: Settings) -> Result<Self, ModelError> {
         let config = model.config();
-        let blocks = settings.kv_bytes / KvPool::block_bytes(config);
+        let blocks = settings.kv_bytes / KvPool::block_bytes(config, settings.precision);
         if blocks == 0 {
             let problem =
                 format!("a KV budget of {} bytes holds no block of {BLOCK_LEN} tokens", settings.kv_bytes);
@@ -80,8 +83,14 @@ impl ModelEngine {
         let stats = EngineStats { kv_blocks: blocks, ..EngineStats::default() };
         let (waiting, handed_in) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats) });
+        let start =
+            |error: std::io::Error| ModelError::Batch(format!("the model thread cannot start: {error}"));
         let runner = Runner {
-            kv: KvPool::new(config, blocks)?,
+            kv: KvPool::new(config, blocks, settings.precision)?,
+            runtime: Runtime::new(settings.threads, settings.precision).map_err(start)?,
+            input: BatchInput::default(),
+            adapters: AdapterBatch::default(),
+            logits: Logits::default(),
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
             eos: settings.eos,
             context: limits.context,
@@ -91,16 +100,7 @@ impl ModelEngine {
             next_id: 0,
             model,
         };
-        let start = |error: String| ModelError::Batch(format!("the model thread cannot start: {error}"));
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(settings.threads)
-            .thread_name(|i| format!("model-{i}"))
-            .build()
-            .map_err(|error| start(error.to_string()))?;
-        std::thread::Builder::new()
-            .name("model".into())
-            .spawn(move || pool.install(|| runner.run()))
-            .map_err(|error| start(error.to_string()))?;
+        std::thread::Builder::new().name("model".into()).spawn(move || runner.run()).map_err(start)?;
         Ok(Self { inbox, shared, limits })
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use engine::{Engine, Event, Generate, ModelEngine, Settings, SubmitError, TokenStream};
-use model::{BaseModel, KvPool, LoadOptions};
+use model::{BaseModel, KvPool, LoadOptions, Precision};
 use peft::{Adapter, Lease, LoraWeights};
 use types::{AdapterId, FinishReason, GenerationId, SamplingParams};
 
@@ -27,16 +27,19 @@ fn lease(kind: &str) -> Lease {
     Lease {
         id: AdapterId::new("t".parse().unwrap(), kind.parse().unwrap()),
         generation: GenerationId::from_bytes([1; 32]),
-        adapter: Arc::new(Adapter::new(&weights)),
+        adapter: Arc::new(Adapter::new(&weights, PRECISION)),
     }
 }
+
+const PRECISION: Precision = Precision::Fast;
 
 fn settings(blocks: usize) -> Settings {
     Settings {
         batch: 4,
         queue: 8,
         step_tokens: 24,
-        kv_bytes: blocks * KvPool::block_bytes(base().config()),
+        precision: PRECISION,
+        kv_bytes: blocks * KvPool::block_bytes(base().config(), PRECISION),
         threads: 2,
         eos: vec![],
     }

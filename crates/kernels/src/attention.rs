@@ -1,77 +1,35 @@
 //! Causal attention of new rows over their sequences' paged keys and values (blocks as in vLLM's
 //! PagedAttention, Kwon et al. 2023), with grouped heads and an optional sliding window.
+//!
+//! Keys lie with sixteen positions side by side and values with sixteen dimensions side by side, so that neither the
+//! scores nor the outputs are ever summed across lanes. Query rows and heads that share a key head are computed
+//! together; each is summed in the order of the positions, whoever is beside it.
 
 use std::cell::Cell;
 
-use rayon::prelude::*;
-
-use crate::lanes::{Lanes, isa, multiversion};
-use crate::linear::block;
+use crate::lanes::{Isa, Lanes, brain_to_f32, multiversion};
+use crate::linear::Means;
+use crate::paging::{BLOCK, KvElement, KvLayout, Pages};
 use crate::parallel::Shared;
-
-/// The shape of one layer's key or value store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvLayout {
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Values per head.
-    pub head_dim: usize,
-    /// Positions per block.
-    pub block_len: usize,
-}
-
-impl KvLayout {
-    /// Values in one block: (kv_heads, block_len, head_dim).
-    #[must_use]
-    pub const fn block_values(&self) -> usize {
-        self.kv_heads * self.block_len * self.head_dim
-    }
-
-    /// Where head `head` of position `position` of a sequence with these blocks begins.
-    #[inline(always)]
-    fn offset(&self, blocks: &[u32], head: usize, position: usize) -> usize {
-        let block = blocks[position / self.block_len] as usize;
-        block * self.block_values() + (head * self.block_len + position % self.block_len) * self.head_dim
-    }
-
-    /// Stores a row of (kv_heads, head_dim) as `position` of a sequence.
-    ///
-    /// # Panics
-    /// When the sequence's blocks do not reach the position.
-    pub fn store(&self, pool: &mut [f32], blocks: &[u32], position: usize, row: &[f32]) {
-        assert_eq!(row.len(), self.kv_heads * self.head_dim);
-        for (head, values) in row.chunks_exact(self.head_dim).enumerate() {
-            let at = self.offset(blocks, head, position);
-            pool[at..at + self.head_dim].copy_from_slice(values);
-        }
-    }
-}
+use crate::pointwise::exp;
 
 /// One layer's keys and values.
 #[derive(Debug, Clone, Copy)]
-pub struct KvView<'a> {
+pub struct KvStore<'a, E> {
     /// Shape of both.
     pub layout: KvLayout,
-    /// Keys, (blocks, kv_heads, block_len, head_dim).
-    pub keys: &'a [f32],
-    /// Values, the same shape.
-    pub values: &'a [f32],
+    /// Keys, (blocks, kv_heads, head_dim, 16 positions).
+    pub keys: &'a [E],
+    /// Values, (blocks, kv_heads, 16 positions, head_dim).
+    pub values: &'a [E],
     /// How many positions back a row sees, itself included; `None` sees all.
     pub window: Option<usize>,
 }
 
-/// The rows of one sequence in a step.
-#[derive(Debug, Clone, Copy)]
-pub struct PagedSequence<'a> {
-    /// Its blocks, in order.
-    pub blocks: &'a [u32],
-    /// Its first row in the batch.
-    pub first_row: usize,
-    /// Number of rows in the batch.
-    pub rows: usize,
-    /// Position of the first row.
-    pub start: usize,
-}
+/// Rows of a sequence that one task computes.
+const TILE_ROWS: usize = 16;
+/// Fewer products than this are not worth waking others for.
+const ALONE: usize = 1 << 17;
 
 thread_local! {
     static SCORES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -82,74 +40,343 @@ thread_local! {
 ///
 /// # Panics
 /// When a length does not fit, or a sequence's blocks do not reach its last row.
-pub fn paged_attention(
-    kv: &KvView<'_>,
-    sequences: &[PagedSequence<'_>],
+pub fn paged_attention<E: KvElement>(
+    means: Means<'_>,
+    kv: &KvStore<'_, E>,
+    pages: Pages<'_>,
     heads: usize,
     q: &[f32],
     out: &mut [f32],
 ) {
-    let dim = kv.layout.head_dim;
-    let width = heads * dim;
-    assert!(heads.is_multiple_of(kv.layout.kv_heads), "heads do not divide into groups");
-    assert_eq!(q.len(), out.len());
-    let rows: usize = sequences.iter().map(|s| s.rows).sum();
+    let KvLayout { kv_heads, head_dim } = kv.layout;
+    let width = heads * head_dim;
+    let rows = pages.check(kv.layout, kv.keys.len());
+    assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
+    assert!(q.len() == out.len() && kv.keys.len() == kv.values.len());
     assert_eq!(q.len(), rows * width, "q is not {rows} x {width}");
-    let places: Vec<(&PagedSequence<'_>, usize)> =
-        sequences.iter().flat_map(|s| (0..s.rows).map(move |row| (s, row))).collect();
+    let (mut tiles, mut products) = (0, 0);
+    for sequence in pages.sequences {
+        tiles += sequence.rows.div_ceil(TILE_ROWS);
+        products += sequence.rows * (sequence.start + sequence.rows) * width;
+    }
     let shared = Shared::new(out);
-    (0..rows * heads).into_par_iter().with_min_len(4).for_each(|task| {
-        let (sequence, row) = places[task / heads];
-        let head = task % heads;
-        let at = (sequence.first_row + row) * width + head * dim;
-        // SAFETY: every task has its own row and head.
-        let out = unsafe { shared.part(at, dim) };
-        one(
-            isa(),
-            kv,
-            sequence.blocks,
-            sequence.start + row,
-            head / (heads / kv.layout.kv_heads),
-            &q[at..][..dim],
-            out,
-        );
-    });
+    let task = |index: usize| {
+        // Late rows have most to do and go first.
+        let (mut tile, kv_head) = (tiles - 1 - index / kv_heads, index % kv_heads);
+        let mut places = pages.with_rows();
+        let place = places.find(|(_, sequence)| {
+            let own = sequence.rows.div_ceil(TILE_ROWS);
+            let here = tile < own;
+            tile -= if here { 0 } else { own };
+            here
+        });
+        let Some((first_row, sequence)) = place else { return };
+        let from = tile * TILE_ROWS;
+        let rows = Rows {
+            blocks: pages.of(sequence),
+            first: first_row + from,
+            start: sequence.start + from,
+            count: TILE_ROWS.min(sequence.rows - from),
+        };
+        attend_tile(means.isa, kv, rows, (kv_head, heads), q, shared);
+    };
+    let tasks = tiles * kv_heads;
+    if products < ALONE {
+        (0..tasks).for_each(task);
+    } else {
+        means.workers.run(tasks, &task);
+    }
+}
+
+/// Some consecutive rows of a sequence.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    blocks: &'a [u32],
+    /// In the batch.
+    first: usize,
+    /// Position of the first.
+    start: usize,
+    count: usize,
+}
+
+fn attend_tile<E: KvElement>(
+    isa: Isa,
+    kv: &KvStore<'_, E>,
+    rows: Rows<'_>,
+    heads: (usize, usize),
+    q: &[f32],
+    out: Shared<'_>,
+) {
+    let raw = Raw {
+        keys: kv.keys.as_ptr().cast(),
+        values: kv.values.as_ptr().cast(),
+        brain: E::BRAIN,
+        layout: kv.layout,
+        window: kv.window,
+    };
+    tile(isa, raw, rows, heads, q, out);
+}
+
+/// A [`KvStore`] of either precision.
+#[derive(Clone, Copy)]
+struct Raw {
+    keys: *const u8,
+    values: *const u8,
+    brain: bool,
+    layout: KvLayout,
+    window: Option<usize>,
 }
 
 multiversion! {
-    /// One row and head: attends to the positions up to `position`.
-    fn one(
-        kv: &KvView<'_>, blocks: &[u32], position: usize, kv_head: usize, q: &[f32], out: &mut [f32],
-    ) = one_body<Lanes>
+    /// Some rows and the query heads of key head `heads.0` out of `heads.1` query heads in all.
+    fn tile(
+        kv: Raw, rows: Rows<'_>, heads: (usize, usize), q: &[f32], out: Shared<'_>,
+    ) = tile_body<Lanes>
 }
 
-#[inline(always)]
-fn one_body<L: Lanes>(
-    kv: &KvView<'_>,
-    blocks: &[u32],
+/// The part of the attention that one query row and head has.
+#[derive(Clone, Copy)]
+struct Query {
+    /// Where it lies in `q` and in `out`.
+    at: usize,
     position: usize,
-    kv_head: usize,
+    /// Where its scores lie.
+    scores: usize,
+}
+
+/// Queries computed together.
+const MOST: usize = 12;
+
+#[inline(always)]
+fn tile_body<L: Lanes>(
+    kv: Raw,
+    rows: Rows<'_>,
+    (kv_head, heads): (usize, usize),
     q: &[f32],
-    out: &mut [f32],
+    out: Shared<'_>,
 ) {
-    let dim = q.len();
-    let scale = 1.0 / (dim as f32).sqrt();
-    let first = kv.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let KvLayout { kv_heads, head_dim } = kv.layout;
+    let group = heads / kv_heads;
+    let stride = (rows.start + rows.count).next_multiple_of(BLOCK);
     let mut scores = SCORES.take();
-    scores.clear();
-    for p in first..=position {
-        let key = &kv.keys[kv.layout.offset(blocks, kv_head, p)..][..dim];
-        scores.push(block::<L, 1, 1>([q], [key])[0][0] * scale);
+    if scores.len() < MOST * stride {
+        scores.resize(MOST * stride, 0.0);
     }
-    softmax(&mut scores);
-    out.fill(0.0);
-    for (p, &weight) in (first..=position).zip(scores.iter()) {
-        let value = &kv.values[kv.layout.offset(blocks, kv_head, p)..][..dim];
-        for i in 0..dim {
-            out[i] += weight * value[i];
+    let mut queries = [Query { at: 0, position: 0, scores: 0 }; MOST];
+    let mut waiting = 0;
+    for index in 0..rows.count * group {
+        let (row, head) = (index / group, kv_head * group + index % group);
+        queries[waiting] = Query {
+            at: ((rows.first + row) * heads + head) * head_dim,
+            position: rows.start + row,
+            scores: waiting * stride,
+        };
+        waiting += 1;
+        if waiting < MOST && index + 1 < rows.count * group {
+            continue;
         }
+        let batch = &queries[..waiting];
+        // SAFETY: the caller checked blocks and lengths; tasks own disjoint rows and heads.
+        unsafe {
+            if L::TALL && waiting == MOST {
+                attend::<L, MOST>(kv, rows.blocks, kv_head, batch, q, &mut scores, out);
+            } else {
+                let mut rest = batch;
+                while let Some((three, more)) = rest.split_first_chunk::<3>() {
+                    attend::<L, 3>(kv, rows.blocks, kv_head, three, q, &mut scores, out);
+                    rest = more;
+                }
+                for query in rest {
+                    let one = std::slice::from_ref(query);
+                    attend::<L, 1>(kv, rows.blocks, kv_head, one, q, &mut scores, out);
+                }
+            }
+        }
+        waiting = 0;
     }
     SCORES.set(scores);
+}
+
+/// Sixteen keys or values.
+///
+/// # Safety
+/// `at` and fifteen more lie in the store.
+#[inline(always)]
+unsafe fn load<L: Lanes>(brain: bool, store: *const u8, at: usize) -> L {
+    // SAFETY: the caller vouches for the place.
+    unsafe { if brain { L::load_brain(store.add(at * 2)) } else { L::load(store.cast::<f32>().add(at)) } }
+}
+
+/// # Safety
+/// All blocks lie in the store and reach the last query's position; no one else uses the queries' outputs.
+#[inline(always)]
+unsafe fn attend<L: Lanes, const N: usize>(
+    kv: Raw,
+    blocks: &[u32],
+    kv_head: usize,
+    queries: &[Query],
+    q: &[f32],
+    scores: &mut [f32],
+    out: Shared<'_>,
+) {
+    let dim = kv.layout.head_dim;
+    let scale = 1.0 / (dim as f32).sqrt();
+    let seen = |position: usize| kv.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    // Queries are in the order of their positions.
+    let first = seen(queries[0].position);
+    let last = queries[N - 1].position;
+    for block in first / BLOCK..=last / BLOCK {
+        let keys = kv.layout.at(blocks[block], kv_head);
+        let mut sums = [L::zero(); N];
+        for d in 0..dim {
+            // SAFETY: the block lies in the store (the caller's promise).
+            let key: L = unsafe { load(kv.brain, kv.keys, keys + d * BLOCK) };
+            for i in 0..N {
+                // SAFETY: a query has `dim` values.
+                let q = unsafe { *q.get_unchecked(queries[i].at + d) };
+                sums[i] = sums[i].fma(key, L::splat(q));
+            }
+        }
+        for i in 0..N {
+            let to = &mut scores[queries[i].scores + block * BLOCK..][..BLOCK];
+            // SAFETY: sixteen values.
+            unsafe { sums[i].mul(L::splat(scale)).store(to.as_mut_ptr()) };
+        }
+    }
+    let mut factors = [0.0; N];
+    for i in 0..N {
+        let Query { position, scores: at, .. } = queries[i];
+        let from = seen(position);
+        // Whole blocks; what a query does not see weighs nothing.
+        let row = &mut scores[at + first / BLOCK * BLOCK..at + (last / BLOCK + 1) * BLOCK];
+        let base = first / BLOCK * BLOCK;
+        row[..from - base].fill(f32::NEG_INFINITY);
+        row[position + 1 - base..].fill(f32::NEG_INFINITY);
+        factors[i] = 1.0 / exponentials(row, from / BLOCK - first / BLOCK);
+    }
+    let mut d = 0;
+    while d < dim {
+        if d + 4 * 16 <= dim && N <= 6 {
+            // SAFETY: as for this function.
+            unsafe { mix::<L, N, 4>(kv, blocks, kv_head, (first, last), d, queries, scores, &factors, out) };
+            d += 64;
+        } else if d + 2 * 16 <= dim {
+            // SAFETY: as above.
+            unsafe { mix::<L, N, 2>(kv, blocks, kv_head, (first, last), d, queries, scores, &factors, out) };
+            d += 32;
+        } else if d + 16 <= dim {
+            // SAFETY: as above.
+            unsafe { mix::<L, N, 1>(kv, blocks, kv_head, (first, last), d, queries, scores, &factors, out) };
+            d += 16;
+        } else {
+            for i in 0..N {
+                // SAFETY: this task's own row and head.
+                let out = unsafe { out.part(queries[i].at + d, dim - d) };
+                out.fill(0.0);
+                for position in first..=last {
+                    let weight = scores[queries[i].scores + position];
+                    let at = kv.layout.at(blocks[position / BLOCK], kv_head) + position % BLOCK * dim + d;
+                    for (j, out) in out.iter_mut().enumerate() {
+                        *out += weight * one(kv, at + j);
+                    }
+                }
+                out.iter_mut().for_each(|out| *out *= factors[i]);
+            }
+            d = dim;
+        }
+    }
+}
+
+fn one(kv: Raw, at: usize) -> f32 {
+    // SAFETY: `attend`'s caller vouches for the place.
+    unsafe {
+        if kv.brain {
+            brain_to_f32(*kv.values.cast::<u16>().add(at))
+        } else {
+            *kv.values.cast::<f32>().add(at)
+        }
+    }
+}
+
+/// Replaces scores by `e^(score - max)` and returns their sum, in sixteen lanes and a fixed tree. The first `skip`
+/// blocks, which the row does not see, are left out of the sum, so that its order is the row's own.
+#[inline(always)]
+fn exponentials(row: &mut [f32], skip: usize) -> f32 {
+    let mut max = [f32::NEG_INFINITY; BLOCK];
+    for block in row.as_chunks::<BLOCK>().0 {
+        for i in 0..BLOCK {
+            max[i] = if block[i] > max[i] { block[i] } else { max[i] };
+        }
+    }
+    let max = max.iter().fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max });
+    let mut sums = [0.0f32; BLOCK];
+    for (index, block) in row.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+        for i in 0..BLOCK {
+            let seen = block[i] != f32::NEG_INFINITY;
+            let value = exp(block[i] - max);
+            block[i] = if seen { value } else { 0.0 };
+        }
+        if index >= skip {
+            for i in 0..BLOCK {
+                sums[i] += block[i];
+            }
+        }
+    }
+    let mut width = BLOCK / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// The dimensions `d..d + 16 * W` of the outputs: values weighted by the scores, position after position.
+///
+/// # Safety
+/// As for [`attend`].
+#[inline(always)]
+unsafe fn mix<L: Lanes, const N: usize, const W: usize>(
+    kv: Raw,
+    blocks: &[u32],
+    kv_head: usize,
+    (first, last): (usize, usize),
+    d: usize,
+    queries: &[Query],
+    scores: &[f32],
+    factors: &[f32; N],
+    out: Shared<'_>,
+) {
+    let dim = kv.layout.head_dim;
+    let mut sums = [[L::zero(); W]; N];
+    for block in first / BLOCK..=last / BLOCK {
+        let values = kv.layout.at(blocks[block], kv_head) + d;
+        let from = first.max(block * BLOCK);
+        for position in from..=last.min(block * BLOCK + BLOCK - 1) {
+            let at = values + (position - block * BLOCK) * dim;
+            let mut value = [L::zero(); W];
+            for w in 0..W {
+                // SAFETY: the block lies in the store (the caller's promise).
+                value[w] = unsafe { load(kv.brain, kv.values, at + w * 16) };
+            }
+            for i in 0..N {
+                // SAFETY: a query has scores up to the last position's block.
+                let weight = L::splat(unsafe { *scores.get_unchecked(queries[i].scores + position) });
+                for w in 0..W {
+                    sums[i][w] = sums[i][w].fma(value[w], weight);
+                }
+            }
+        }
+    }
+    for i in 0..N {
+        // SAFETY: this task's own row and head.
+        let out = unsafe { out.part(queries[i].at + d, 16 * W) };
+        for w in 0..W {
+            // SAFETY: sixteen values from `16 * w` on.
+            unsafe { sums[i][w].mul(L::splat(factors[i])).store(out.as_mut_ptr().add(16 * w)) };
+        }
+    }
 }
 
 /// In place, in the order of the values.
@@ -158,7 +385,7 @@ pub(crate) fn softmax(scores: &mut [f32]) {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for score in scores.iter_mut() {
-        *score = (*score - max).exp();
+        *score = exp(*score - max);
         sum += *score;
     }
     let scale = 1.0 / sum;

@@ -1,14 +1,14 @@
-//! Sixteen float32 lanes on whatever vector unit the CPU has, chosen at run time.
+//! Sixteen lanes on whatever vector unit the CPU has, chosen at run time.
 //!
-//! All implementations that have a fused multiply-add give bit-equal results: sixteen partial sums,
-//! reduced in one fixed tree.
+//! All implementations that have a fused multiply-add give bit-equal results: the same operations on the same
+//! lanes, sums over lanes in one fixed tree, and integer products that are exact.
 
 use std::sync::OnceLock;
 
 /// A vector unit the kernels have code for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512 F, BW, DQ, VL with FMA and F16C.
+    /// AVX-512 F, BW, DQ, VL and VNNI with FMA and F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
     Avx2,
@@ -36,7 +36,8 @@ pub fn isas() -> Vec<Isa> {
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni");
         if avx512 {
             found.push(Isa::Avx512);
         }
@@ -48,8 +49,15 @@ pub fn isas() -> Vec<Isa> {
     found
 }
 
-/// Sixteen float32 values in registers.
+/// Sixteen float32 values in registers, and the sixteen 32-bit integers and sixty-four bytes beside them.
 pub(crate) trait Lanes: Copy {
+    /// Sixteen 32-bit integers.
+    type Ints: Copy;
+    /// Sixty-four bytes: four per lane.
+    type Bytes: Copy;
+    /// Whether there are registers for tall tiles (32 of 512 bits).
+    const TALL: bool;
+
     /// All zero.
     fn zero() -> Self;
     /// Sixteen values from memory.
@@ -62,12 +70,32 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `to` is valid for writing sixteen values, and the CPU has the implementation's unit.
     unsafe fn store(self, to: *mut f32);
+    /// Sixteen IEEE half-precision values from memory.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 32 bytes, and the CPU has the implementation's unit.
+    unsafe fn load_half(from: *const u8) -> Self;
+    /// Sixteen bfloat16 values from memory.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 32 bytes, and the CPU has the implementation's unit.
+    unsafe fn load_brain(from: *const u8) -> Self;
+    /// Sixteen unsigned bytes from memory.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 16 bytes, and the CPU has the implementation's unit.
+    unsafe fn load_u8(from: *const u8) -> Self;
+    /// Sixteen signed bytes from memory.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 16 bytes, and the CPU has the implementation's unit.
+    unsafe fn load_i8(from: *const u8) -> Self;
     /// The same value in every lane.
     fn splat(value: f32) -> Self;
-    /// Sixteen unsigned bytes.
-    fn from_u8(bytes: [u8; 16]) -> Self;
-    /// Sixteen signed bytes.
-    fn from_i8(bytes: [u8; 16]) -> Self;
+    /// `self * b`, lane by lane.
+    fn mul(self, b: Self) -> Self;
+    /// `self + b`, lane by lane.
+    fn add(self, b: Self) -> Self;
     /// `self + a * b`, lane by lane.
     fn fma(self, a: Self, b: Self) -> Self;
     /// The sixteen lanes as an array.
@@ -85,6 +113,30 @@ pub(crate) trait Lanes: Copy {
         }
         v[0]
     }
+
+    /// The same integer in every lane.
+    fn ints(value: i32) -> Self::Ints;
+    /// The integers as float32.
+    fn from_ints(ints: Self::Ints) -> Self;
+    /// Sixty-four bytes from memory.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 64 bytes, and the CPU has the implementation's unit.
+    unsafe fn bytes(from: *const u8) -> Self::Bytes;
+    /// The low four bits of every byte.
+    fn low(bytes: Self::Bytes) -> Self::Bytes;
+    /// The high four bits of every byte.
+    fn high(bytes: Self::Bytes) -> Self::Bytes;
+    /// `low + 16 * pair`, where `pair` is the two bits of `bits` from bit `2 * which` of each byte on.
+    fn with_two_bits(low: Self::Bytes, bits: Self::Bytes, which: usize) -> Self::Bytes;
+    /// Byte `which` (0..4) of every lane as float32.
+    fn byte(bytes: Self::Bytes, which: usize) -> Self;
+    /// Adds to every lane the products of its four unsigned bytes with the four signed bytes at `x`. Exact; without
+    /// `wide`, bytes of `weights` are below 64.
+    ///
+    /// # Safety
+    /// `x` is valid for reading four bytes, and the CPU has the implementation's unit.
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8, wide: bool) -> Self::Ints;
 }
 
 /// Sixteen lanes as plain code.
@@ -92,6 +144,10 @@ pub(crate) trait Lanes: Copy {
 pub(crate) struct Portable([f32; 16]);
 
 impl Lanes for Portable {
+    type Ints = [i32; 16];
+    type Bytes = [u8; 64];
+    const TALL: bool = false;
+
     #[inline(always)]
     fn zero() -> Self {
         Self([0.0; 16])
@@ -107,16 +163,36 @@ impl Lanes for Portable {
         unsafe { to.cast::<[f32; 16]>().write_unaligned(self.0) }
     }
     #[inline(always)]
+    unsafe fn load_half(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for the memory.
+        Self(unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(half_to_f32))
+    }
+    #[inline(always)]
+    unsafe fn load_brain(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for the memory.
+        Self(unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(brain_to_f32))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for the memory.
+        Self(unsafe { from.cast::<[u8; 16]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for the memory.
+        Self(unsafe { from.cast::<[i8; 16]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
     fn splat(value: f32) -> Self {
         Self([value; 16])
     }
     #[inline(always)]
-    fn from_u8(bytes: [u8; 16]) -> Self {
-        Self(bytes.map(f32::from))
+    fn mul(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i]))
     }
     #[inline(always)]
-    fn from_i8(bytes: [u8; 16]) -> Self {
-        Self(bytes.map(|byte| f32::from(byte as i8)))
+    fn add(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + b.0[i]))
     }
     #[inline(always)]
     fn fma(self, a: Self, b: Self) -> Self {
@@ -133,130 +209,70 @@ impl Lanes for Portable {
     fn to_array(self) -> [f32; 16] {
         self.0
     }
+    #[inline(always)]
+    fn ints(value: i32) -> [i32; 16] {
+        [value; 16]
+    }
+    #[inline(always)]
+    fn from_ints(ints: [i32; 16]) -> Self {
+        Self(ints.map(|i| i as f32))
+    }
+    #[inline(always)]
+    unsafe fn bytes(from: *const u8) -> [u8; 64] {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { from.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn low(bytes: [u8; 64]) -> [u8; 64] {
+        bytes.map(|byte| byte & 15)
+    }
+    #[inline(always)]
+    fn high(bytes: [u8; 64]) -> [u8; 64] {
+        bytes.map(|byte| byte >> 4)
+    }
+    #[inline(always)]
+    fn with_two_bits(low: [u8; 64], bits: [u8; 64], which: usize) -> [u8; 64] {
+        std::array::from_fn(|i| low[i] | ((bits[i] >> (2 * which)) & 3) << 4)
+    }
+    #[inline(always)]
+    fn byte(bytes: [u8; 64], which: usize) -> Self {
+        Self(std::array::from_fn(|lane| f32::from(bytes[lane * 4 + which])))
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [i32; 16], weights: [u8; 64], x: *const i8, _: bool) -> [i32; 16] {
+        // SAFETY: the caller vouches for four readable bytes.
+        let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() }.map(i32::from);
+        let w = |at: usize| i32::from(weights[at]);
+        std::array::from_fn(|lane| {
+            let at = lane * 4;
+            sum[lane] + w(at) * x[0] + w(at + 1) * x[1] + w(at + 2) * x[2] + w(at + 3) * x[3]
+        })
+    }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod x86 {
-    //! The x86 units. Values of these types exist only in code reached after detection.
-    use std::arch::x86_64::{
-        __m256, __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-        _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_storeu_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-    };
+/// bfloat16 to single.
+#[inline(always)]
+pub(crate) fn brain_to_f32(brain: u16) -> f32 {
+    f32::from_bits(u32::from(brain) << 16)
+}
 
-    use super::Lanes;
+/// Single to bfloat16, to the nearest, ties to even; NaN stays NaN.
+#[inline(always)]
+pub fn f32_to_brain(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    if value.is_nan() { (bits >> 16) as u16 | 0x40 } else { (rounded >> 16) as u16 }
+}
 
-    #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
-
-    impl Lanes for Avx512 {
-        #[inline(always)]
-        fn zero() -> Self {
-            // SAFETY: only reached inside functions compiled for, and called after detection of, AVX-512.
-            Self(unsafe { _mm512_setzero_ps() })
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: as for `zero`; the caller vouches for the memory.
-            Self(unsafe { _mm512_loadu_ps(from) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: as for `zero`; the caller vouches for the memory.
-            unsafe { _mm512_storeu_ps(to, self.0) }
-        }
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            // SAFETY: as for `zero`.
-            Self(unsafe { _mm512_set1_ps(value) })
-        }
-        #[inline(always)]
-        fn from_u8(bytes: [u8; 16]) -> Self {
-            // SAFETY: as for `zero`; the load reads the array's sixteen bytes.
-            Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) })
-        }
-        #[inline(always)]
-        fn from_i8(bytes: [u8; 16]) -> Self {
-            // SAFETY: as for `from_u8`.
-            Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) })
-        }
-        #[inline(always)]
-        fn fma(self, a: Self, b: Self) -> Self {
-            // SAFETY: as for `zero`.
-            Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
-        }
-        #[inline(always)]
-        fn to_array(self) -> [f32; 16] {
-            let mut out = [0.0; 16];
-            // SAFETY: as for `zero`; the array has sixteen values.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
-            out
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    pub(crate) struct Avx2([__m256; 2]);
-
-    impl Lanes for Avx2 {
-        #[inline(always)]
-        fn zero() -> Self {
-            // SAFETY: only reached inside functions compiled for, and called after detection of, AVX2.
-            Self(unsafe { [_mm256_setzero_ps(); 2] })
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: as for `zero`; the caller vouches for the memory.
-            Self(unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] })
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: as for `zero`; the caller vouches for the memory.
-            unsafe {
-                _mm256_storeu_ps(to, self.0[0]);
-                _mm256_storeu_ps(to.add(8), self.0[1]);
-            }
-        }
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            // SAFETY: as for `zero`.
-            Self(unsafe { [_mm256_set1_ps(value); 2] })
-        }
-        #[inline(always)]
-        fn from_u8(bytes: [u8; 16]) -> Self {
-            // SAFETY: as for `zero`; the loads read the array's sixteen bytes.
-            Self(unsafe {
-                [
-                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes.as_ptr().cast()))),
-                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes[8..].as_ptr().cast()))),
-                ]
-            })
-        }
-        #[inline(always)]
-        fn from_i8(bytes: [u8; 16]) -> Self {
-            // SAFETY: as for `from_u8`.
-            Self(unsafe {
-                [
-                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes.as_ptr().cast()))),
-                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes[8..].as_ptr().cast()))),
-                ]
-            })
-        }
-        #[inline(always)]
-        fn fma(self, a: Self, b: Self) -> Self {
-            // SAFETY: as for `zero`.
-            Self(unsafe {
-                [_mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]), _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1])]
-            })
-        }
-        #[inline(always)]
-        fn to_array(self) -> [f32; 16] {
-            let mut out = [0.0; 16];
-            // SAFETY: as for `zero`; the array has sixteen values.
-            unsafe { self.store(out.as_mut_ptr()) };
-            out
-        }
-    }
+/// IEEE half precision to single, without a branch: the exponent is corrected by a multiplication, which
+/// also makes subnormal numbers normal.
+#[inline(always)]
+pub(crate) fn half_to_f32(half: u16) -> f32 {
+    let sign = u32::from(half & 0x8000) << 16;
+    let rest = u32::from(half & 0x7fff) << 13;
+    let finite = (f32::from_bits(rest) * f32::from_bits(0x7780_0000)).to_bits();
+    let special = if half & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(sign | finite | special)
 }
 
 /// Compiles a body once per vector unit and calls the version for the CPU at hand.
@@ -270,7 +286,7 @@ macro_rules! multiversion {
         $vis fn $name($($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
                 fn avx512($($arg: $ty),*) { $body($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) { $body($($arg),*) }
@@ -290,10 +306,10 @@ macro_rules! multiversion {
         $vis fn $name(isa: crate::lanes::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-                fn avx512($($arg: $ty),*) { $body::<crate::lanes::x86::Avx512>($($arg),*) }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+                fn avx512($($arg: $ty),*) { $body::<crate::lanes_x86::Avx512>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2($($arg: $ty),*) { $body::<crate::lanes::x86::Avx2>($($arg),*) }
+                fn avx2($($arg: $ty),*) { $body::<crate::lanes_x86::Avx2>($($arg),*) }
                 assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
                 match isa {
                     // SAFETY: the assertion above: the unit was detected.
@@ -309,3 +325,24 @@ macro_rules! multiversion {
     };
 }
 pub(crate) use multiversion;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_converts_exactly() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (half_to_f32(bits), half::f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn singles_round_to_the_nearest_brain() {
+        for value in [0.0f32, -0.0, 1.0, 1.003_906_2, 1.011_718_8, -3.3e38, f32::INFINITY, 1e-40, 0.1] {
+            assert_eq!(f32_to_brain(value), half::bf16::from_f32(value).to_bits(), "{value}");
+        }
+        assert!(brain_to_f32(f32_to_brain(f32::NAN)).is_nan());
+    }
+}

@@ -1,27 +1,43 @@
 //! The maths of a decoder on plain buffers, and the only unsafe code of the workspace.
 //!
-//! Matrices are row-major `f32` slices; weights stay in the format of their file ([`Weight`]) and are
-//! decoded tile by tile. Every output row is summed in one fixed order, so a row's result does not
+//! Matrices are row-major `f32` slices; weights keep the numbers of their file, packed for the kernels
+//! ([`Weight`]). Every output row is summed in one fixed order, so a row's result does not
 //! depend on how many other rows are computed with it, nor on the number of threads.
-//! Work is spread over the rayon pool the caller runs in.
+//! Work is spread over [`Workers`]: a rayon pool, or a [`Team`] for short phases.
 //!
 //! What it is not: it knows no models, no adapters' files, no tensors and no devices.
+#![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
 mod attention;
-mod dequant;
 mod format;
+mod input;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lanes_x86;
+mod layout;
 mod linear;
 mod linear_grad;
+mod paging;
+mod panel;
 mod parallel;
 mod pointwise;
 pub mod reference;
+mod rotary;
 mod sequence_attention;
+mod team;
+mod weight;
 
-pub use attention::{KvLayout, KvView, PagedSequence, paged_attention};
-pub use format::{Format, Weight, WeightError};
-pub use lanes::{Isa, isa, isas};
-pub use linear::{AdapterRows, adapt, linear, linear_adapted, linear_adapted_with};
+pub use attention::{KvStore, paged_attention};
+pub use format::{Format, WeightError};
+pub use input::{Input, LowRank, Numbers};
+pub use lanes::{Isa, f32_to_brain as to_bf16, isa, isas};
+pub use linear::{
+    Layer, Means, NoAdapters, Precision, Routing, Scratch, adapt, fused_linear, linear, pack_b,
+};
 pub use linear_grad::linear_transposed;
-pub use pointwise::{RopeTable, rms_norm, rms_norm_grad, rope, swiglu, swiglu_grad};
+pub use paging::{KvElement, KvLayout, PagedSequence, Pages};
+pub use pointwise::{rms_norm, rms_norm_grad, swiglu, swiglu_grad};
+pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use sequence_attention::{Span, SpanAttention, span_attention, span_attention_grad};
+pub use team::{Rayon, Team, Workers};
+pub use weight::Weight;

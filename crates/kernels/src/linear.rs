@@ -1,221 +1,426 @@
-//! The fused linear layer: the frozen product and every row's own adapter in one call.
+//! The fused linear layer: the frozen products of the sites that share an input, and every row's own adapter, in one
+//! call.
 //!
 //! `y[i] = W x[i] + bias + B_s (A_s x[i])`, where `s` is the adapter of row `i`, if it has one (LoRA, Hu et
-//! al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023).
-
-use std::cell::Cell;
+//! al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023). Two rounds of
+//! work: rows are prepared (norm, quantisation, `A x`), then every task takes some panels of sixteen outputs, computes
+//! them for all rows and adds `B (A x)` while they are in the cache.
 
 use rayon::prelude::*;
 
-use crate::format::Weight;
+use crate::input::{Input, LowRank, Prepared, Route, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
+use crate::panel::{Sink, View, panel_product};
 use crate::parallel::Shared;
+use crate::team::{Rayon, Workers};
+use crate::weight::{PANEL, Weight};
 
-/// The low-rank adapter of some rows of a batch at one site.
-#[derive(Debug, Clone, Copy)]
-pub struct AdapterRows<'a> {
-    /// The rows of the batch it acts on, each at most once over all adapters of the call.
-    pub rows: &'a [u32],
-    /// Its rank at this site, at least 1.
-    pub rank: usize,
-    /// A, shape (rank, input features).
-    pub a: &'a [f32],
-    /// B with the scale folded in, shape (output features, rank).
-    pub b: &'a [f32],
+/// How activations enter the products with quantised weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// In 8 bits, in blocks of 32 with a scale each.
+    #[default]
+    Fast,
+    /// In float32, as in the reference implementation.
+    Exact,
 }
 
-/// Rows of the weight that one task computes.
-const TASK_ROWS: usize = 32;
+/// Which row has which adapter at one site.
+pub trait Routing: Sync {
+    /// The adapter of a row.
+    fn at(&self, row: usize) -> Option<LowRank<'_>>;
 
-/// `y = x Wᵀ + bias`: `x` is (rows, input features), `y` (rows, output features).
+    /// The largest rank at this site; 0 if no row has an adapter.
+    fn max_rank(&self) -> usize;
+}
+
+/// No adapters.
+#[derive(Debug, Clone, Copy)]
+pub struct NoAdapters;
+
+impl Routing for NoAdapters {
+    fn at(&self, _: usize) -> Option<LowRank<'_>> {
+        None
+    }
+
+    fn max_rank(&self) -> usize {
+        0
+    }
+}
+
+/// One of the linear layers of a call.
+pub struct Layer<'a> {
+    /// The frozen matrix.
+    pub weight: &'a Weight,
+    /// One value per output.
+    pub bias: Option<&'a [f32]>,
+    /// The rows' adapters.
+    pub adapters: &'a dyn Routing,
+    /// Shape (rows, outputs).
+    pub y: &'a mut [f32],
+    /// Whether the result is added to `y`, as at the end of a residual branch, or replaces it.
+    pub add: bool,
+}
+
+/// Buffers that calls use one after another; they grow to what the largest call needs.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    values: Vec<f32>,
+    quants: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<f32>,
+    counts: Vec<i32>,
+    routes: Vec<Route>,
+    shrunk: Vec<f32>,
+}
+
+// SAFETY: the pointers in `routes` are used within the call that writes them only.
+unsafe impl Send for Scratch {}
+
+fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, empty: T) {
+    if buffer.len() < len {
+        buffer.resize(len, empty);
+    }
+}
+
+/// How a call is carried out.
+#[derive(Clone, Copy)]
+pub struct Means<'a> {
+    /// The vector unit.
+    pub isa: Isa,
+    /// Who works.
+    pub workers: &'a dyn Workers,
+    /// How activations enter.
+    pub precision: Precision,
+}
+
+/// Rows of one preparing task.
+const TASK_ROWS: usize = 4;
+/// Rounds of preparation smaller than this many values are not worth waking others for.
+const ALONE: usize = 4096;
+
+/// Runs layers that share an input of shape (rows, columns).
+///
+/// # Panics
+/// When a buffer's length does not fit the layers' shapes, or the CPU lacks the unit.
+pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, layers: &mut [Layer<'_>]) {
+    let Some(first) = layers.first() else { return };
+    let cols = first.weight.cols();
+    let rows = input.len() / cols;
+    assert_eq!(input.len(), rows * cols, "the input does not divide into rows of {cols}");
+    match input {
+        Input::Plain(_) => {}
+        Input::Norm { weight, .. } => assert_eq!(weight.len(), cols, "the norm is not {cols} wide"),
+        Input::SwiGlu { gate, up } => assert_eq!(gate.len(), up.len(), "gate and up differ"),
+    }
+    let mut fast = false;
+    for layer in &*layers {
+        let n = layer.weight.rows();
+        assert_eq!(layer.weight.cols(), cols, "the layers' inputs differ");
+        assert_eq!(layer.y.len(), rows * n, "y is not {rows} x {n}");
+        assert!(layer.bias.is_none_or(|bias| bias.len() == n), "the bias has not {n} values");
+        fast |= means.precision == Precision::Fast && layer.weight.format().block_len() > 1;
+    }
+    let prepared = buffers(scratch, input, layers, rows, cols, fast);
+    let low_rank = prepared.sites > 0;
+    if fast || low_rank || !matches!(input, Input::Plain(_)) {
+        let tasks = if rows * cols < ALONE { 1 } else { rows.div_ceil(TASK_ROWS) };
+        means.workers.run(tasks, &|task| {
+            let from = if tasks == 1 { 0 } else { task * TASK_ROWS };
+            let to = if tasks == 1 { rows } else { (from + TASK_ROWS).min(rows) };
+            prepare(means.isa, input, from, to, &prepared);
+        });
+    }
+    multiply(means, layers, &prepared);
+}
+
+/// Makes room, and lists every row's adapter at every site.
+fn buffers(
+    scratch: &mut Scratch,
+    input: Input<'_>,
+    layers: &[Layer<'_>],
+    rows: usize,
+    cols: usize,
+    fast: bool,
+) -> Prepared {
+    let rank_stride = layers.iter().map(|layer| layer.adapters.max_rank()).max().unwrap_or(0);
+    let sites = if rank_stride == 0 { 0 } else { layers.len() };
+    if !matches!(input, Input::Plain(_)) {
+        grow(&mut scratch.values, rows * cols, 0.0);
+    }
+    if fast {
+        let blocks = rows * cols / 32;
+        grow(&mut scratch.quants, rows * cols, 0);
+        grow(&mut scratch.scales, blocks, 0.0);
+        grow(&mut scratch.sums, blocks, 0.0);
+        grow(&mut scratch.counts, 2 * blocks, 0);
+    }
+    scratch.routes.clear();
+    if sites > 0 {
+        grow(&mut scratch.shrunk, sites * rows * rank_stride, 0.0);
+        for layer in layers {
+            let n = layer.weight.rows();
+            for row in 0..rows {
+                let route = layer.adapters.at(row).map_or(Route::NONE, |update| {
+                    let rank = update.rank;
+                    assert!(rank >= 1 && rank <= rank_stride, "rank {rank} beyond {rank_stride}");
+                    assert_eq!(update.a.len(), rank * cols, "A is not {rank} x {cols}");
+                    assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
+                    Route::new(&update)
+                });
+                scratch.routes.push(route);
+            }
+        }
+    }
+    let values = match input {
+        Input::Plain(x) => x.as_ptr(),
+        _ => scratch.values.as_ptr(),
+    };
+    let quants = if fast { scratch.quants.as_ptr() } else { std::ptr::null() };
+    Prepared {
+        view: View {
+            rows,
+            cols,
+            values,
+            quants,
+            scales: scratch.scales.as_ptr(),
+            sums: scratch.sums.as_ptr(),
+            counts: scratch.counts.as_ptr(),
+        },
+        routes: scratch.routes.as_ptr(),
+        sites,
+        shrunk: scratch.shrunk.as_mut_ptr(),
+        rank_stride,
+    }
+}
+
+/// A layer's output while tasks write disjoint columns of it.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    y: Shared<'a>,
+    n: usize,
+    bias: Option<&'a [f32]>,
+    add: bool,
+}
+
+/// Layers of one call at most: gate and up are two, q, k and v three.
+const LAYERS: usize = 4;
+
+fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
+    assert!(layers.len() <= LAYERS, "more than {LAYERS} layers share an input");
+    let count = layers.len();
+    let mut targets: [Option<(&Weight, Target<'_>)>; LAYERS] = [None; LAYERS];
+    for (target, layer) in targets.iter_mut().zip(layers) {
+        let n = layer.weight.rows();
+        *target =
+            Some((layer.weight, Target { y: Shared::new(layer.y), n, bias: layer.bias, add: layer.add }));
+    }
+    let targets = &targets[..count];
+    let panels: usize = targets.iter().flatten().map(|(weight, _)| weight.panels()).sum();
+    // Small enough that nobody waits long for the last task, large enough to read memory in long runs.
+    let each = panels.div_ceil(means.workers.threads() * 8).clamp(1, 32);
+    let each = if means.workers.threads() == 1 { panels } else { each };
+    means.workers.run(panels.div_ceil(each), &|task| {
+        let mut at = task * each;
+        let mut end = (at + each).min(panels);
+        for (site, (weight, target)) in targets.iter().flatten().enumerate() {
+            let own = weight.panels();
+            if at < own {
+                stripe(means.isa, weight, at, end.min(own), *target, site, prepared);
+                if end <= own {
+                    break;
+                }
+                at = own;
+            }
+            at -= own;
+            end -= own;
+        }
+    });
+}
+
+multiversion! {
+    /// The outputs of the panels `from..to` of a layer.
+    fn stripe(
+        weight: &Weight, from: usize, to: usize, target: Target<'_>, site: usize, prepared: &Prepared,
+    ) = stripe_body<Lanes>
+}
+
+#[inline(always)]
+fn stripe_body<L: Lanes>(
+    weight: &Weight,
+    from: usize,
+    to: usize,
+    target: Target<'_>,
+    site: usize,
+    prepared: &Prepared,
+) {
+    for panel in from..to {
+        let width = PANEL.min(target.n - panel * PANEL);
+        // SAFETY: `Prepared` describes valid buffers, filled for this precision; tasks own disjoint columns.
+        unsafe {
+            if width == PANEL {
+                let bias = match target.bias {
+                    Some(bias) => L::load(bias[panel * PANEL..][..PANEL].as_ptr()),
+                    None => L::zero(),
+                };
+                let mut sink = Whole::<L> { target, panel, bias };
+                panel_product(weight, panel, &prepared.view, &mut sink);
+            } else {
+                panel_product::<L>(weight, panel, &prepared.view, &mut Narrow { target, panel, width });
+            }
+            if prepared.sites > 0 {
+                expand::<L>(target, panel, width, site, prepared);
+            }
+        }
+    }
+}
+
+/// Sixteen columns.
+struct Whole<'a, L> {
+    target: Target<'a>,
+    panel: usize,
+    bias: L,
+}
+
+impl<L: Lanes> Sink<L> for Whole<'_, L> {
+    #[inline(always)]
+    fn put(&mut self, row: usize, sums: L) {
+        // SAFETY: tasks own disjoint columns; one part is alive at a time.
+        unsafe {
+            let y = self.target.y.part(row * self.target.n + self.panel * PANEL, PANEL).as_mut_ptr();
+            let sums = if self.target.bias.is_some() { sums.add(self.bias) } else { sums };
+            let sums = if self.target.add { L::load(y).add(sums) } else { sums };
+            sums.store(y);
+        }
+    }
+}
+
+/// The last columns of a matrix whose rows do not divide by sixteen.
+struct Narrow<'a> {
+    target: Target<'a>,
+    panel: usize,
+    width: usize,
+}
+
+impl<L: Lanes> Sink<L> for Narrow<'_> {
+    #[inline(always)]
+    fn put(&mut self, row: usize, sums: L) {
+        let first = self.panel * PANEL;
+        // SAFETY: as for `Whole`.
+        let y = unsafe { self.target.y.part(row * self.target.n + first, self.width) };
+        for (j, (y, sum)) in y.iter_mut().zip(sums.to_array()).enumerate() {
+            let sum = self.target.bias.map_or(sum, |bias| sum + bias[first + j]);
+            *y = if self.target.add { *y + sum } else { sum };
+        }
+    }
+}
+
+/// Adds `B u` to a panel's columns of the rows that have an adapter.
+///
+/// # Safety
+/// `prepared` describes valid buffers, `A x` computed; the panel's columns belong to this task.
+#[inline(always)]
+unsafe fn expand<L: Lanes>(target: Target<'_>, panel: usize, width: usize, site: usize, prepared: &Prepared) {
+    let rows = prepared.view.rows;
+    for row in 0..rows {
+        // SAFETY: the caller vouches for the buffers; B has a panel of (rank, 16) for every panel of the weight.
+        unsafe {
+            let route = *prepared.routes.add(site * rows + row);
+            if route.rank == 0 {
+                continue;
+            }
+            let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
+            let mut sums = L::zero();
+            let at = panel * route.rank * PANEL;
+            for rank in 0..route.rank {
+                let b = if route.brain {
+                    L::load_brain(route.b.add((at + rank * PANEL) * 2))
+                } else {
+                    L::load(route.b.cast::<f32>().add(at + rank * PANEL))
+                };
+                sums = sums.fma(b, L::splat(*u.add(rank)));
+            }
+            let y = target.y.part(row * target.n + panel * PANEL, width);
+            if width == PANEL {
+                L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
+            } else {
+                y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
+            }
+        }
+    }
+}
+
+/// `y = x Wᵀ + bias` in float32 on the caller's rayon pool: `x` is (rows, input features), `y` (rows, output features).
 ///
 /// # Panics
 /// When a buffer's length does not fit the weight's shape.
 pub fn linear(weight: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
-    linear_adapted(weight, bias, x, &[], y);
+    let means = Means { isa: isa(), workers: &Rayon, precision: Precision::Exact };
+    let layer = Layer { weight, bias, adapters: &NoAdapters, y, add: false };
+    fused_linear(&mut Scratch::default(), means, Input::Plain(x), &mut [layer]);
 }
 
-/// [`linear`] plus the adapters of the rows that have one.
+/// B of shape (output features, rank) in the panels of [`LowRank::b`].
 ///
 /// # Panics
-/// When a buffer's length does not fit, or an adapter names a row that is not there.
-pub fn linear_adapted(
-    weight: &Weight,
-    bias: Option<&[f32]>,
-    x: &[f32],
-    adapters: &[AdapterRows<'_>],
-    y: &mut [f32],
-) {
-    linear_adapted_with(isa(), weight, bias, x, adapters, y);
-}
-
-/// [`linear_adapted`] on a given vector unit, for tests and benches.
-///
-/// # Panics
-/// As [`linear_adapted`], and when the CPU lacks the unit.
-pub fn linear_adapted_with(
-    isa: Isa,
-    weight: &Weight,
-    bias: Option<&[f32]>,
-    x: &[f32],
-    adapters: &[AdapterRows<'_>],
-    y: &mut [f32],
-) {
-    let (n, k) = (weight.rows(), weight.cols());
-    let m = x.len() / k;
-    assert_eq!(x.len(), m * k, "x does not divide into rows of {k}");
-    assert_eq!(y.len(), m * n, "y is not {m} x {n}");
-    assert!(bias.is_none_or(|bias| bias.len() == n), "the bias has not {n} values");
-    for adapter in adapters {
-        assert_eq!(adapter.a.len(), adapter.rank * k, "A is not {} x {k}", adapter.rank);
-        assert_eq!(adapter.b.len(), adapter.rank * n, "B is not {n} x {}", adapter.rank);
-        assert!(adapter.rows.iter().all(|&row| (row as usize) < m), "an adapter names a row beyond {m}");
-    }
-    let shrunk: Vec<Vec<f32>> = adapters.par_iter().map(|adapter| shrink(isa, adapter, x, k)).collect();
-    let out = Shared::new(y);
-    (0..n.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
-        let first = task * TASK_ROWS;
-        let count = TASK_ROWS.min(n - first);
-        tile(isa, weight, bias, first, count, x, m, out);
-        for (adapter, shrunk) in adapters.iter().zip(&shrunk) {
-            expand(isa, adapter, shrunk, n, first, count, out);
+/// When `b` does not divide by `rank`.
+#[must_use]
+pub fn pack_b(b: &[f32], rank: usize) -> Vec<f32> {
+    let n = b.len() / rank;
+    assert_eq!(b.len(), n * rank, "B does not divide into rows of {rank}");
+    let mut packed = vec![0.0; n.div_ceil(PANEL) * PANEL * rank];
+    for (row, values) in b.chunks_exact(rank).enumerate() {
+        for (at, &value) in values.iter().enumerate() {
+            packed[(row / PANEL * rank + at) * PANEL + row % PANEL] = value;
         }
-    });
+    }
+    packed
 }
 
-/// Adds an adapter's update alone to `y`, which is (rows, output features): `y[i] += B (A x[i])` for its rows.
+/// Adds an adapter's update to every row of `y`, which is (rows, output features): `y[i] += B (A x[i])`, with A (rank,
+/// input features) and B (output features, rank).
 ///
 /// # Panics
-/// When a buffer's length does not fit, or the adapter names a row that is not there.
-pub fn adapt(adapter: &AdapterRows<'_>, x: &[f32], y: &mut [f32]) {
-    let (k, n) = (adapter.a.len() / adapter.rank, adapter.b.len() / adapter.rank);
-    let fits = |row: &u32| (*row as usize + 1) * k <= x.len() && (*row as usize + 1) * n <= y.len();
-    assert!(adapter.rows.iter().all(fits), "an adapter names a row that is not there");
-    let shrunk = shrink(isa(), adapter, x, k);
-    let out = Shared::new(y);
-    (0..n.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
-        let first = task * TASK_ROWS;
-        expand(isa(), adapter, &shrunk, n, first, TASK_ROWS.min(n - first), out);
+/// When a buffer's length does not fit.
+pub fn adapt(rank: usize, a: &[f32], b: &[f32], x: &[f32], y: &mut [f32]) {
+    let (k, n) = (a.len() / rank, b.len() / rank);
+    let rows = x.len() / k;
+    assert!(a.len() == rank * k && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
+    assert!(x.len() == rows * k && y.len() == rows * n, "x or y does not fit {rows} rows");
+    let b = pack_b(b, rank);
+    y.par_chunks_mut(n).zip(x.par_chunks(k)).with_min_len(8).for_each(|(y, x)| {
+        let mut u = vec![0.0; rank];
+        matvec(isa(), a, x, &mut u);
+        add_update(isa(), &b, &u, y);
     });
 }
 
-/// `A x` for the adapter's rows: shape (adapter rows, rank).
-fn shrink(isa: Isa, adapter: &AdapterRows<'_>, x: &[f32], k: usize) -> Vec<f32> {
-    let mut out = vec![0.0; adapter.rows.len() * adapter.rank];
-    for (&row, out) in adapter.rows.iter().zip(out.chunks_exact_mut(adapter.rank)) {
-        matvec(isa, adapter.a, &x[row as usize * k..][..k], out);
+multiversion! {
+    fn add_update(b: &[f32], u: &[f32], y: &mut [f32]) = add_update_body<Lanes>
+}
+
+#[inline(always)]
+fn add_update_body<L: Lanes>(b: &[f32], u: &[f32], y: &mut [f32]) {
+    for (b, y) in b.chunks_exact(u.len() * PANEL).zip(y.chunks_mut(PANEL)) {
+        let mut sums = L::zero();
+        for (b, &u) in b.chunks_exact(PANEL).zip(u) {
+            // SAFETY: the chunk has sixteen values.
+            sums = sums.fma(unsafe { L::load(b.as_ptr()) }, L::splat(u));
+        }
+        y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
     }
-    out
 }
 
 multiversion! {
     /// `out[i] = matrix[i] . x`, `matrix` of shape (out.len(), x.len()).
-    pub(crate) fn matvec(matrix: &[f32], x: &[f32], out: &mut [f32]) = matvec_body<Lanes>
+    fn matvec(matrix: &[f32], x: &[f32], out: &mut [f32]) = matvec_body<Lanes>
 }
 
 #[inline(always)]
 fn matvec_body<L: Lanes>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-    let k = x.len();
-    for (out, row) in out.iter_mut().zip(matrix.chunks_exact(k)) {
+    for (out, row) in out.iter_mut().zip(matrix.chunks_exact(x.len())) {
         *out = block::<L, 1, 1>([x], [row])[0][0];
     }
-}
-
-multiversion! {
-    /// Adds `B (A x)` to the columns `first..first + count` of the adapter's rows.
-    fn expand(
-        adapter: &AdapterRows<'_>, shrunk: &[f32], n: usize, first: usize, count: usize, out: Shared<'_>,
-    ) = expand_body<Lanes>
-}
-
-#[inline(always)]
-fn expand_body<L: Lanes>(
-    adapter: &AdapterRows<'_>,
-    shrunk: &[f32],
-    n: usize,
-    first: usize,
-    count: usize,
-    out: Shared<'_>,
-) {
-    let rank = adapter.rank;
-    let b = &adapter.b[first * rank..][..count * rank];
-    for (&row, u) in adapter.rows.iter().zip(shrunk.chunks_exact(rank)) {
-        // SAFETY: tasks own disjoint columns, and a row has at most one adapter.
-        let y = unsafe { out.part(row as usize * n + first, count) };
-        for (y, b) in y.iter_mut().zip(b.chunks_exact(rank)) {
-            *y += block::<L, 1, 1>([u], [b])[0][0];
-        }
-    }
-}
-
-thread_local! {
-    /// Decoded weight rows of the tile at hand.
-    static DECODED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-multiversion! {
-    /// The frozen product for the output columns `first..first + count`.
-    fn tile(
-        weight: &Weight, bias: Option<&[f32]>, first: usize, count: usize, x: &[f32], m: usize, out: Shared<'_>,
-    ) = tile_body<Lanes>
-}
-
-#[inline(always)]
-fn tile_body<L: Lanes>(
-    weight: &Weight,
-    bias: Option<&[f32]>,
-    first: usize,
-    count: usize,
-    x: &[f32],
-    m: usize,
-    out: Shared<'_>,
-) {
-    let (n, k) = (weight.rows(), weight.cols());
-    // Taken out and put back rather than borrowed in a closure: closures do not inherit the vector unit.
-    let mut decoded = DECODED.take();
-    decoded.resize(4 * k, 0.0);
-    let mut column = first;
-    while column < first + count {
-        let wide = (first + count - column).min(4);
-        for (row, values) in decoded.chunks_exact_mut(k).take(wide).enumerate() {
-            weight.decode_row(column + row, values);
-        }
-        let mut row = 0;
-        while row < m {
-            let tall = if wide == 4 { (m - row).min(4) } else { 1 };
-            let x = &x[row * k..][..tall * k];
-            let mut sums = [[0.0; 4]; 4];
-            match (tall, wide) {
-                (4, 4) => sums = block::<L, 4, 4>(rows(x, k), rows(&decoded, k)),
-                (_, 4) => {
-                    for (x, sums) in x.chunks_exact(k).zip(&mut sums) {
-                        *sums = block::<L, 1, 4>([x], rows(&decoded, k))[0];
-                    }
-                }
-                _ => {
-                    for (w, sum) in decoded.chunks_exact(k).take(wide).zip(&mut sums[0]) {
-                        *sum = block::<L, 1, 1>([x], [w])[0][0];
-                    }
-                }
-            }
-            for (i, sums) in sums[..tall].iter().enumerate() {
-                // SAFETY: tasks own disjoint columns; within a task one part is alive at a time.
-                let y = unsafe { out.part((row + i) * n + column, wide) };
-                y.copy_from_slice(&sums[..wide]);
-                if let Some(bias) = bias {
-                    y.iter_mut().zip(&bias[column..]).for_each(|(y, bias)| *y += bias);
-                }
-            }
-            row += tall;
-        }
-        column += wide;
-    }
-    DECODED.set(decoded);
-}
-
-#[inline(always)]
-fn rows<const N: usize>(matrix: &[f32], k: usize) -> [&[f32]; N] {
-    std::array::from_fn(|i| &matrix[i * k..][..k])
 }
 
 /// The dot products of `M` rows with `N` rows of the same length. Each is summed in the same order

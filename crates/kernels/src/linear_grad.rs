@@ -4,11 +4,9 @@ use std::cell::Cell;
 
 use rayon::prelude::*;
 
-use crate::format::Weight;
 use crate::lanes::{Lanes, isa, multiversion};
-
-/// Weight rows decoded at a time.
-const PANEL: usize = 8;
+use crate::panel::decode_panel;
+use crate::weight::{PANEL, Weight};
 
 thread_local! {
     static DECODED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -41,11 +39,10 @@ fn stripe_body<L: Lanes>(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
     dx.fill(0.0);
     let mut decoded = DECODED.take();
     decoded.resize(PANEL * k, 0.0);
-    for first in (0..n).step_by(PANEL) {
+    for (index, first) in (0..n).step_by(PANEL).enumerate() {
         let count = PANEL.min(n - first);
-        for (row, values) in decoded.chunks_exact_mut(k).take(count).enumerate() {
-            weight.decode_row(first + row, values);
-        }
+        // SAFETY: this code is compiled for the unit of `L`.
+        unsafe { decode_panel::<L>(weight, index, &mut decoded[..PANEL * k]) };
         let panel = &decoded[..count * k];
         let mut dx = dx.chunks_exact_mut(4 * k);
         let mut dy = dy.chunks_exact(4 * n);

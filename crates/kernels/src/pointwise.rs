@@ -1,5 +1,5 @@
 //! Row-wise maths between the linear layers, with the gradients training needs: RMS norm (Zhang and
-//! Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020).
+//! Sennrich 2019) and SwiGLU (Shazeer 2020).
 
 use crate::lanes::multiversion;
 
@@ -43,13 +43,30 @@ fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// `1 / rms(x)`.
+#[inline(always)]
+pub(crate) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+}
+
 #[inline(always)]
 fn norm_body(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let n = weight.len();
     for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
-        let scale = 1.0 / (lane_sum(n, |i| x[i] * x[i]) / n as f32 + eps).sqrt();
+        let scale = inverse_rms(x, eps);
         for i in 0..n {
             y[i] = x[i] * scale * weight[i];
+        }
+    }
+}
+
+/// [`rms_norm`] of each head of a row, in place.
+#[inline(always)]
+pub(crate) fn norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
+    for head in x.chunks_exact_mut(weight.len()) {
+        let scale = inverse_rms(head, eps);
+        for (x, weight) in head.iter_mut().zip(weight) {
+            *x = *x * scale * weight;
         }
     }
 }
@@ -59,66 +76,10 @@ fn norm_body(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
 fn norm_grad_body(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
     let n = weight.len();
     for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
-        let scale = 1.0 / (lane_sum(n, |i| x[i] * x[i]) / n as f32 + eps).sqrt();
+        let scale = inverse_rms(x, eps);
         let along = lane_sum(n, |i| weight[i] * dy[i] * x[i]) / n as f32 * scale * scale;
         for i in 0..n {
             dx[i] = scale * (weight[i] * dy[i] - x[i] * along);
-        }
-    }
-}
-
-/// Cosines and sines of the rotary angles, by position.
-#[derive(Debug, Clone)]
-pub struct RopeTable {
-    half: usize,
-    /// (positions, 2, half): cosines, then sines.
-    values: Box<[f32]>,
-}
-
-impl RopeTable {
-    /// The table of `positions` positions for the given inverse frequencies (one per pair of values).
-    #[must_use]
-    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
-        let half = inverse_frequencies.len();
-        let mut values = Vec::with_capacity(positions * half * 2);
-        for position in 0..positions {
-            // The product is formed in float32, as Hugging Face transformers does.
-            let angle = |f: &f32| position as f32 * f;
-            values.extend(inverse_frequencies.iter().map(|f| angle(f).cos()));
-            values.extend(inverse_frequencies.iter().map(|f| angle(f).sin()));
-        }
-        Self { half, values: values.into() }
-    }
-
-    /// Number of positions.
-    #[must_use]
-    pub fn positions(&self) -> usize {
-        self.values.len().checked_div(self.half * 2).unwrap_or(0)
-    }
-
-    fn at(&self, position: u32) -> (&[f32], &[f32]) {
-        self.values[position as usize * self.half * 2..][..self.half * 2].split_at(self.half)
-    }
-}
-
-/// Rotates the heads of each row in place: value `i` pairs with `i + half` ("half-split" layout).
-/// `x` is (positions.len(), heads, 2 * half); `inverse` rotates back, which is also the gradient.
-///
-/// # Panics
-/// When `x` does not divide into that shape or a position lies beyond the table.
-pub fn rope(table: &RopeTable, positions: &[u32], inverse: bool, x: &mut [f32]) {
-    let head = table.half * 2;
-    assert!(!positions.is_empty() && x.len().is_multiple_of(positions.len() * head));
-    let row = x.len() / positions.len();
-    for (x, &position) in x.chunks_exact_mut(row).zip(positions) {
-        let (cos, sin) = table.at(position);
-        for head in x.chunks_exact_mut(head) {
-            let (low, high) = head.split_at_mut(table.half);
-            for i in 0..table.half {
-                let (a, b, sin) = (low[i], high[i], if inverse { -sin[i] } else { sin[i] });
-                low[i] = a * cos[i] - b * sin;
-                high[i] = b * cos[i] + a * sin;
-            }
         }
     }
 }
@@ -129,9 +90,7 @@ pub fn rope(table: &RopeTable, positions: &[u32], inverse: bool, x: &mut [f32]) 
 /// When the lengths differ.
 pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == y.len());
-    for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
-        *y = gate * sigmoid(gate) * up;
-    }
+    gated(gate, up, y);
 }
 
 /// The gradients of [`swiglu`] with respect to `gate` and `up`.
@@ -140,13 +99,80 @@ pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
 /// When the lengths differ.
 pub fn swiglu_grad(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
     assert!([up.len(), dy.len(), dgate.len(), dup.len()].iter().all(|&len| len == gate.len()));
-    for i in 0..gate.len() {
+    gated_grad(gate, up, dy, dgate, dup);
+}
+
+multiversion! {
+    fn gated(gate: &[f32], up: &[f32], y: &mut [f32]) = gated_body
+}
+
+multiversion! {
+    fn gated_grad(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated_grad_body
+}
+
+#[inline(always)]
+fn gated_body(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
+        *y = silu(gate) * up;
+    }
+}
+
+#[inline(always)]
+fn gated_grad_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    let n = gate.len();
+    let (up, dy, dgate, dup) = (&up[..n], &dy[..n], &mut dgate[..n], &mut dup[..n]);
+    for i in 0..n {
         let s = sigmoid(gate[i]);
         dup[i] = dy[i] * gate[i] * s;
         dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
     }
 }
 
+/// `v / (1 + e^-v)`.
+#[inline(always)]
+pub(crate) fn silu(v: f32) -> f32 {
+    v * sigmoid(v)
+}
+
+#[inline(always)]
 fn sigmoid(v: f32) -> f32 {
-    1.0 / (1.0 + (-v).exp())
+    1.0 / (1.0 + exp(-v))
+}
+
+/// `e^v` within 2 units of the last place, without a branch or a call, so that loops over it become vector code: `2^n`
+/// from the exponent's bits, the rest from a polynomial (Cephes' `expf`). Saturates beyond ±87; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn exp(v: f32) -> f32 {
+    const ROUNDER: f32 = 12_582_912.0;
+    let v = if v > 88.0 { 88.0 } else { v };
+    let v = if v < -87.0 { -87.0 } else { v };
+    let shifted = v * std::f32::consts::LOG2_E + ROUNDER;
+    let n = shifted - ROUNDER;
+    // ln 2 in two parts, so that the difference is exact.
+    let r = v - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_6e-1;
+    let p = p * r + 0.5;
+    let p = p * (r * r) + r + 1.0;
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    p * power
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_accurate() {
+        for i in -860..=860 {
+            let v = i as f32 * 0.1 + 0.003;
+            let (ours, exact) = (f64::from(exp(v)), f64::from(v).exp());
+            assert!((ours / exact - 1.0).abs() < 2.5e-7, "{v}: {ours} instead of {exact}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 1e-37 && exp(1e30) > 1e38);
+        assert!(exp(f32::NAN).is_nan());
+    }
 }

@@ -1,10 +1,13 @@
 //! The same maths written plainly, in float64 sums: the oracle of the fast kernels' tests.
 
-use crate::attention::{KvView, PagedSequence};
-use crate::format::Weight;
-use crate::linear::AdapterRows;
+use crate::attention::KvStore;
+use crate::input::Numbers;
+use crate::lanes::brain_to_f32;
+use crate::linear::Routing;
+use crate::paging::{BLOCK, KvElement, Pages};
+use crate::weight::Weight;
 
-/// As [`crate::linear_adapted`].
+/// One layer of [`crate::fused_linear`] in float32 activations.
 ///
 /// # Panics
 /// When a buffer is shorter than the shapes need.
@@ -12,7 +15,7 @@ pub fn linear_adapted(
     weight: &Weight,
     bias: Option<&[f32]>,
     x: &[f32],
-    adapters: &[AdapterRows<'_>],
+    adapters: &dyn Routing,
     y: &mut [f32],
 ) {
     let (n, k) = (weight.rows(), weight.cols());
@@ -23,15 +26,41 @@ pub fn linear_adapted(
             y[i * n + j] = (dot(x, &row) + bias.map_or(0.0, |bias| f64::from(bias[j]))) as f32;
         }
     }
-    for adapter in adapters {
-        for &i in adapter.rows {
-            let x = &x[i as usize * k..][..k];
-            let u: Vec<f32> = adapter.a.chunks_exact(k).map(|a| dot(a, x) as f32).collect();
-            for (j, b) in adapter.b.chunks_exact(adapter.rank).enumerate() {
-                y[i as usize * n + j] += dot(b, &u) as f32;
-            }
+    add_adapters(n, k, x, adapters, y);
+}
+
+/// The adapters' part alone: `y[i] += B (A x[i])`.
+///
+/// # Panics
+/// When a buffer is shorter than the shapes need.
+pub fn add_adapters(n: usize, k: usize, x: &[f32], adapters: &dyn Routing, y: &mut [f32]) {
+    for (i, x) in x.chunks_exact(k).enumerate() {
+        let Some(update) = adapters.at(i) else { continue };
+        let (a, b) = (values(update.a), values(update.b));
+        let u: Vec<f64> = a.chunks_exact(k).map(|a| dot(a, x)).collect();
+        for j in 0..n {
+            let b = |r: usize| f64::from(b[(j / 16 * update.rank + r) * 16 + j % 16]);
+            y[i * n + j] += u.iter().enumerate().map(|(r, u)| b(r) * u).sum::<f64>() as f32;
         }
     }
+}
+
+fn values(numbers: Numbers<'_>) -> Vec<f32> {
+    match numbers {
+        Numbers::F32(values) => values.to_vec(),
+        Numbers::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
+    }
+}
+
+/// What is left of `x` after 8-bit quantisation in blocks of 32.
+#[must_use]
+pub fn quantised(x: &[f32]) -> Vec<f32> {
+    let block = |block: &[f32]| {
+        let max = block.iter().map(|v| v.abs()).fold(0.0, f32::max);
+        let (scale, inverse) = (max / 127.0, if max > 0.0 { 127.0 / max } else { 0.0 });
+        block.iter().map(|v| (v * inverse).round_ties_even() * scale).collect::<Vec<_>>()
+    };
+    x.chunks(32).flat_map(block).collect()
 }
 
 /// As [`crate::linear_transposed`].
@@ -59,39 +88,46 @@ pub fn linear_transposed(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
 ///
 /// # Panics
 /// When a buffer is shorter than the shapes need.
-pub fn paged_attention(
-    kv: &KvView<'_>,
-    sequences: &[PagedSequence<'_>],
+pub fn paged_attention<E: KvElement>(
+    kv: &KvStore<'_, E>,
+    pages: Pages<'_>,
     heads: usize,
     q: &[f32],
     out: &mut [f32],
 ) {
     let layout = kv.layout;
     let dim = layout.head_dim;
-    let at = |blocks: &[u32], head: usize, position: usize| {
-        let inside = (head * layout.block_len + position % layout.block_len) * dim;
-        blocks[position / layout.block_len] as usize * layout.block_values() + inside
-    };
-    for sequence in sequences {
+    let mut first_row = 0;
+    for sequence in pages.sequences {
+        let blocks = pages.of(sequence);
         for row in 0..sequence.rows {
             let position = sequence.start + row;
             let first = kv.window.map_or(0, |window| (position + 1).saturating_sub(window));
             for head in 0..heads {
                 let kv_head = head / (heads / layout.kv_heads);
-                let mine = ((sequence.first_row + row) * heads + head) * dim;
+                let start =
+                    |p: usize| blocks[p / BLOCK] as usize * layout.block_values() + kv_head * BLOCK * dim;
+                let key = |p: usize, d: usize| kv.keys[start(p) + d * BLOCK + p % BLOCK].to_f32();
+                let value = |p: usize, d: usize| kv.values[start(p) + p % BLOCK * dim + d].to_f32();
+                let mine = ((first_row + row) * heads + head) * dim;
+                let q = &q[mine..][..dim];
+                let product = |(d, q): (usize, &f32), p| f64::from(*q) * f64::from(key(p, d));
                 let scores: Vec<f64> = (first..=position)
-                    .map(|p| dot(&q[mine..][..dim], &kv.keys[at(sequence.blocks, kv_head, p)..][..dim]))
+                    .map(|p| q.iter().enumerate().map(|dq| product(dq, p)).sum::<f64>())
                     .map(|score| score / (dim as f64).sqrt())
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
                 for d in 0..dim {
-                    let value = |p| f64::from(kv.values[at(sequence.blocks, kv_head, p) + d]);
-                    let terms = scores.iter().zip(first..).map(|(s, p)| (s - max).exp() / total * value(p));
+                    let terms = scores
+                        .iter()
+                        .zip(first..)
+                        .map(|(s, p)| (s - max).exp() / total * f64::from(value(p, d)));
                     out[mine + d] = terms.sum::<f64>() as f32;
                 }
             }
         }
+        first_row += sequence.rows;
     }
 }
 

@@ -4,9 +4,10 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
-    AdapterRows, Format, Isa, KvLayout, KvView, PagedSequence, RopeTable, Span, SpanAttention, Weight, isas,
-    linear_adapted_with, linear_transposed, paged_attention, reference, rms_norm, rms_norm_grad, rope,
-    span_attention, span_attention_grad, swiglu, swiglu_grad,
+    Format, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, LowRank, Means, NoAdapters, Numbers,
+    PagedSequence, Pages, Precision, Rayon, RopeTable, Rotary, Routing, Scratch, Span, SpanAttention, Team,
+    Weight, fused_linear, isas, linear_transposed, pack_b, paged_attention, reference, rms_norm,
+    rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -54,12 +55,54 @@ fn rows_decode_as_in_candle() {
     }
 }
 
+/// Rows, rank, A, B in panels, in either precision.
+struct Update {
+    rows: Vec<usize>,
+    rank: usize,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    brain: Option<(Vec<u16>, Vec<u16>)>,
+}
+
+impl Update {
+    fn low_rank(&self) -> LowRank<'_> {
+        match &self.brain {
+            Some((a, b)) => LowRank { rank: self.rank, a: Numbers::Bf16(a), b: Numbers::Bf16(b) },
+            None => LowRank { rank: self.rank, a: Numbers::F32(&self.a), b: Numbers::F32(&self.b) },
+        }
+    }
+}
+
+struct Updates(Vec<Update>);
+
+impl Routing for Updates {
+    fn at(&self, row: usize) -> Option<LowRank<'_>> {
+        self.0.iter().find(|update| update.rows.contains(&row)).map(Update::low_rank)
+    }
+
+    fn max_rank(&self) -> usize {
+        self.0.iter().map(|update| update.rank).max().unwrap_or(0)
+    }
+}
+
+/// The adapter of one row of a larger batch.
+struct Only<'a>(Option<LowRank<'a>>);
+
+impl Routing for Only<'_> {
+    fn at(&self, _: usize) -> Option<LowRank<'_>> {
+        self.0
+    }
+
+    fn max_rank(&self) -> usize {
+        self.0.map_or(0, |update| update.rank)
+    }
+}
+
 struct Case {
     weight: Weight,
     x: Vec<f32>,
     bias: Vec<f32>,
-    /// Rows, rank, A, B.
-    adapters: Vec<(Vec<u32>, usize, Vec<f32>, Vec<f32>)>,
+    adapters: Updates,
     m: usize,
 }
 
@@ -67,27 +110,45 @@ impl Case {
     fn new(rng: &mut StdRng, format: Format, m: usize, n: usize, k: usize) -> Self {
         let (weight, _) = weight(rng, format, n, k);
         // Rows 0, 4, 8, .. have no adapter; the others three adapters of ranks 1, 5 and 16 in turn.
-        let adapters = [1usize, 5, 16]
-            .into_iter()
-            .enumerate()
-            .map(|(which, rank)| {
-                let rows = (0..m as u32).filter(|row| row % 4 == which as u32 + 1).collect();
-                (rows, rank, random(rng, rank * k), random(rng, n * rank))
-            })
-            .collect();
+        let brain = |values: &[f32]| values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+        let updates = [1usize, 5, 16].into_iter().enumerate().map(|(which, rank)| {
+            let rows = (0..m).filter(|row| row % 4 == which + 1).collect();
+            let (a, b) = (random(rng, rank * k), pack_b(&random(rng, n * rank), rank));
+            let brain = (which == 1).then(|| (brain(&a), brain(&b)));
+            Update { rows, rank, a, b, brain }
+        });
+        let adapters = Updates(updates.collect());
         Self { weight, x: random(rng, m * k), bias: random(rng, n), adapters, m }
     }
 
-    fn adapters(&self) -> Vec<AdapterRows<'_>> {
-        self.adapters.iter().map(|(rows, rank, a, b)| AdapterRows { rows, rank: *rank, a, b }).collect()
+    fn run(&self, isa: Isa, precision: Precision) -> Vec<f32> {
+        self.run_with(Means { isa, workers: &Rayon, precision })
     }
 
-    fn run(&self, isa: Isa) -> Vec<f32> {
+    fn run_with(&self, means: Means<'_>) -> Vec<f32> {
         let mut y = vec![f32::NAN; self.m * self.weight.rows()];
-        linear_adapted_with(isa, &self.weight, Some(&self.bias), &self.x, &self.adapters(), &mut y);
+        self.layer(means, &self.x, &self.adapters, &mut y);
+        y
+    }
+
+    fn layer(&self, means: Means<'_>, x: &[f32], adapters: &dyn Routing, y: &mut [f32]) {
+        let layer = Layer { weight: &self.weight, bias: Some(&self.bias), adapters, y, add: false };
+        fused_linear(&mut Scratch::default(), means, Input::Plain(x), &mut [layer]);
+    }
+
+    /// What the plain kernel gives, activations quantised where the precision and the format say so.
+    fn expected(&self, precision: Precision) -> Vec<f32> {
+        let (n, k) = (self.weight.rows(), self.weight.cols());
+        let mut y = vec![0.0; self.m * n];
+        let fast = precision == Precision::Fast && self.weight.format().block_len() > 1;
+        let x = if fast { reference::quantised(&self.x) } else { self.x.clone() };
+        reference::linear_adapted(&self.weight, Some(&self.bias), &x, &NoAdapters, &mut y);
+        reference::add_adapters(n, k, &self.x, &self.adapters, &mut y);
         y
     }
 }
+
+const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Fast];
 
 #[test]
 fn fused_linear_equals_the_reference_on_every_unit() {
@@ -96,14 +157,86 @@ fn fused_linear_equals_the_reference_on_every_unit() {
     for format in Format::ALL {
         for (m, n, k) in [(1, 7, 256), (3, 33, 512), (9, 64, 256), (33, 130, 512)] {
             let case = Case::new(&mut rng, format, m, n, k);
-            let mut expected = vec![0.0; m * n];
-            let adapters = case.adapters();
-            reference::linear_adapted(&case.weight, Some(&case.bias), &case.x, &adapters, &mut expected);
-            for isa in isas() {
-                let error = worst(&case.run(isa), &expected);
-                assert!(error < 2e-4, "{format:?} {m}x{n}x{k} on {isa:?}: {error}");
+            for precision in PRECISIONS {
+                let expected = case.expected(precision);
+                for isa in isas() {
+                    let error = worst(&case.run(isa, precision), &expected);
+                    assert!(error < 2e-4, "{format:?} {m}x{n}x{k} {precision:?} on {isa:?}: {error}");
+                }
             }
         }
+    }
+}
+
+#[test]
+fn dense_rows_may_have_any_length() {
+    let mut rng = StdRng::seed_from_u64(12);
+    for format in [Format::F32, Format::Bf16, Format::F16] {
+        for k in [1, 3, 30, 67] {
+            let case = Case::new(&mut rng, format, 5, 20, k);
+            for isa in isas() {
+                assert!(worst(&case.run(isa, Precision::Fast), &case.expected(Precision::Fast)) < 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_cost_little_and_something() {
+    // Uniform activations lose at most 1/254 of a block's largest value each.
+    let mut rng = StdRng::seed_from_u64(13);
+    let case = Case::new(&mut rng, Format::Q8_0, 9, 64, 512);
+    let (exact, fast) = (case.run(isas()[0], Precision::Exact), case.run(isas()[0], Precision::Fast));
+    let error = worst(&exact, &fast);
+    assert!(error > 1e-4 && error < 0.15, "{error}");
+}
+
+#[test]
+fn layers_that_share_an_input_equal_separate_ones() {
+    let mut rng = StdRng::seed_from_u64(14);
+    let (gate, up) = (random(&mut rng, 5 * 256), random(&mut rng, 5 * 256));
+    let norm = random(&mut rng, 256);
+    let cases = [
+        Case::new(&mut rng, Format::Q4_1, 5, 100, 256),
+        Case::new(&mut rng, Format::Q8_0, 5, 32, 256),
+        Case::new(&mut rng, Format::Q6K, 5, 17, 256),
+    ];
+    let means = Means { isa: isas()[0], workers: &Rayon, precision: Precision::Fast };
+    let mut normed = vec![0.0; gate.len()];
+    rms_norm(&gate, &norm, 1e-5, &mut normed);
+    let mut gated = vec![0.0; gate.len()];
+    swiglu(&gate, &up, &mut gated);
+    for (input, plain) in [
+        (Input::Norm { x: &gate, weight: &norm, eps: 1e-5 }, &normed),
+        (Input::SwiGlu { gate: &gate, up: &up }, &gated),
+    ] {
+        let mut together: Vec<Vec<f32>> = cases.iter().map(|c| vec![1.0; 5 * c.weight.rows()]).collect();
+        let mut layers: Vec<Layer<'_>> = cases
+            .iter()
+            .zip(&mut together)
+            .map(|(c, y)| Layer { weight: &c.weight, bias: None, adapters: &c.adapters, y, add: true })
+            .collect();
+        fused_linear(&mut Scratch::default(), means, input, &mut layers);
+        for (case, together) in cases.iter().zip(&together) {
+            let mut alone = vec![0.0; together.len()];
+            let (weight, adapters) = (&case.weight, &case.adapters);
+            let layer = Layer { weight, bias: None, adapters, y: &mut alone, add: false };
+            fused_linear(&mut Scratch::default(), means, Input::Plain(plain), &mut [layer]);
+            alone.iter_mut().for_each(|y| *y += 1.0);
+            assert!(worst(&alone, together) < 1e-4, "{:?}", case.weight);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_is_not_hidden_by_quantisation() {
+    let mut rng = StdRng::seed_from_u64(15);
+    let mut case = Case::new(&mut rng, Format::Q4_1, 3, 16, 64);
+    for poison in [f32::NAN, f32::INFINITY] {
+        case.x[64 + 40] = poison;
+        let y = case.run(isas()[0], Precision::Fast);
+        assert!(y[16..32].iter().all(|y| y.is_nan()), "{poison}");
+        assert!(y[..16].iter().chain(&y[32..]).all(|y| y.is_finite()));
     }
 }
 
@@ -112,33 +245,35 @@ fn a_rank_one_column_too_many_is_noticed() {
     // Negative control: the comparison above must see a single wrong adapter value.
     let mut rng = StdRng::seed_from_u64(3);
     let mut case = Case::new(&mut rng, Format::Q4_1, 9, 64, 256);
-    let mut expected = vec![0.0; 9 * 64];
-    let adapters = case.adapters();
-    reference::linear_adapted(&case.weight, Some(&case.bias), &case.x, &adapters, &mut expected);
-    case.adapters[0].3[17] += 0.05;
-    assert!(worst(&case.run(isas()[0]), &expected) > 2e-4);
+    let expected = case.expected(Precision::Exact);
+    case.adapters.0[0].b[17] += 0.05;
+    assert!(worst(&case.run(isas()[0], Precision::Exact), &expected) > 2e-4);
 }
 
 #[test]
 fn a_row_does_not_depend_on_its_company() {
     let mut rng = StdRng::seed_from_u64(4);
+    let team = Team::new(2).unwrap();
     for (n, k) in [(96, 288), (50, 64), (70, 1120)] {
         let case = Case::new(&mut rng, Format::Q8_0, 67, n, k);
         for isa in isas() {
-            let together = case.run(isa);
-            let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-            assert_eq!(together, one_thread.install(|| case.run(isa)), "thread count, {isa:?}");
-            for row in 0..case.m {
-                let mut alone = vec![f32::NAN; n];
-                let adapters: Vec<AdapterRows<'_>> = case
-                    .adapters
-                    .iter()
-                    .filter(|(rows, ..)| rows.contains(&(row as u32)))
-                    .map(|(_, rank, a, b)| AdapterRows { rows: &[0], rank: *rank, a, b })
-                    .collect();
-                let x = &case.x[row * k..][..k];
-                linear_adapted_with(isa, &case.weight, Some(&case.bias), x, &adapters, &mut alone);
-                assert_eq!(alone, &together[row * n..][..n], "row {row} on {isa:?}");
+            for precision in PRECISIONS {
+                let together = case.run(isa, precision);
+                let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+                let single = one_thread.install(|| case.run(isa, precision));
+                assert_eq!(together, single, "thread count, {isa:?}");
+                assert_eq!(
+                    together,
+                    case.run_with(Means { isa, workers: &team, precision }),
+                    "team, {isa:?}"
+                );
+                for row in 0..case.m {
+                    let mut alone = vec![f32::NAN; n];
+                    let means = Means { isa, workers: &Rayon, precision };
+                    let adapters = Only(case.adapters.at(row));
+                    case.layer(means, &case.x[row * k..][..k], &adapters, &mut alone);
+                    assert_eq!(alone, &together[row * n..][..n], "row {row} on {isa:?}");
+                }
             }
         }
     }
@@ -151,8 +286,12 @@ fn units_with_fused_multiply_add_agree_to_the_bit() {
         println!("skipped: this CPU has not both AVX2 and AVX-512");
         return;
     }
-    let case = Case::new(&mut StdRng::seed_from_u64(5), Format::Q4_1, 13, 40, 96);
-    assert_eq!(case.run(units[0]), case.run(units[1]));
+    for format in Format::ALL {
+        let case = Case::new(&mut StdRng::seed_from_u64(5), format, 13, 40, 256);
+        for precision in PRECISIONS {
+            assert_eq!(case.run(units[0], precision), case.run(units[1], precision), "{format:?}");
+        }
+    }
 }
 
 #[test]
@@ -168,32 +307,61 @@ fn the_transposed_product_equals_the_reference() {
     }
 }
 
+fn means(isa: Isa) -> Means<'static> {
+    Means { isa, workers: &Rayon, precision: Precision::Fast }
+}
+
+fn attention_equals_the_reference<E: KvElement>() {
+    let mut rng = StdRng::seed_from_u64(7);
+    for (head_dim, heads) in [(20, 9), (64, 9), (128, 3), (96, 15)] {
+        let layout = KvLayout { kv_heads: 3, head_dim };
+        let blocks = 12;
+        let mut store = || -> Vec<E> {
+            random(&mut rng, blocks * layout.block_values()).into_iter().map(E::from_f32).collect()
+        };
+        let (keys, values) = (store(), store());
+        let sequences = [
+            PagedSequence { first_block: 0, blocks: 3, rows: 1, start: 40 },
+            PagedSequence { first_block: 3, blocks: 1, rows: 9, start: 0 },
+            PagedSequence { first_block: 4, blocks: 4, rows: 20, start: 31 },
+        ];
+        let pages = Pages { blocks: &[7, 2, 5, 1, 3, 11, 0, 4], sequences: &sequences };
+        for window in [None, Some(8), Some(30)] {
+            let kv = KvStore { layout, keys: &keys, values: &values, window };
+            let width = heads * head_dim;
+            let q = random(&mut rng, 30 * width);
+            let mut plain = vec![0.0; q.len()];
+            reference::paged_attention(&kv, pages, heads, &q, &mut plain);
+            for isa in isas() {
+                let mut fast = vec![0.0; q.len()];
+                paged_attention(means(isa), &kv, pages, heads, &q, &mut fast);
+                assert!(worst(&fast, &plain) < 1e-5, "window {window:?} on {isa:?}");
+                let mut at = 0;
+                for sequence in &sequences {
+                    for row in 0..sequence.rows {
+                        let alone = [PagedSequence { rows: 1, start: sequence.start + row, ..*sequence }];
+                        let alone = Pages { sequences: &alone, ..pages };
+                        let mut out = vec![0.0; width];
+                        paged_attention(means(isa), &kv, alone, heads, &q[at..at + width], &mut out);
+                        assert_eq!(out, &fast[at..at + width], "row {row} in company on {isa:?}");
+                        at += width;
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn paged_attention_equals_the_reference() {
-    let mut rng = StdRng::seed_from_u64(7);
-    let layout = KvLayout { kv_heads: 3, head_dim: 20, block_len: 16 };
-    let blocks = 12;
-    let keys = random(&mut rng, blocks * layout.block_values());
-    let values = random(&mut rng, blocks * layout.block_values());
-    let sequences = [
-        PagedSequence { blocks: &[7, 2, 5], first_row: 0, rows: 1, start: 40 },
-        PagedSequence { blocks: &[1], first_row: 1, rows: 9, start: 0 },
-        PagedSequence { blocks: &[3, 11, 0, 4], first_row: 10, rows: 20, start: 31 },
-    ];
-    for window in [None, Some(8)] {
-        let kv = KvView { layout, keys: &keys, values: &values, window };
-        let q = random(&mut rng, 30 * 9 * 20);
-        let (mut fast, mut plain) = (vec![0.0; q.len()], vec![0.0; q.len()]);
-        paged_attention(&kv, &sequences, 9, &q, &mut fast);
-        reference::paged_attention(&kv, &sequences, 9, &q, &mut plain);
-        assert!(worst(&fast, &plain) < 1e-5, "window {window:?}");
-    }
+    attention_equals_the_reference::<f32>();
+    attention_equals_the_reference::<u16>();
 }
 
 #[test]
 fn packed_sequences_attend_as_paged_ones() {
     let mut rng = StdRng::seed_from_u64(8);
-    let layout = KvLayout { kv_heads: 2, head_dim: 16, block_len: 16 };
+    let layout = KvLayout { kv_heads: 2, head_dim: 16 };
     let shape = SpanAttention {
         heads: 4,
         kv_heads: 2,
@@ -204,22 +372,23 @@ fn packed_sequences_attend_as_paged_ones() {
     let (q, k, v) = (random(&mut rng, 16 * 64), random(&mut rng, 16 * 32), random(&mut rng, 16 * 32));
     let mut packed = vec![0.0; q.len()];
     span_attention(&shape, &q, &k, &v, &mut packed);
+    let sequences = [
+        PagedSequence { first_block: 0, blocks: 1, rows: 11, start: 0 },
+        PagedSequence { first_block: 1, blocks: 1, rows: 5, start: 0 },
+    ];
+    let pages = Pages { blocks: &[0, 1], sequences: &sequences };
     let mut keys = vec![0.0; 2 * layout.block_values()];
     let mut values = keys.clone();
-    for (block, span) in shape.spans.iter().enumerate() {
-        for row in 0..span.len {
-            let at = (span.first + row) * 32;
-            layout.store(&mut keys, &[block as u32], row, &k[at..at + 32]);
-            layout.store(&mut values, &[block as u32], row, &v[at..at + 32]);
-        }
-    }
-    let kv = KvView { layout, keys: &keys, values: &values, window: Some(6) };
-    let sequences = [
-        PagedSequence { blocks: &[0], first_row: 0, rows: 11, start: 0 },
-        PagedSequence { blocks: &[1], first_row: 11, rows: 5, start: 0 },
-    ];
+    // Angles of zero: nothing turns.
+    let table = RopeTable::new(&[0.0; 8], 16);
+    let rotary = Rotary { table: &table, query_norm: None, key_norm: None, eps: 1e-5 };
+    let mut store = KvStoreMut { layout, keys: &mut keys, values: &mut values };
+    let (mut turned, mut k) = (q.clone(), k);
+    rotate_and_store(means(isas()[0]), rotary, &mut store, pages, &mut turned, &mut k, &v);
+    assert_eq!(turned, q);
+    let kv = KvStore { layout, keys: &keys, values: &values, window: Some(6) };
     let mut paged = vec![0.0; q.len()];
-    paged_attention(&kv, &sequences, 4, &q, &mut paged);
+    paged_attention(means(isas()[0]), &kv, pages, 4, &q, &mut paged);
     assert!(worst(&packed, &paged) < 1e-5);
 }
 

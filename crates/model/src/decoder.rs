@@ -169,6 +169,22 @@ impl BaseModel {
         &self.head
     }
 
+    pub(crate) fn embedding(&self) -> &Weight {
+        &self.embedding
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub(crate) fn rope(&self) -> &RopeTable {
+        &self.rope
+    }
+
+    pub(crate) fn final_norm(&self) -> &[f32] {
+        &self.final_norm
+    }
+
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
         let hidden = self.config.hidden;
         let mut values = vec![0.0; tokens.len() * hidden];

@@ -1,6 +1,6 @@
 //! The pool of key/value blocks all sequences share, sized once at the start.
 
-use kernels::{KvLayout, KvView};
+use kernels::{KvElement, KvLayout, KvStore, KvStoreMut, Means, Pages, Precision, Rotary};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -14,33 +14,44 @@ pub const BLOCK_LEN: usize = 16;
 pub struct KvPool {
     layout: KvLayout,
     windows: Vec<Option<usize>>,
-    /// By layer: (blocks, kv_heads, block_len, head_dim).
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    numbers: Numbers,
     free: Vec<u32>,
     blocks: usize,
 }
 
+/// By layer, keys and values.
+#[derive(Debug)]
+enum Numbers {
+    F32(Vec<[Vec<f32>; 2]>),
+    Bf16(Vec<[Vec<u16>; 2]>),
+}
+
 impl KvPool {
-    /// A pool of `blocks` blocks.
+    /// A pool of `blocks` blocks: bfloat16 in fast precision, float32 in exact.
     ///
     /// # Errors
     /// When it would not fit the address space.
-    pub fn new(config: &ModelConfig, blocks: usize) -> Result<Self, ModelError> {
-        let layout = KvLayout { kv_heads: config.kv_heads, head_dim: config.head_dim, block_len: BLOCK_LEN };
+    pub fn new(config: &ModelConfig, blocks: usize, precision: Precision) -> Result<Self, ModelError> {
+        let layout = KvLayout { kv_heads: config.kv_heads, head_dim: config.head_dim };
         let values = layout.block_values().checked_mul(blocks).filter(|_| u32::try_from(blocks).is_ok());
         let values =
             values.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
-        // Each made afresh, not cloned: zeroed memory costs nothing until it is used.
-        let store = || (0..config.layers).map(|_| vec![0.0; values]).collect();
+        let numbers = match precision {
+            Precision::Fast => Numbers::Bf16(zeros(config.layers, values)),
+            Precision::Exact => Numbers::F32(zeros(config.layers, values)),
+        };
         let free = (0..blocks as u32).rev().collect();
-        Ok(Self { layout, windows: config.windows.clone(), keys: store(), values: store(), free, blocks })
+        Ok(Self { layout, windows: config.windows.clone(), numbers, free, blocks })
     }
 
     /// Bytes of one block over all layers.
     #[must_use]
-    pub fn block_bytes(config: &ModelConfig) -> usize {
-        2 * config.layers * config.kv_heads * config.head_dim * BLOCK_LEN * size_of::<f32>()
+    pub fn block_bytes(config: &ModelConfig, precision: Precision) -> usize {
+        let number = match precision {
+            Precision::Fast => size_of::<u16>(),
+            Precision::Exact => size_of::<f32>(),
+        };
+        2 * config.layers * config.kv_heads * config.head_dim * BLOCK_LEN * number
     }
 
     /// Blocks in all.
@@ -67,25 +78,44 @@ impl KvPool {
         debug_assert!(self.free.len() <= self.blocks, "a block was released twice");
     }
 
-    /// Stores one position of a sequence in a layer; rows are (kv_heads, head_dim).
-    pub(crate) fn store(
+    /// Norms and rotates a layer's queries and keys, stores keys and values, and attends.
+    pub(crate) fn attend(
         &mut self,
+        means: Means<'_>,
         layer: usize,
-        blocks: &[u32],
-        position: usize,
-        key: &[f32],
-        value: &[f32],
+        rotary: Rotary<'_>,
+        pages: Pages<'_>,
+        heads: usize,
+        [q, k, v, out]: [&mut [f32]; 4],
     ) {
-        self.layout.store(&mut self.keys[layer], blocks, position, key);
-        self.layout.store(&mut self.values[layer], blocks, position, value);
-    }
-
-    pub(crate) fn view(&self, layer: usize) -> KvView<'_> {
-        KvView {
-            layout: self.layout,
-            keys: &self.keys[layer],
-            values: &self.values[layer],
-            window: self.windows[layer],
+        let (layout, window) = (self.layout, self.windows[layer]);
+        match &mut self.numbers {
+            Numbers::F32(layers) => {
+                attend(means, layout, window, &mut layers[layer], rotary, pages, heads, [q, k, v, out]);
+            }
+            Numbers::Bf16(layers) => {
+                attend(means, layout, window, &mut layers[layer], rotary, pages, heads, [q, k, v, out]);
+            }
         }
     }
+}
+
+/// Each made afresh, not cloned: zeroed memory costs nothing until it is used.
+fn zeros<E: KvElement>(layers: usize, values: usize) -> Vec<[Vec<E>; 2]> {
+    (0..layers).map(|_| [vec![E::default(); values], vec![E::default(); values]]).collect()
+}
+
+fn attend<E: KvElement>(
+    means: Means<'_>,
+    layout: KvLayout,
+    window: Option<usize>,
+    [keys, values]: &mut [Vec<E>; 2],
+    rotary: Rotary<'_>,
+    pages: Pages<'_>,
+    heads: usize,
+    [q, k, v, out]: [&mut [f32]; 4],
+) {
+    let mut store = KvStoreMut { layout, keys, values };
+    kernels::rotate_and_store(means, rotary, &mut store, pages, q, k, v);
+    kernels::paged_attention(means, &KvStore { layout, keys, values, window }, pages, heads, q, out);
 }

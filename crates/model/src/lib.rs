@@ -15,6 +15,7 @@ mod gguf_model;
 mod kv;
 mod load;
 mod ops;
+mod packed;
 mod serve;
 mod tensors;
 
@@ -22,7 +23,9 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{BaseModel, Linear, Pass};
 pub use error::ModelError;
 pub use gguf::{GgufFile, Value};
+pub use kernels::Precision;
 pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};
 pub use ops::{FrozenLinear, SpanAttend, map, slice_of};
-pub use serve::{BatchInput, Logits, PackedPass, SequenceRows};
+pub use packed::PackedPass;
+pub use serve::{BatchInput, Logits, Runtime};

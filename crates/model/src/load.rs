@@ -86,11 +86,11 @@ fn build(source: &Source, hash: [u8; 32]) -> Result<BaseModel, ModelError> {
         let name = |part| (names.block)(layer, part);
         let linear = |site: Site| -> Result<Linear, ModelError> {
             let (rows, cols) = shape.dims(site);
-            let mut weight = tensors.weight(&name(Part::Weight(site)), rows, cols)?;
+            let turned = source.interleaved && matches!(site, Site::Q | Site::K);
+            let order = |row| if turned { interleaved_row(row, config.head_dim) } else { row };
+            let weight = tensors.reordered_weight(&name(Part::Weight(site)), rows, cols, order)?;
             let mut bias = tensors.optional_vector(&name(Part::Bias(site)), rows)?;
-            if source.interleaved && matches!(site, Site::Q | Site::K) {
-                let order = |row| interleaved_row(row, config.head_dim);
-                weight = weight.reorder_rows(order);
+            if turned {
                 bias = bias.map(|bias| (0..rows).map(|row| bias[order(row)]).collect());
             }
             Ok(Linear { weight: Arc::new(weight), bias: bias.map(Into::into) })

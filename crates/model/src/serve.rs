@@ -1,184 +1,249 @@
 //! The serving pass: rows of many sequences, each with its own adapter, over the paged KV pool.
+//!
+//! The same decoder as [`BaseModel::hidden`], on plain buffers that one step leaves to the next: after the first steps
+//! nothing is allocated. Training keeps the differentiable form; a test holds the two together.
 
-use candle_core::Tensor;
-use kernels::{PagedSequence, Span};
+use kernels::{
+    Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, Scratch, Team, fused_linear,
+};
 use peft::AdapterBatch;
-use types::SiteId;
+use types::{Site, SiteId};
 
-use crate::config::ModelConfig;
-use crate::decoder::{BaseModel, Linear, Pass};
+use crate::decoder::{BaseModel, Block};
 use crate::error::ModelError;
 use crate::kv::{BLOCK_LEN, KvPool};
-use crate::ops::{SpanAttend, map};
 
-/// One sequence's part of a step: consecutive tokens at consecutive positions.
-#[derive(Debug, Clone)]
-pub struct SequenceRows {
-    /// The tokens, at least one.
-    pub tokens: Vec<u32>,
-    /// Position of the first.
-    pub start: usize,
-    /// The sequence's blocks; they reach the last position.
-    pub blocks: Vec<u32>,
-    /// Whether the logits after the last token are wanted.
-    pub want_logits: bool,
-}
-
-/// A step's rows, sequence after sequence.
+/// A step's rows, sequence after sequence. Cleared and filled again for every step.
 #[derive(Debug, Clone, Default)]
 pub struct BatchInput {
-    /// The sequences.
-    pub sequences: Vec<SequenceRows>,
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    blocks: Vec<u32>,
+    sequences: Vec<PagedSequence>,
+    /// Rows whose logits are wanted.
+    wanted: Vec<usize>,
 }
 
 impl BatchInput {
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.blocks.clear();
+        self.sequences.clear();
+        self.wanted.clear();
+    }
+
+    /// Adds a sequence's part of the step: consecutive tokens from position `start` on, in blocks that reach the last
+    /// of them; `want_logits` asks for the logits after the last token.
+    pub fn push(&mut self, tokens: &[u32], start: usize, blocks: &[u32], want_logits: bool) {
+        let first_block = self.blocks.len();
+        self.sequences.push(PagedSequence { first_block, blocks: blocks.len(), rows: tokens.len(), start });
+        self.blocks.extend_from_slice(blocks);
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend((start as u32..).take(tokens.len()));
+        if want_logits {
+            self.wanted.push(self.tokens.len().saturating_sub(1));
+        }
+    }
+
     /// Number of rows.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.sequences.iter().map(|sequence| sequence.tokens.len()).sum()
+        self.tokens.len()
+    }
+
+    fn check(&self, base: &BaseModel, kv: &KvPool) -> Result<(), ModelError> {
+        let config = base.config();
+        if self.sequences.is_empty() {
+            return Err(ModelError::Batch("no sequence".into()));
+        }
+        for sequence in &self.sequences {
+            let end = sequence.start + sequence.rows;
+            let blocks = &self.blocks[sequence.first_block..][..sequence.blocks];
+            let known = |block: &u32| (*block as usize) < kv.blocks();
+            if sequence.rows == 0 || end > blocks.len() * BLOCK_LEN || !blocks.iter().all(known) {
+                return Err(ModelError::Batch(format!("positions up to {end} in {} blocks", blocks.len())));
+            }
+            if end > config.context {
+                let problem = format!("position {} is beyond the context of {}", end - 1, config.context);
+                return Err(ModelError::Batch(problem));
+            }
+        }
+        match self.tokens.iter().find(|token| **token as usize >= config.vocab) {
+            Some(token) => {
+                let problem = format!("token id {token} is beyond the vocabulary of {}", config.vocab);
+                Err(ModelError::Batch(problem))
+            }
+            None => Ok(()),
+        }
     }
 }
 
 /// The logits of the sequences that wanted them, in their order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Logits {
     values: Vec<f32>,
+    rows: usize,
     vocab: usize,
 }
 
 impl Logits {
     /// The rows, each with one value per token of the vocabulary.
     pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.values.chunks_exact(self.vocab)
+        self.values[..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
     }
+}
+
+/// What one model thread computes with: its workers, its precision, and the buffers of a step.
+#[derive(Debug)]
+pub struct Runtime {
+    team: Team,
+    precision: Precision,
+    scratch: Scratch,
+    /// The residual stream.
+    x: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    last: Vec<f32>,
+}
+
+impl Runtime {
+    /// Workers on `threads` threads, the caller's among them.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub fn new(threads: usize, precision: Precision) -> std::io::Result<Self> {
+        Ok(Self {
+            team: Team::new(threads)?,
+            precision,
+            scratch: Scratch::default(),
+            x: Vec::new(),
+            q: Vec::new(),
+            k: Vec::new(),
+            v: Vec::new(),
+            attended: Vec::new(),
+            gate: Vec::new(),
+            up: Vec::new(),
+            last: Vec::new(),
+        })
+    }
+
+    /// The precision it computes in.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+}
+
+/// The first `len` values of a buffer that grows as needed.
+fn part(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 impl BaseModel {
     /// One forward pass. `adapters` routes every row of `input`, in order, to its adapter or to none.
     ///
     /// # Errors
-    /// When a token, position or block is out of range; the pool then holds no sequence's state but that of
-    /// the sequences in `input`, which must be given up.
+    /// When a token, position or block is out of range; nothing is computed then.
     pub fn forward(
         &self,
+        runtime: &mut Runtime,
         input: &BatchInput,
         kv: &mut KvPool,
         adapters: &AdapterBatch,
-    ) -> Result<Logits, ModelError> {
-        let vocab = self.config().vocab;
-        let (mut tokens, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-        for sequence in &input.sequences {
-            let end = sequence.start + sequence.tokens.len();
-            let known = |block: &u32| (*block as usize) < kv.blocks();
-            if sequence.tokens.is_empty()
-                || end > sequence.blocks.len() * BLOCK_LEN
-                || !sequence.blocks.iter().all(known)
-            {
-                return Err(ModelError::Batch(format!(
-                    "positions up to {end} in {} blocks",
-                    sequence.blocks.len()
-                )));
-            }
-            tokens.extend_from_slice(&sequence.tokens);
-            positions.extend((sequence.start as u32..).take(sequence.tokens.len()));
-            if sequence.want_logits {
-                wanted.push(tokens.len() - 1);
-            }
+        logits: &mut Logits,
+    ) -> Result<(), ModelError> {
+        input.check(self, kv)?;
+        let config = self.config();
+        let Runtime { team, precision, scratch, x, q, k, v, attended, gate, up, last } = runtime;
+        let means = Means { isa: kernels::isa(), workers: team, precision: *precision };
+        let (rows, hidden, vocab) = (input.rows(), config.hidden, config.vocab);
+        let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let x = part(x, rows * hidden);
+        for (&token, row) in input.tokens.iter().zip(x.chunks_exact_mut(hidden)) {
+            self.embedding().decode_row(token as usize, row);
         }
-        let mut pass = Serving { input, kv, adapters, heads: self.config().heads };
-        let hidden = self.hidden(&tokens, &positions, &mut pass)?;
-        if wanted.is_empty() {
-            return Ok(Logits { values: Vec::new(), vocab });
+        let pages = Pages { blocks: &input.blocks, sequences: &input.sequences };
+        let eps = config.norm_eps;
+        for (index, block) in self.blocks().iter().enumerate() {
+            let site = |site: Site| adapters.site(SiteId::new(index, site));
+            let [q, k] = [part(q, rows * query), part(k, rows * key)];
+            let [v, attended] = [part(v, rows * key), part(attended, rows * query)];
+            let [gate, up] = [part(gate, rows * config.feed_forward), part(up, rows * config.feed_forward)];
+
+            let (at_q, at_k, at_v) = (site(Site::Q), site(Site::K), site(Site::V));
+            let normed = Input::Norm { x, weight: &block.attention_norm, eps };
+            fused_linear(
+                scratch,
+                means,
+                normed,
+                &mut [
+                    layer(block, Site::Q, &at_q, q, false),
+                    layer(block, Site::K, &at_k, k, false),
+                    layer(block, Site::V, &at_v, v, false),
+                ],
+            );
+            let rotary = Rotary {
+                table: self.rope(),
+                query_norm: block.query_norm.as_deref(),
+                key_norm: block.key_norm.as_deref(),
+                eps,
+            };
+            kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
+            let at_o = site(Site::O);
+            fused_linear(
+                scratch,
+                means,
+                Input::Plain(attended),
+                &mut [layer(block, Site::O, &at_o, x, true)],
+            );
+
+            let (at_gate, at_up, at_down) = (site(Site::Gate), site(Site::Up), site(Site::Down));
+            let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
+            fused_linear(
+                scratch,
+                means,
+                normed,
+                &mut [
+                    layer(block, Site::Gate, &at_gate, gate, false),
+                    layer(block, Site::Up, &at_up, up, false),
+                ],
+            );
+            let gated = Input::SwiGlu { gate, up };
+            fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }
-        let width = self.config().hidden;
-        let rows = map("gather", &hidden, &[], wanted.len() * width, |hidden, _| {
-            wanted.iter().flat_map(|row| &hidden[row * width..][..width]).copied().collect()
-        })?;
-        let logits = map("head", &rows, &[], wanted.len() * vocab, |rows, _| {
-            let mut logits = vec![0.0; wanted.len() * vocab];
-            kernels::linear(&self.head().weight, None, rows, &mut logits);
-            logits
-        })?;
-        Ok(Logits { values: logits.to_vec1()?, vocab })
-    }
-}
-
-struct Serving<'a> {
-    input: &'a BatchInput,
-    kv: &'a mut KvPool,
-    adapters: &'a AdapterBatch,
-    heads: usize,
-}
-
-impl Pass for Serving<'_> {
-    fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
-        fused_linear(id, linear, x, self.adapters)
-    }
-
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
-        let width = k.dims2()?.1;
-        let (keys, values) = (k.flatten_all()?.to_vec1::<f32>()?, v.flatten_all()?.to_vec1::<f32>()?);
-        let mut sequences = Vec::with_capacity(self.input.sequences.len());
-        let mut first_row = 0;
-        for sequence in &self.input.sequences {
-            let rows = sequence.tokens.len();
-            for row in 0..rows {
-                let at = (first_row + row) * width;
-                let (key, value) = (&keys[at..at + width], &values[at..at + width]);
-                self.kv.store(layer, &sequence.blocks, sequence.start + row, key, value);
-            }
-            sequences.push(PagedSequence {
-                blocks: &sequence.blocks,
-                first_row,
-                rows,
-                start: sequence.start,
-            });
-            first_row += rows;
+        logits.rows = input.wanted.len();
+        logits.vocab = vocab;
+        let last = part(last, input.wanted.len() * hidden);
+        for (&row, last) in input.wanted.iter().zip(last.chunks_exact_mut(hidden)) {
+            last.copy_from_slice(&x[row * hidden..][..hidden]);
         }
-        let view = self.kv.view(layer);
-        Ok(map("paged-attention", q, &[], q.shape(), |q, _| {
-            let mut out = vec![0.0; q.len()];
-            kernels::paged_attention(&view, &sequences, self.heads, q, &mut out);
-            out
-        })?)
+        if !last.is_empty() {
+            let y = part(&mut logits.values, input.wanted.len() * vocab);
+            let normed = Input::Norm { x: last, weight: self.final_norm(), eps };
+            let head =
+                Layer { weight: &self.head().weight, bias: None, adapters: &NoAdapters, y, add: false };
+            fused_linear(scratch, means, normed, &mut [head]);
+        }
+        Ok(())
     }
 }
 
-/// The frozen product and every row's adapter, without a gradient.
-fn fused_linear(
-    id: SiteId,
-    linear: &Linear,
-    x: &Tensor,
-    adapters: &AdapterBatch,
-) -> Result<Tensor, ModelError> {
-    let adapters = adapters.at(id);
-    let rows = x.dims2()?.0;
-    let width = linear.weight.rows();
-    Ok(map("fused-linear", x, &[], (rows, width), |x, _| {
-        let mut y = vec![0.0; rows * width];
-        kernels::linear_adapted(&linear.weight, linear.bias.as_deref(), x, &adapters, &mut y);
-        y
-    })?)
-}
-
-/// Whole sequences packed one after another, without KV and without gradients: for measuring losses.
-#[derive(Debug)]
-pub struct PackedPass<'a> {
-    /// The sequences' rows.
-    pub spans: &'a [Span],
-    /// Every row's adapter.
-    pub adapters: &'a AdapterBatch,
-    /// Dimensions of the model it runs on.
-    pub config: &'a ModelConfig,
-}
-
-impl Pass for PackedPass<'_> {
-    fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
-        fused_linear(id, linear, x, self.adapters)
-    }
-
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
-        let shape = self.config.span_attention(layer, self.spans);
-        Ok(q.apply_op3_no_bwd(k, v, &SpanAttend(shape))?)
-    }
+fn layer<'a>(
+    block: &'a Block,
+    site: Site,
+    adapters: &'a dyn kernels::Routing,
+    y: &'a mut [f32],
+    add: bool,
+) -> Layer<'a> {
+    let linear = &block.linears[site.index()];
+    Layer { weight: &linear.weight, bias: linear.bias.as_deref(), adapters, y, add }
 }

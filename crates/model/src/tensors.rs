@@ -43,8 +43,20 @@ impl Tensors {
 
     /// A matrix of shape (rows, cols).
     pub(crate) fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, ModelError> {
+        self.reordered_weight(name, rows, cols, |row| row)
+    }
+
+    /// A matrix whose row `i` is row `order(i)` of the file's.
+    pub(crate) fn reordered_weight(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: impl Fn(usize) -> usize,
+    ) -> Result<Weight, ModelError> {
         let (place, bytes) = self.read(name, &[rows, cols])?;
-        Weight::new(place.format, rows, cols, bytes).map_err(|e| ModelError::tensor(name, e.to_string()))
+        Weight::reordered(place.format, rows, cols, bytes, order)
+            .map_err(|e| ModelError::tensor(name, e.to_string()))
     }
 
     /// A vector, as float32.

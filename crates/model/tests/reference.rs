@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, SequenceRows, load};
+use model::{
+    BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, ModelError, Precision, Runtime, load,
+};
 use peft::{Adapter, AdapterBatch, LoraWeights};
 
 fn fixtures() -> PathBuf {
@@ -20,7 +22,21 @@ fn base(name: &str) -> BaseModel {
 fn adapter(folder: &Path, base: &BaseModel) -> Arc<Adapter> {
     let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
     let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
-    Arc::new(Adapter::new(&LoraWeights::parse(&config, &weights, &base.shape()).unwrap()))
+    let weights = LoraWeights::parse(&config, &weights, &base.shape()).unwrap();
+    Arc::new(Adapter::new(&weights, Precision::Exact))
+}
+
+/// A forward pass in float32.
+fn forward(
+    base: &BaseModel,
+    input: &BatchInput,
+    kv: &mut KvPool,
+    adapters: &AdapterBatch,
+) -> Result<Vec<Vec<f32>>, ModelError> {
+    let mut logits = Logits::default();
+    let mut runtime = Runtime::new(2, Precision::Exact).unwrap();
+    base.forward(&mut runtime, input, kv, adapters, &mut logits)?;
+    Ok(logits.rows().map(<[f32]>::to_vec).collect())
 }
 
 /// Input ids and expected logits of each sequence.
@@ -44,12 +60,10 @@ fn feed(
     let mut start = 0;
     let mut logits = Vec::new();
     for &len in pieces {
-        let tokens = ids[start..start + len].to_vec();
-        let input = BatchInput {
-            sequences: vec![SequenceRows { tokens, start, blocks: blocks.clone(), want_logits: true }],
-        };
+        let mut input = BatchInput::default();
+        input.push(&ids[start..start + len], start, &blocks, true);
         let adapters = AdapterBatch::new((0..len).map(|_| adapter));
-        logits.extend(base.forward(&input, kv, &adapters).unwrap().rows().map(<[f32]>::to_vec));
+        logits.extend(forward(base, &input, kv, &adapters).unwrap());
         start += len;
     }
     kv.release(blocks);
@@ -62,7 +76,7 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
 
 /// The largest difference from the fixture, tokens fed one by one.
 fn difference(base: &BaseModel, folder: &Path, adapter: Option<&Arc<Adapter>>) -> f32 {
-    let mut kv = KvPool::new(base.config(), 8).unwrap();
+    let mut kv = KvPool::new(base.config(), 8, Precision::Exact).unwrap();
     let mut largest = 0.0f32;
     for (ids, expected) in expected(folder) {
         let ours = feed(base, &mut kv, &ids, &vec![1; ids.len()], adapter);
@@ -101,7 +115,7 @@ fn adapter_logits_equal_peft() {
 fn prefill_and_decode_agree_to_the_bit() {
     for name in ["tiny-llama", "tiny-mistral"] {
         let base = base(name);
-        let mut kv = KvPool::new(base.config(), 8).unwrap();
+        let mut kv = KvPool::new(base.config(), 8, Precision::Exact).unwrap();
         let (ids, _) = expected(&fixtures().join(name)).remove(0);
         let one_by_one = feed(&base, &mut kv, &ids, &vec![1; ids.len()], None);
         for pieces in [vec![ids.len()], vec![7, 1, ids.len() - 8], vec![ids.len() - 1, 1]] {
@@ -129,31 +143,23 @@ fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
         .collect();
     let (ids, _) = expected(&folder).remove(0);
     let prompts: Vec<Vec<u32>> = (0..8).map(|row| ids[row..row + 5 + row].to_vec()).collect();
-    let mut kv = KvPool::new(base.config(), 16).unwrap();
+    let mut kv = KvPool::new(base.config(), 16, Precision::Exact).unwrap();
     let alone: Vec<Vec<f32>> = prompts
         .iter()
         .zip(&rows)
         .map(|(ids, adapter)| feed(&base, &mut kv, ids, &[ids.len()], adapter.as_ref()).remove(0))
         .collect();
-    let sequences = prompts
-        .iter()
-        .map(|ids| SequenceRows {
-            tokens: ids.clone(),
-            start: 0,
-            blocks: vec![kv.allocate().unwrap()],
-            want_logits: true,
-        })
-        .collect();
+    let mut input = BatchInput::default();
+    for ids in &prompts {
+        input.push(ids, 0, &[kv.allocate().unwrap()], true);
+    }
     let route = |swap: bool| {
         AdapterBatch::new(prompts.iter().enumerate().flat_map(|(row, ids)| {
             let row = if swap { (row + 1) % 8 } else { row };
             std::iter::repeat_n(rows[row].as_ref(), ids.len())
         }))
     };
-    let input = BatchInput { sequences };
-    let run = |kv: &mut KvPool, swap| -> Vec<Vec<f32>> {
-        base.forward(&input, kv, &route(swap)).unwrap().rows().map(<[f32]>::to_vec).collect()
-    };
+    let run = |kv: &mut KvPool, swap| forward(&base, &input, kv, &route(swap)).unwrap();
     assert_eq!(run(&mut kv, false), alone);
     // Negative control: rows routed to their neighbour's adapter must not pass.
     let swapped = run(&mut kv, true);
@@ -163,11 +169,12 @@ fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
 #[test]
 fn bad_batches_are_errors() {
     let base = base("tiny-llama");
-    let mut kv = KvPool::new(base.config(), 2).unwrap();
+    let mut kv = KvPool::new(base.config(), 2, Precision::Exact).unwrap();
     let none = AdapterBatch::default();
     let mut run = |tokens: Vec<u32>, start, blocks: Vec<u32>| {
-        let sequences = vec![SequenceRows { tokens, start, blocks, want_logits: true }];
-        base.forward(&BatchInput { sequences }, &mut kv, &none).map(|_| ())
+        let mut input = BatchInput::default();
+        input.push(&tokens, start, &blocks, true);
+        forward(&base, &input, &mut kv, &none).map(|_| ())
     };
     assert!(run(vec![1, 2], 0, vec![0]).is_ok());
     assert!(run(vec![9999], 0, vec![0]).unwrap_err().to_string().contains("9999"));
@@ -198,6 +205,6 @@ mod testing {
                 Some(LoraTensors { rank, scale: 0.5, a: random(rank * input), b: random(out * rank) })
             })
             .collect();
-        Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }))
+        Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }, model::Precision::Exact))
     }
 }

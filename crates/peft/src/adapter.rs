@@ -2,19 +2,47 @@
 
 use std::sync::Arc;
 
+use kernels::{LowRank, Numbers, Precision, pack_b};
 use types::{AdapterId, GenerationId, SiteId};
 
 use crate::files::LoraWeights;
 
-/// The low-rank update of one site, ready to serve.
+/// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
+/// panels.
 #[derive(Debug)]
-pub struct AdapterSite {
-    /// Rank at this site.
-    pub rank: usize,
-    /// A, shape (rank, input features).
-    pub a: Box<[f32]>,
-    /// B times the scale, shape (output features, rank).
-    pub b: Box<[f32]>,
+struct AdapterSite {
+    rank: usize,
+    a: Values,
+    b: Values,
+}
+
+#[derive(Debug)]
+enum Values {
+    F32(Box<[f32]>),
+    Bf16(Box<[u16]>),
+}
+
+impl Values {
+    fn new(values: &[f32], precision: Precision) -> Self {
+        match precision {
+            Precision::Exact => Self::F32(values.into()),
+            Precision::Fast => Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect()),
+        }
+    }
+
+    fn numbers(&self) -> Numbers<'_> {
+        match self {
+            Self::F32(values) => Numbers::F32(values),
+            Self::Bf16(values) => Numbers::Bf16(values),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(values) => size_of_val::<[f32]>(values),
+            Self::Bf16(values) => size_of_val::<[u16]>(values),
+        }
+    }
 }
 
 /// One immutable generation of an adapter in memory.
@@ -25,30 +53,29 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// Folds each site's scale into B.
+    /// Folds each site's scale into B. Fast precision keeps bfloat16, exact precision float32.
     #[must_use]
-    pub fn new(weights: &LoraWeights) -> Self {
-        let fold = |scale: f32, b: &[f32]| b.iter().map(|v| v * scale).collect();
+    pub fn new(weights: &LoraWeights, precision: Precision) -> Self {
+        let site = |rank: usize, scale: f32, a: &[f32], b: &[f32]| {
+            let scaled: Vec<f32> = b.iter().map(|v| v * scale).collect();
+            let (a, b) = (Values::new(a, precision), Values::new(&pack_b(&scaled, rank), precision));
+            AdapterSite { rank, a, b }
+        };
         let sites: Vec<Option<AdapterSite>> = weights
             .sites
             .iter()
-            .map(|site| {
-                site.as_ref().map(|t| AdapterSite {
-                    rank: t.rank,
-                    a: t.a.as_slice().into(),
-                    b: fold(t.scale as f32, &t.b),
-                })
-            })
+            .map(|at| at.as_ref().map(|t| site(t.rank, t.scale as f32, &t.a, &t.b)))
             .collect();
-        let values: usize = sites.iter().flatten().map(|site| site.a.len() + site.b.len()).sum();
-        let bytes = values * size_of::<f32>() + size_of_val(sites.as_slice());
+        let values: usize = sites.iter().flatten().map(|site| site.a.bytes() + site.b.bytes()).sum();
+        let bytes = values + size_of_val(sites.as_slice());
         Self { sites, bytes }
     }
 
     /// The update at a site, if the adapter acts there.
     #[must_use]
-    pub fn site(&self, id: SiteId) -> Option<&AdapterSite> {
-        self.sites.get(id.index())?.as_ref()
+    pub fn site(&self, id: SiteId) -> Option<LowRank<'_>> {
+        let site = self.sites.get(id.index())?.as_ref()?;
+        Some(LowRank { rank: site.rank, a: site.a.numbers(), b: site.b.numbers() })
     }
 
     /// Bytes it holds in memory.

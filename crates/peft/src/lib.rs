@@ -9,9 +9,10 @@ mod error;
 mod files;
 mod shape;
 
-pub use adapter::{Adapter, AdapterSite, Lease};
-pub use batch::AdapterBatch;
+pub use adapter::{Adapter, Lease};
+pub use batch::{AdapterBatch, SiteRouting};
 pub use config::{LoraConfig, MAX_RANK, TargetModules};
 pub use error::PeftError;
 pub use files::{LoraTensors, LoraWeights, generation_id};
+pub use kernels::{Numbers, Precision};
 pub use shape::BaseShape;

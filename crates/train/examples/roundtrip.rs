@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, SequenceRows, load};
+use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime, load};
 use peft::{Adapter, AdapterBatch, LoraWeights};
 use train::{Recipe, train};
 use types::Example;
@@ -28,7 +28,7 @@ fn main() -> Fallible<()> {
 
     let vocab = u32::try_from(base.config().vocab)?;
     let input_ids = [sequence(3, vocab), sequence(4, vocab)];
-    let mut kv = KvPool::new(base.config(), (SEQUENCE_LEN as usize).div_ceil(BLOCK_LEN))?;
+    let mut kv = KvPool::new(base.config(), (SEQUENCE_LEN as usize).div_ceil(BLOCK_LEN), Precision::Exact)?;
     let mut logits = Vec::new();
     for ids in &input_ids {
         logits.push(logits_of(&base, &mut kv, ids, &adapter)?);
@@ -56,7 +56,7 @@ fn trained(base: &BaseModel, seed: u32, folder: &Path) -> Fallible<Arc<Adapter>>
     std::fs::write(&config, weights.config.to_json("tiny-llama"))?;
     std::fs::write(&tensors, weights.to_safetensors(&base.shape())?)?;
     let stored = LoraWeights::parse(&std::fs::read(config)?, &std::fs::read(tensors)?, &base.shape())?;
-    Ok(Arc::new(Adapter::new(&stored)))
+    Ok(Arc::new(Adapter::new(&stored, Precision::Exact)))
 }
 
 /// Logits after each token, `[tokens][vocab]`.
@@ -69,10 +69,12 @@ fn logits_of(
     let blocks = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate()).collect::<Option<Vec<u32>>>();
     let blocks = blocks.ok_or("no KV block is free")?;
     let adapters = AdapterBatch::new([Some(adapter)]);
+    let (mut runtime, mut output) = (Runtime::new(2, Precision::Exact)?, Logits::default());
     let mut logits = Vec::new();
     for (start, &id) in ids.iter().enumerate() {
-        let rows = SequenceRows { tokens: vec![id], start, blocks: blocks.clone(), want_logits: true };
-        let output = base.forward(&BatchInput { sequences: vec![rows] }, kv, &adapters)?;
+        let mut input = BatchInput::default();
+        input.push(&[id], start, &blocks, true);
+        base.forward(&mut runtime, &input, kv, &adapters, &mut output)?;
         logits.extend(output.rows().map(<[f32]>::to_vec));
     }
     kv.release(blocks);

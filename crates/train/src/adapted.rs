@@ -1,7 +1,6 @@
 //! A frozen linear layer with its LoRA update as one operation: nothing but its output is kept for the way back.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use kernels::AdapterRows;
 use model::{Linear, map, slice_of};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -51,11 +50,10 @@ impl CustomOp3 for AdaptedLinear {
         let mut y = vec![0.0; rows * width];
         kernels::linear(&self.frozen.weight, self.frozen.bias.as_deref(), x, &mut y);
         let scaled: Vec<f32> = b.iter().map(|b| b * self.scale).collect();
-        let all: Vec<u32> = (0..rows as u32).collect();
-        let adapter = AdapterRows { rows: &all, rank: l2.shape().dims2()?.0, a, b: &scaled };
+        let rank = l2.shape().dims2()?.0;
         match self.mask {
-            Some(mask) => kernels::adapt(&adapter, &mask.apply(x), &mut y),
-            None => kernels::adapt(&adapter, x, &mut y),
+            Some(mask) => kernels::adapt(rank, a, &scaled, &mask.apply(x), &mut y),
+            None => kernels::adapt(rank, a, &scaled, x, &mut y),
         }
         Ok((CpuStorage::F32(y), (rows, width).into()))
     }

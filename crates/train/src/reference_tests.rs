@@ -128,7 +128,7 @@ fn twenty_steps_equal_torch() {
         }
     }
     // The serving path sees the same loss as the training path.
-    let adapter = Arc::new(Adapter::new(&trained.weights));
+    let adapter = Arc::new(Adapter::new(&trained.weights, peft::Precision::Exact));
     let losses = evaluate(&setup.base, Some(&adapter), &setup.examples, 100, 1000).unwrap();
     let nats: f64 =
         losses.iter().map(|l| l.nats).sum::<f64>() / losses.iter().map(|l| l.tokens).sum::<usize>() as f64;

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use model::BaseModel;
-use peft::{Adapter, LoraWeights, generation_id};
+use peft::{Adapter, LoraWeights, Precision, generation_id};
 use personalize::{Holdout, example, split};
 use serde_json::json;
 use store::NewGeneration;
@@ -91,7 +91,7 @@ impl Bench {
         let train_items = parts.train.len();
         let (examples, heldout) = (self.examples(&parts.train)?, self.examples(&parts.heldout)?);
         let trained = train(&self.base, None, &examples, recipe, on_step)?;
-        let adapter = Arc::new(Adapter::new(&trained.weights));
+        let adapter = Arc::new(Adapter::new(&trained.weights, Precision::Exact));
         let head_adapter = head.map(|head| self.parse(head)).transpose()?;
         let measure = |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &heldout);
         let measured = Measured {
@@ -144,7 +144,7 @@ impl Bench {
 
     fn parse(&self, head: &Head) -> Result<Arc<Adapter>, WorkerError> {
         let weights = LoraWeights::parse(&head.config, &head.weights, &self.base.shape())?;
-        Ok(Arc::new(Adapter::new(&weights)))
+        Ok(Arc::new(Adapter::new(&weights, Precision::Exact)))
     }
 
     fn measure(&self, adapter: Option<&Arc<Adapter>>, heldout: &[Example]) -> Result<Vec<Loss>, WorkerError> {

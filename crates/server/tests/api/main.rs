@@ -13,6 +13,7 @@ use adapters::AdapterCache;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
+use peft::Precision;
 use serde_json::{Value, json};
 use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest as _, Sha256};
@@ -69,6 +70,7 @@ impl Server {
             step_tokens: 64,
             kv_bytes: 1 << 20,
             threads: 1,
+            precision: Precision::Fast,
             eos: tokenizer.eos_ids().to_vec(),
         };
         let engine =
@@ -79,7 +81,7 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model.shape(), base, 1 << 20),
+            adapters: AdapterCache::new(store.clone(), model.shape(), base, Precision::Fast, 1 << 20),
             model_name: "base".into(),
             base_hash: base,
             limits,

@@ -1,0 +1,316 @@
+//! The x86 vector units. Values of these types exist only in code reached after detection.
+
+use std::arch::x86_64::*;
+
+use crate::lanes::Lanes;
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+impl Lanes for Avx512 {
+    type Ints = __m512i;
+    type Bytes = __m512i;
+    const TALL: bool = true;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: only reached inside functions compiled for, and called after detection of, AVX-512.
+        Self(unsafe { _mm512_setzero_ps() })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe { _mm512_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_brain(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) })
+    }
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_add_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        // SAFETY: as for `zero`; the array has sixteen values.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
+        out
+    }
+    #[inline(always)]
+    fn ints(value: i32) -> __m512i {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    fn from_ints(ints: __m512i) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_cvtepi32_ps(ints) })
+    }
+    #[inline(always)]
+    unsafe fn bytes(from: *const u8) -> __m512i {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    fn low(bytes: __m512i) -> __m512i {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_and_si512(bytes, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high(bytes: __m512i) -> __m512i {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn with_two_bits(low: __m512i, bits: __m512i, which: usize) -> __m512i {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let moved = match which {
+                0 => _mm512_slli_epi16::<4>(bits),
+                1 => _mm512_slli_epi16::<2>(bits),
+                2 => bits,
+                _ => _mm512_srli_epi16::<2>(bits),
+            };
+            _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)))
+        }
+    }
+    #[inline(always)]
+    fn byte(bytes: __m512i, which: usize) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let moved = match which {
+                0 => _mm512_and_si512(bytes, _mm512_set1_epi32(0xff)),
+                1 => _mm512_and_si512(_mm512_srli_epi32::<8>(bytes), _mm512_set1_epi32(0xff)),
+                2 => _mm512_and_si512(_mm512_srli_epi32::<16>(bytes), _mm512_set1_epi32(0xff)),
+                _ => _mm512_srli_epi32::<24>(bytes),
+            };
+            Self(_mm512_cvtepi32_ps(moved))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, weights: __m512i, x: *const i8, _: bool) -> __m512i {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
+    }
+}
+
+/// Applies an operation to both halves.
+macro_rules! both {
+    ($a:expr, |$x:ident| $body:expr) => {{
+        let [low, high] = $a;
+        [
+            {
+                let $x = low;
+                $body
+            },
+            {
+                let $x = high;
+                $body
+            },
+        ]
+    }};
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2([__m256; 2]);
+
+impl Lanes for Avx2 {
+    type Ints = [__m256i; 2];
+    type Bytes = [__m256i; 2];
+    const TALL: bool = false;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: only reached inside functions compiled for, and called after detection of, AVX2.
+        Self(unsafe { [_mm256_setzero_ps(); 2] })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            _mm256_storeu_ps(to, self.0[0]);
+            _mm256_storeu_ps(to.add(8), self.0[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe {
+            let halves = _mm256_loadu_si256(from.cast());
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+            ]
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_brain(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe {
+            let halves = [_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast())];
+            both!(halves, |half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe {
+            let halves = [_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast())];
+            both!(halves, |half| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(half)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        Self(unsafe {
+            let halves = [_mm_loadl_epi64(from.cast()), _mm_loadl_epi64(from.add(8).cast())];
+            both!(halves, |half| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half)))
+        })
+    }
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { [_mm256_set1_ps(value); 2] })
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { [_mm256_mul_ps(self.0[0], b.0[0]), _mm256_mul_ps(self.0[1], b.0[1])] })
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { [_mm256_add_ps(self.0[0], b.0[0]), _mm256_add_ps(self.0[1], b.0[1])] })
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe {
+            [_mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]), _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1])]
+        })
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        // SAFETY: as for `zero`; the array has sixteen values.
+        unsafe { self.store(out.as_mut_ptr()) };
+        out
+    }
+    #[inline(always)]
+    fn ints(value: i32) -> [__m256i; 2] {
+        // SAFETY: as for `zero`.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+    #[inline(always)]
+    fn from_ints(ints: [__m256i; 2]) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { both!(ints, |half| _mm256_cvtepi32_ps(half)) })
+    }
+    #[inline(always)]
+    unsafe fn bytes(from: *const u8) -> [__m256i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    fn low(bytes: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: as for `zero`.
+        unsafe { both!(bytes, |half| _mm256_and_si256(half, _mm256_set1_epi8(15))) }
+    }
+    #[inline(always)]
+    fn high(bytes: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: as for `zero`.
+        unsafe { both!(bytes, |half| _mm256_and_si256(_mm256_srli_epi16::<4>(half), _mm256_set1_epi8(15))) }
+    }
+    #[inline(always)]
+    fn with_two_bits(low: [__m256i; 2], bits: [__m256i; 2], which: usize) -> [__m256i; 2] {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let moved = match which {
+                0 => both!(bits, |half| _mm256_slli_epi16::<4>(half)),
+                1 => both!(bits, |half| _mm256_slli_epi16::<2>(half)),
+                2 => bits,
+                _ => both!(bits, |half| _mm256_srli_epi16::<2>(half)),
+            };
+            let pair = both!(moved, |half| _mm256_and_si256(half, _mm256_set1_epi8(0x30)));
+            [_mm256_or_si256(low[0], pair[0]), _mm256_or_si256(low[1], pair[1])]
+        }
+    }
+    #[inline(always)]
+    fn byte(bytes: [__m256i; 2], which: usize) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let moved = match which {
+                0 => bytes,
+                1 => both!(bytes, |half| _mm256_srli_epi32::<8>(half)),
+                2 => both!(bytes, |half| _mm256_srli_epi32::<16>(half)),
+                _ => both!(bytes, |half| _mm256_srli_epi32::<24>(half)),
+            };
+            Self(both!(moved, |half| _mm256_cvtepi32_ps(_mm256_and_si256(half, _mm256_set1_epi32(0xff)))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [__m256i; 2], weights: [__m256i; 2], x: *const i8, wide: bool) -> [__m256i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            let dots = if wide {
+                // Pairs of 16-bit products of large bytes would saturate: even and odd bytes apart.
+                let (even, odd) =
+                    (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
+                both!(weights, |half| _mm256_add_epi32(
+                    _mm256_madd_epi16(_mm256_and_si256(half, _mm256_set1_epi16(0xff)), even),
+                    _mm256_madd_epi16(_mm256_srli_epi16::<8>(half), odd),
+                ))
+            } else {
+                both!(weights, |half| _mm256_madd_epi16(_mm256_maddubs_epi16(half, x), _mm256_set1_epi16(1)))
+            };
+            [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Who does the work of a kernel: the rayon pool the caller runs in, or a team of threads that spin between the short
+//! phases of a step.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::thread::{JoinHandle, Thread};
+
+use rayon::prelude::*;
+
+/// Runs independent tasks on several threads.
+pub trait Workers: Sync {
+    /// Threads that may work at once.
+    fn threads(&self) -> usize;
+
+    /// Calls `body` once for every number below `tasks`, and returns when all calls have ended.
+    fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync));
+}
+
+/// The rayon pool the caller runs in.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Rayon;
+
+impl Workers for Rayon {
+    fn threads(&self) -> usize {
+        rayon::current_num_threads()
+    }
+
+    fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).into_par_iter().for_each(body);
+    }
+}
+
+/// Turns of the waiting loop before a thread goes to sleep: about a quarter of a millisecond.
+const SPINS: u32 = 20_000;
+
+/// The lowest bit of the state: work may be joined. The rest counts: the joined threads in 15 bits, then the rounds.
+const OPEN: u64 = 1;
+const JOINED: u64 = 2;
+const ROUND: u64 = 1 << 16;
+
+/// A fixed set of threads for work that comes in many short rounds. A round begins with one store and ends when the
+/// tasks are done: a thread that the operating system has put aside is not waited for unless it has begun a task.
+#[derive(Debug)]
+pub struct Team {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    handles: Vec<Thread>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: AtomicU64,
+    /// Threads that have left the round they joined.
+    left: AtomicUsize,
+    next: AtomicUsize,
+    tasks: AtomicUsize,
+    /// The round's closure: a pointer to a `&(dyn Fn(usize) + Sync)` on the leader's stack.
+    body: AtomicPtr<()>,
+    panicked: AtomicBool,
+    sleepers: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    /// Takes tasks until there are none.
+    fn work(&self, body: &(dyn Fn(usize) + Sync)) {
+        let tasks = self.tasks.load(Ordering::Relaxed);
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            body(task);
+        }
+    }
+
+    /// A helper's life: join a round, work, leave, wait for the next.
+    fn serve(&self) {
+        let mut seen = 0;
+        let mut idle = 0u32;
+        while !self.stop.load(Ordering::Acquire) {
+            let state = self.state.load(Ordering::Acquire);
+            let round = state / ROUND;
+            if state & OPEN != 0 && round != seen {
+                let joined = self.state.compare_exchange_weak(
+                    state,
+                    state + JOINED,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
+                if joined.is_ok() {
+                    seen = round;
+                    idle = 0;
+                    // SAFETY: the leader keeps the closure alive until everyone who joined has left.
+                    let body =
+                        unsafe { *self.body.load(Ordering::Relaxed).cast::<&(dyn Fn(usize) + Sync)>() };
+                    if catch_unwind(AssertUnwindSafe(|| self.work(body))).is_err() {
+                        self.panicked.store(true, Ordering::Relaxed);
+                    }
+                    self.left.fetch_add(1, Ordering::Release);
+                }
+                continue;
+            }
+            idle += 1;
+            if idle < SPINS {
+                std::hint::spin_loop();
+            } else {
+                self.sleep(state);
+                idle = 0;
+            }
+        }
+    }
+
+    /// Sleeps until the state changes. The leader looks for sleepers after it changes the state, the sleeper at the
+    /// state after it counts itself among them: one of the two sees the other.
+    fn sleep(&self, state: u64) {
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        while self.state.load(Ordering::SeqCst) == state && !self.stop.load(Ordering::SeqCst) {
+            std::thread::park();
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Team {
+    /// A team of `threads` threads, the caller of [`Workers::run`] being one of them.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let start = |index| {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new().name(format!("team-{index}")).spawn(move || shared.serve())
+        };
+        let threads = (1..threads.max(1)).map(start).collect::<Result<Vec<_>, _>>()?;
+        let handles = threads.iter().map(|thread| thread.thread().clone()).collect();
+        Ok(Self { shared, threads, handles })
+    }
+
+    fn wake(&self) {
+        if self.shared.sleepers.load(Ordering::SeqCst) > 0 {
+            self.handles.iter().for_each(Thread::unpark);
+        }
+    }
+}
+
+impl Workers for Team {
+    fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Rounds of one team must not overlap: it belongs to one thread.
+    fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 || self.threads.is_empty() {
+            (0..tasks).for_each(body);
+            return;
+        }
+        let shared = &*self.shared;
+        let state = shared.state.load(Ordering::Relaxed);
+        assert!(state & OPEN == 0, "a team's round within a round");
+        shared.next.store(0, Ordering::Relaxed);
+        shared.tasks.store(tasks, Ordering::Relaxed);
+        shared.left.store(0, Ordering::Relaxed);
+        shared.body.store(std::ptr::from_ref(&body).cast_mut().cast(), Ordering::Relaxed);
+        let round = state / ROUND + 1;
+        shared.state.store((round * ROUND) | OPEN, Ordering::SeqCst);
+        self.wake();
+        let own = catch_unwind(AssertUnwindSafe(|| shared.work(body)));
+        if own.is_err() {
+            // Nobody shall begin another task of a round that has failed.
+            shared.next.store(tasks, Ordering::Relaxed);
+        }
+        let closed = shared.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let joined = (closed % ROUND / JOINED) as usize;
+        while shared.left.load(Ordering::Acquire) < joined {
+            std::hint::spin_loop();
+        }
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a task of the team panicked");
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.handles.iter().for_each(Thread::unpark);
+        for thread in self.threads.drain(..) {
+            // A helper catches the panics of its tasks; it has nothing to report.
+            let _ended = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_in_every_round() {
+        let team = Team::new(3).unwrap_or_else(|error| panic!("{error}"));
+        for round in 0..2_000 {
+            let tasks = round % 17;
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            team.run(tasks, &|task| {
+                counts[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "round {round}");
+            if round % 500 == 0 {
+                while team.shared.sleepers.load(Ordering::SeqCst) < 2 {
+                    std::thread::yield_now();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(2).unwrap_or_else(|error| panic!("{error}"));
+        for _ in 0..50 {
+            let failed = catch_unwind(AssertUnwindSafe(|| {
+                team.run(8, &|task| assert!(task != 5, "seeded"));
+            }));
+            assert!(failed.is_err());
+            let done = AtomicUsize::new(0);
+            team.run(8, &|_| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 8);
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! A row's logits do not depend on its company: batch size, place in the batch, other rows, threads, and whether its
+//! prefix was computed with it or long before. Compared to the bit.
+//!
+//! The long run: `cargo test --release -p model --test company -- --ignored`.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+
+#[path = "support/synthetic.rs"]
+mod synthetic;
+
+use std::sync::Arc;
+
+use kernels::Format;
+use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime, load};
+use peft::{Adapter, AdapterBatch, LoraConfig, LoraTensors, LoraWeights};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use synthetic::Synthetic;
+use types::Site;
+
+/// Rows of a batch.
+const SIZES: [usize; 13] = [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128, 129];
+const LONGEST: usize = 72;
+const BLOCKS: u32 = (LONGEST as u32).div_ceil(BLOCK_LEN as u32);
+
+fn base() -> BaseModel {
+    let shape = Synthetic {
+        hidden: 1120,
+        layers: 2,
+        heads: 14,
+        kv_heads: 2,
+        feed_forward: 1792,
+        vocab: 300,
+        context: 128,
+        formats: &[Format::Q4_1, Format::Q8_0, Format::Q4_0, Format::Bf16],
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("synthetic.gguf");
+    shape.write(&path, 1);
+    load(&path, LoadOptions::default()).unwrap().model
+}
+
+/// An adapter on some sites, of a rank from 1 to 40.
+fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision) -> Arc<Adapter> {
+    let shape = base.shape();
+    let rank = rng.random_range(1..=40);
+    let mut values = |len: usize| (0..len).map(|_| rng.random_range(-0.05..0.05)).collect::<Vec<f32>>();
+    let mut site = |index: usize| {
+        let (n, k) = shape.dims(Site::ALL[index % 7]);
+        LoraTensors { rank, scale: 1.0, a: values(rank * k), b: values(rank * n) }
+    };
+    let sites = (0..shape.layers * 7).map(|i| (i % 3 != 2).then(|| site(i))).collect();
+    Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }, precision))
+}
+
+/// A text with its adapter, and its last token's logits computed alone.
+struct Case {
+    tokens: Vec<u32>,
+    adapter: Option<Arc<Adapter>>,
+    alone: Vec<f32>,
+}
+
+struct Bench {
+    base: BaseModel,
+    kv: KvPool,
+    one: Runtime,
+    two: Runtime,
+    logits: Logits,
+}
+
+impl Bench {
+    fn new(precision: Precision) -> Self {
+        let base = base();
+        let kv = KvPool::new(&base.config().clone(), 130 * BLOCKS as usize, precision).unwrap();
+        let runtime = |threads| Runtime::new(threads, precision).unwrap();
+        Self { base, kv, one: runtime(1), two: runtime(2), logits: Logits::default() }
+    }
+
+    /// Runs the rows `from..to` of each sequence in its own blocks; the logits of each.
+    fn run(&mut self, threads: usize, work: &[(&Case, u32, usize, usize)]) -> Vec<Vec<f32>> {
+        let (mut input, mut adapters) = (BatchInput::default(), AdapterBatch::default());
+        for &(case, slot, from, to) in work {
+            let blocks: Vec<u32> = (slot * BLOCKS..(slot + 1) * BLOCKS).collect();
+            input.push(&case.tokens[from..to], from, &blocks, true);
+            adapters.push(case.adapter.as_ref(), to - from);
+        }
+        let runtime = if threads == 1 { &mut self.one } else { &mut self.two };
+        self.base.forward(runtime, &input, &mut self.kv, &adapters, &mut self.logits).unwrap();
+        self.logits.rows().map(<[f32]>::to_vec).collect()
+    }
+
+    fn cases(&mut self, rng: &mut StdRng, precision: Precision) -> Vec<Case> {
+        let adapters: Vec<_> = (0..6).map(|_| adapter(&self.base, rng, precision)).collect();
+        (0..40)
+            .map(|i| {
+                let len = rng.random_range(1..=LONGEST);
+                let tokens = (0..len).map(|_| rng.random_range(0..300)).collect();
+                let adapter = (i % 4 != 0).then(|| Arc::clone(adapters.choose(rng).unwrap()));
+                let mut case = Case { tokens, adapter, alone: Vec::new() };
+                // One token after the other, alone.
+                for at in 0..len {
+                    case.alone = self.run(1, &[(&case, 0, at, at + 1)]).remove(0);
+                }
+                case
+            })
+            .collect()
+    }
+
+    /// One batch of `size` rows of random cases; returns how many rows were compared and how many differed.
+    fn compare(
+        &mut self,
+        rng: &mut StdRng,
+        cases: &[Case],
+        size: usize,
+        fault: Option<Fault>,
+    ) -> (usize, usize) {
+        let (mut work, mut left, mut slot) = (Vec::new(), size, 0);
+        while left > 0 {
+            let case = cases.choose(rng).unwrap();
+            let len = case.tokens.len();
+            // Cold, warm by whole blocks (as from a prefix cache), or all but the last token.
+            let from = match rng.random_range(0..3) {
+                0 => 0,
+                1 => rng.random_range(0..len) / BLOCK_LEN * BLOCK_LEN,
+                _ => len - 1,
+            };
+            let from = from.max(len.saturating_sub(left));
+            work.push((case, slot, from, len));
+            left -= len - from;
+            slot += 1;
+        }
+        let warm = work.iter().filter(|w| w.2 > 0).map(|&(case, slot, from, _)| (case, slot, 0, from));
+        let mut warm: Vec<(&Case, u32, usize, usize)> = warm.collect();
+        if let Some(Fault::StalePrefix) = fault {
+            // Another text's keys and values lie in the first blocks.
+            let other = cases.iter().max_by_key(|case| case.tokens.len()).unwrap();
+            warm.iter_mut().for_each(|w| w.0 = if w.3 <= other.tokens.len() { other } else { w.0 });
+        }
+        if !warm.is_empty() {
+            self.run(rng.random_range(1..=2), &warm);
+        }
+        let routed: Vec<Case>;
+        if let Some(Fault::NeighboursAdapter) = fault {
+            let shifted = work.iter().zip(work.iter().cycle().skip(1));
+            routed = shifted
+                .map(|(w, next)| Case {
+                    tokens: w.0.tokens.clone(),
+                    adapter: next.0.adapter.clone(),
+                    alone: w.0.alone.clone(),
+                })
+                .collect();
+            work.iter_mut().zip(&routed).for_each(|(w, case)| w.0 = case);
+        }
+        let together = self.run(rng.random_range(1..=2), &work);
+        let differ = work.iter().zip(&together).filter(|(w, logits)| !equal(&w.0.alone, logits)).count();
+        (work.len(), differ)
+    }
+}
+
+/// Bit by bit: unlike `==`, this tells 0 from -0 and compares NaN.
+fn equal(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+/// A seeded bug that the comparison must see.
+#[derive(Clone, Copy)]
+enum Fault {
+    NeighboursAdapter,
+    StalePrefix,
+}
+
+#[test]
+fn a_rows_logits_are_the_same_to_the_bit_in_any_company() {
+    compare(2_000);
+}
+
+#[test]
+#[ignore = "the long run of the test above"]
+fn a_rows_logits_are_the_same_to_the_bit_ten_thousand_times() {
+    compare(10_000);
+}
+
+fn compare(wanted: usize) {
+    for precision in [Precision::Fast, Precision::Exact] {
+        let mut rng = StdRng::seed_from_u64(20);
+        let mut bench = Bench::new(precision);
+        let cases = bench.cases(&mut rng, precision);
+        assert!(cases.iter().all(|case| case.alone.iter().all(|logit| logit.is_finite())));
+        let (mut compared, mut sizes) = (0, SIZES.iter().cycle());
+        while compared < wanted / 2 {
+            let &size = sizes.next().unwrap();
+            let (rows, differ) = bench.compare(&mut rng, &cases, size, None);
+            assert_eq!(differ, 0, "of {rows} rows in a batch of {size}, {precision:?}");
+            compared += rows;
+        }
+        println!("{compared} comparisons in {precision:?} precision");
+        for fault in [Fault::NeighboursAdapter, Fault::StalePrefix] {
+            let (rows, differ) = bench.compare(&mut rng, &cases, 128, Some(fault));
+            assert!(differ > rows / 4, "a seeded bug went unnoticed: {differ} of {rows} rows differ");
+        }
+    }
+}
