@@ -5,7 +5,7 @@
 
 use crate::lanes::{Lanes, brain_to_f32, multiversion};
 use crate::linear::block;
-use crate::panel::View;
+use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
 
 /// What a fused linear layer reads.
@@ -150,7 +150,7 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
         };
         if !out.view.quants.is_null() {
             // SAFETY: as above.
-            unsafe { quantise(values, row, &out.view) };
+            unsafe { quantise::<L>(values, row, &out.view) };
         }
         for site in 0..out.sites {
             // SAFETY: `routes` and `shrunk` have the stated shapes.
@@ -174,51 +174,35 @@ unsafe fn row_of<'a>(out: Prepared, row: usize) -> &'a mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(start, out.view.cols) }
 }
 
-/// Adding and taking off this number rounds a float32 of less than 2^22 to the nearest integer, ties to even; the sum's
-/// low bits are the integer.
-const ROUNDER: f32 = 12_582_912.0;
-
 /// # Safety
-/// The view's buffers have the shapes it states.
+/// The view's buffers have the shapes it states; the CPU has the unit of `L`.
 #[inline(always)]
-unsafe fn quantise(values: &[f32], row: usize, view: &View) {
-    for (block, values) in values.as_chunks::<32>().0.iter().enumerate() {
-        let mut max = [0.0f32; 16];
-        let mut poison = [0.0f32; 16];
-        for i in 0..32 {
-            let size = values[i].abs();
-            max[i % 16] = if size > max[i % 16] { size } else { max[i % 16] };
-            // NaN and infinity make it NaN, which no comparison above would see.
-            poison[i % 16] += values[i] * 0.0;
+unsafe fn quantise<L: Lanes>(values: &[f32], row: usize, view: &View) {
+    // SAFETY: all places are those of this row; a block has 32 values.
+    unsafe {
+        let tile = view.tile(row);
+        let place = row % TILE;
+        // NaN and infinity make it NaN, which no comparison below would see.
+        let mut poison = L::zero();
+        for block in 0..view.cols / 32 {
+            let values = values.as_ptr().add(block * 32);
+            let (low, high) = (L::load(values), L::load(values.add(16)));
+            poison = poison.fma(low, L::zero()).fma(high, L::zero());
+            let max = L::zero().max_abs(low).max_abs(high).max_lane();
+            let scale = max / 127.0;
+            let inverse = L::splat(if max > 0.0 { 127.0 / max } else { 0.0 });
+            let at = block * tile.rows + place;
+            let quants = tile.quants.cast_mut().add(at * 32);
+            let counts = [low.mul(inverse).store_i8(quants), high.mul(inverse).store_i8(quants.add(16))];
+            *tile.scales.cast_mut().add(at) = scale;
+            *tile.sums.cast_mut().add(at) = scale * (counts[0] + counts[1]) as f32;
+            *tile.counts.cast_mut().add(2 * at) = counts[0];
+            *tile.counts.cast_mut().add(2 * at + 1) = counts[1];
         }
-        let mut width = 8;
-        while width > 0 {
-            for i in 0..width {
-                max[i] = if max[i + width] > max[i] { max[i + width] } else { max[i] };
-                poison[i] += poison[i + width];
+        if poison.sum().is_nan() {
+            for block in 0..view.cols / 32 {
+                *tile.scales.cast_mut().add(block * tile.rows + place) = f32::NAN;
             }
-            width /= 2;
-        }
-        let scale = max[0] / 127.0 + poison[0];
-        let inverse = if max[0] > 0.0 { 127.0 / max[0] } else { 0.0 };
-        // SAFETY: the caller vouches for the buffers.
-        unsafe {
-            let quants = &mut *view.quants.cast_mut().add(row * view.cols + block * 32).cast::<[i8; 32]>();
-            let mut counts = [0i32; 2];
-            for half in 0..2 {
-                let mut count = 0;
-                for i in half * 16..half * 16 + 16 {
-                    let quant = (values[i] * inverse + ROUNDER).to_bits() as i8;
-                    quants[i] = quant;
-                    count += i32::from(quant);
-                }
-                counts[half] = count;
-            }
-            let at = block * view.rows + row;
-            *view.scales.cast_mut().add(at) = scale;
-            *view.sums.cast_mut().add(at) = scale * (counts[0] + counts[1]) as f32;
-            *view.counts.cast_mut().add(block * 2 * view.rows + row) = counts[0];
-            *view.counts.cast_mut().add((block * 2 + 1) * view.rows + row) = counts[1];
         }
     }
 }

@@ -98,6 +98,16 @@ pub(crate) trait Lanes: Copy {
     fn add(self, b: Self) -> Self;
     /// `self + a * b`, lane by lane.
     fn fma(self, a: Self, b: Self) -> Self;
+    /// The larger magnitude, lane by lane; NaN counts for nothing in `self`.
+    fn max_abs(self, b: Self) -> Self;
+    /// The largest lane, none being NaN.
+    fn max_lane(self) -> f32;
+    /// Stores the lanes, rounded to the nearest integer (ties to even), as signed bytes, and returns their sum; lanes
+    /// lie within ±127 or are NaN, which may become anything.
+    ///
+    /// # Safety
+    /// `to` is valid for writing sixteen bytes, and the CPU has the implementation's unit.
+    unsafe fn store_i8(self, to: *mut i8) -> i32;
     /// The sixteen lanes as an array.
     fn to_array(self) -> [f32; 16];
     /// The sum of the lanes: halves are added until one value is left.
@@ -204,6 +214,24 @@ impl Lanes for Portable {
                 self.0[i] + a.0[i] * b.0[i]
             }
         }))
+    }
+    #[inline(always)]
+    fn max_abs(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| {
+            let size = b.0[i].abs();
+            if size > self.0[i] { size } else { self.0[i] }
+        }))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        self.0.iter().fold(0.0, |max, &v| if v > max { v } else { max })
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+        let bytes = self.0.map(|v| v.round_ties_even() as i8);
+        // SAFETY: the caller vouches for sixteen writable bytes.
+        unsafe { to.cast::<[i8; 16]>().write_unaligned(bytes) };
+        bytes.iter().map(|&byte| i32::from(byte)).sum()
     }
     #[inline(always)]
     fn to_array(self) -> [f32; 16] {

@@ -71,6 +71,25 @@ impl Lanes for Avx512 {
         Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
     }
     #[inline(always)]
+    fn max_abs(self, b: Self) -> Self {
+        // SAFETY: as for `zero`. Of a NaN and a number the instruction gives its second operand.
+        Self(unsafe { _mm512_max_ps(_mm512_abs_ps(b.0), self.0) })
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let ints = _mm512_cvtps_epi32(self.0);
+            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(ints));
+            _mm512_reduce_add_epi32(ints)
+        }
+    }
+    #[inline(always)]
     fn to_array(self) -> [f32; 16] {
         let mut out = [0.0; 16];
         // SAFETY: as for `zero`; the array has sixteen values.
@@ -234,6 +253,39 @@ impl Lanes for Avx2 {
         Self(unsafe {
             [_mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]), _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1])]
         })
+    }
+    #[inline(always)]
+    fn max_abs(self, b: Self) -> Self {
+        // SAFETY: as for `zero`. Of a NaN and a number the instruction gives its second operand.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            let size = both!(b.0, |half| _mm256_andnot_ps(sign, half));
+            Self([_mm256_max_ps(size[0], self.0[0]), _mm256_max_ps(size[1], self.0[1])])
+        }
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let both = _mm256_max_ps(self.0[0], self.0[1]);
+            let four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let ints = both!(self.0, |half| _mm256_cvtps_epi32(half));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(ints[0], ints[1]));
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+            let eight = _mm256_add_epi32(ints[0], ints[1]);
+            let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b00_00_11_10>(four));
+            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b00_00_00_01>(two)))
+        }
     }
     #[inline(always)]
     fn to_array(self) -> [f32; 16] {

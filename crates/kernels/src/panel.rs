@@ -7,21 +7,51 @@ use crate::lanes::Lanes;
 use crate::layout::{Codes, Columns, with_layout};
 use crate::weight::{Panel, Weight};
 
-/// Activations as the products read them.
+/// Rows whose quants lie together.
+pub(crate) const TILE: usize = 8;
+
+/// Activations as the products read them. Quants lie in tiles of [`TILE`] rows, the last one lower: within a tile
+/// (blocks of 32 columns, rows, 32), so that a tile is read from one end to the other; what belongs to a block likewise.
 #[derive(Clone, Copy)]
 pub(crate) struct View {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     /// (rows, cols).
     pub(crate) values: *const f32,
-    /// (rows, cols), in blocks of 32 columns around a scale; null in exact precision.
+    /// Null in exact precision.
     pub(crate) quants: *const i8,
-    /// (blocks, rows): the scale of each block.
+    /// The scale of each block.
     pub(crate) scales: *const f32,
-    /// (blocks, rows): scale times the sum of the block's quants.
+    /// Scale times the sum of the block's quants.
     pub(crate) sums: *const f32,
-    /// (2 * blocks, rows): the sums of the quants of half a block.
+    /// The sums of the quants of each half of a block.
     pub(crate) counts: *const i32,
+}
+
+/// One tile's part of a [`View`].
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub(crate) rows: usize,
+    pub(crate) quants: *const i8,
+    pub(crate) scales: *const f32,
+    pub(crate) sums: *const f32,
+    pub(crate) counts: *const i32,
+}
+
+impl View {
+    /// The tile that row `row` lies in.
+    #[inline(always)]
+    pub(crate) fn tile(&self, row: usize) -> Tile {
+        let first = row / TILE * TILE;
+        let at = first * (self.cols / 32);
+        Tile {
+            rows: TILE.min(self.rows - first),
+            quants: self.quants.wrapping_add(at * 32),
+            scales: self.scales.wrapping_add(at),
+            sums: self.sums.wrapping_add(at),
+            counts: self.counts.wrapping_add(2 * at),
+        }
+    }
 }
 
 /// Where the sums of a tile of rows go.
@@ -102,44 +132,47 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
     sink: &mut impl Sink<L>,
 ) {
     let mut sums = [L::zero(); M];
+    let tile = x.tile(row);
+    let height = if M == TILE { TILE } else { tile.rows };
+    // Hidden from the compiler, which would unroll the loop and put each row's products one after another, where they
+    // wait for each other.
+    let pairs = std::hint::black_box(if C::HALVES { 2 } else { 4 });
     // SAFETY: all reads are of rows `row..row + M` and of blocks below `cols / 32`.
     unsafe {
         for block in 0..x.cols / 32 {
-            let min: L = if C::MINS { C::min(panel, block) } else { L::zero() };
-            let mut dots = [L::ints(0); M];
-            for half in 0..2 {
-                let at = (block * 2 + half) * x.rows + row;
+            let at = block * height + row % TILE;
+            let quants = tile.quants.add(at * 32);
+            for half in 0..(if C::HALVES { 2 } else { 1 }) {
+                let mut dots = [L::ints(0); M];
                 if C::OFFSET != 0 {
                     // The offset leaves the integer sum before it is scaled: exact.
                     for i in 0..M {
-                        let start = -C::OFFSET * *x.counts.add(at + i);
-                        if C::HALVES {
-                            dots[i] = L::ints(start);
-                        } else if half == 0 {
-                            dots[i] = L::ints(start - C::OFFSET * *x.counts.add(at + x.rows + i));
-                        }
-                    }
-                } else if C::HALVES {
-                    dots = [L::ints(0); M];
-                }
-                for group in half * 4..half * 4 + 4 {
-                    let codes = C::group::<L>(panel, block * 8 + group);
-                    for i in 0..M {
-                        let quants = x.quants.add((row + i) * x.cols + block * 32 + group * 4);
-                        dots[i] = L::dot(dots[i], codes, quants, C::WIDE);
+                        let counts = tile.counts.add(2 * (at + i));
+                        let count = if C::HALVES { *counts.add(half) } else { *counts + *counts.add(1) };
+                        dots[i] = L::ints(-C::OFFSET * count);
                     }
                 }
-                if C::HALVES || half == 1 {
-                    let scale: L = C::scale(panel, block * 2 + half);
+                for pair in half * 2..half * 2 + pairs {
+                    let low = C::group::<L>(panel, block * 8 + pair * 2);
+                    let high = C::group::<L>(panel, block * 8 + pair * 2 + 1);
+                    let quants = quants.add(pair * 8);
                     for i in 0..M {
-                        let x_scale = L::splat(*x.scales.add(block * x.rows + row + i));
-                        sums[i] = sums[i].fma(L::from_ints(dots[i]), scale.mul(x_scale));
+                        dots[i] = L::dot(dots[i], low, quants.add(i * 32), C::WIDE);
                     }
+                    for i in 0..M {
+                        dots[i] = L::dot(dots[i], high, quants.add(i * 32 + 4), C::WIDE);
+                    }
+                }
+                let scale: L = C::scale(panel, block * 2 + half);
+                for i in 0..M {
+                    let x_scale = L::splat(*tile.scales.add(at + i));
+                    sums[i] = sums[i].fma(L::from_ints(dots[i]), scale.mul(x_scale));
                 }
             }
             if C::MINS {
+                let min: L = C::min(panel, block);
                 for i in 0..M {
-                    sums[i] = sums[i].fma(min, L::splat(*x.sums.add(block * x.rows + row + i)));
+                    sums[i] = sums[i].fma(min, L::splat(*tile.sums.add(at + i)));
                 }
             }
         }
