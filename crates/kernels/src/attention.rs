@@ -227,8 +227,15 @@ unsafe fn attend<L: Lanes, const N: usize>(
     let last = queries[N - 1].position;
     for block in first / BLOCK..=last / BLOCK {
         let keys = kv.layout.at(blocks[block], kv_head);
+        let next = kv.layout.at(blocks[(block + 1).min(last / BLOCK)], kv_head);
+        let width = if kv.brain { 2 } else { 4 };
         let mut sums = [L::zero(); N];
         for d in 0..dim {
+            if d % 2 == 0 {
+                // The next keys and this block's values come out of memory meanwhile.
+                L::prefetch(kv.keys.wrapping_add((next + d * BLOCK) * width));
+                L::prefetch(kv.values.wrapping_add((keys + d * BLOCK) * width));
+            }
             // SAFETY: the block lies in the store (the caller's promise).
             let key: L = unsafe { load(kv.brain, kv.keys, keys + d * BLOCK) };
             for i in 0..N {

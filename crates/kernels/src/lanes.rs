@@ -124,6 +124,18 @@ pub(crate) trait Lanes: Copy {
         v[0]
     }
 
+    /// Asks for a cache line ahead of its use; `from` may be any address.
+    #[inline(always)]
+    fn prefetch(from: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch never faults.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(from.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = from;
+    }
+
     /// The same integer in every lane.
     fn ints(value: i32) -> Self::Ints;
     /// The integers as float32.

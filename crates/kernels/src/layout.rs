@@ -28,6 +28,10 @@ pub(crate) trait Codes {
     const MINS: bool;
     /// Scales are for 16 columns instead of 32.
     const HALVES: bool;
+    /// Bytes of the codes of 32 columns, and about those of their header.
+    const BLOCK_BYTES: usize;
+    /// See [`Codes::BLOCK_BYTES`].
+    const HEADER_BYTES: usize;
 
     /// The codes of columns `4 * group..4 * group + 4`.
     ///
@@ -136,6 +140,8 @@ impl Codes for Q8_0 {
     const OFFSET: i32 = 128;
     const MINS: bool = false;
     const HALVES: bool = false;
+    const BLOCK_BYTES: usize = 512;
+    const HEADER_BYTES: usize = 32;
     #[inline(always)]
     unsafe fn group<L: Lanes>(panel: Panel, group: usize) -> L::Bytes {
         // SAFETY: the caller vouches for the columns.
@@ -153,6 +159,8 @@ impl Codes for Q4_0 {
     const OFFSET: i32 = 8;
     const MINS: bool = false;
     const HALVES: bool = false;
+    const BLOCK_BYTES: usize = 256;
+    const HEADER_BYTES: usize = 32;
     #[inline(always)]
     unsafe fn group<L: Lanes>(panel: Panel, group: usize) -> L::Bytes {
         // SAFETY: the caller vouches for the columns.
@@ -170,6 +178,8 @@ impl Codes for Q4_1 {
     const OFFSET: i32 = 0;
     const MINS: bool = true;
     const HALVES: bool = false;
+    const BLOCK_BYTES: usize = 256;
+    const HEADER_BYTES: usize = 64;
     #[inline(always)]
     unsafe fn group<L: Lanes>(panel: Panel, group: usize) -> L::Bytes {
         // SAFETY: the caller vouches for the columns.
@@ -192,6 +202,8 @@ impl Codes for Q4K {
     const OFFSET: i32 = 0;
     const MINS: bool = true;
     const HALVES: bool = false;
+    const BLOCK_BYTES: usize = 256;
+    const HEADER_BYTES: usize = 40;
     #[inline(always)]
     unsafe fn group<L: Lanes>(panel: Panel, group: usize) -> L::Bytes {
         // SAFETY: the caller vouches for the columns.
@@ -221,6 +233,8 @@ impl Codes for Q6K {
     const OFFSET: i32 = 32;
     const MINS: bool = false;
     const HALVES: bool = true;
+    const BLOCK_BYTES: usize = 384;
+    const HEADER_BYTES: usize = 40;
     #[inline(always)]
     unsafe fn group<L: Lanes>(panel: Panel, group: usize) -> L::Bytes {
         // SAFETY: the caller vouches for the columns; a block has four lines of nibbles, then two of pairs.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::input::{Input, LowRank, Prepared, Route, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::panel::{Sink, View, panel_product};
+use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
 use crate::weight::{PANEL, Weight};
@@ -94,8 +94,6 @@ pub struct Means<'a> {
     pub precision: Precision,
 }
 
-/// Rows of one preparing task.
-const TASK_ROWS: usize = 4;
 /// Rounds of preparation smaller than this many values are not worth waking others for.
 const ALONE: usize = 4096;
 
@@ -124,10 +122,14 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
     let prepared = buffers(scratch, input, layers, rows, cols, fast);
     let low_rank = prepared.sites > 0;
     if fast || low_rank || !matches!(input, Input::Plain(_)) {
-        let tasks = if rows * cols < ALONE { 1 } else { rows.div_ceil(TASK_ROWS) };
-        means.workers.run(tasks, &|task| {
-            let from = if tasks == 1 { 0 } else { task * TASK_ROWS };
-            let to = if tasks == 1 { rows } else { (from + TASK_ROWS).min(rows) };
+        // Whole tiles, whose rows share cache lines; a single tile is split all the same.
+        let each = match rows {
+            _ if rows * cols < ALONE => rows,
+            ..=TILE => rows.div_ceil(2),
+            _ => TILE,
+        };
+        means.workers.run(rows.div_ceil(each), &|task| {
+            let (from, to) = (task * each, (task * each + each).min(rows));
             prepare(means.isa, input, from, to, &prepared);
         });
     }
@@ -203,6 +205,9 @@ struct Target<'a> {
     add: bool,
 }
 
+/// Batches up to this many rows fetch the rows' B ahead; in larger ones rows share adapters that are in the cache.
+const PREFETCHED: usize = 64;
+
 /// Layers of one call at most: gate and up are two, q, k and v three.
 const LAYERS: usize = 4;
 
@@ -218,7 +223,7 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
     let targets = &targets[..count];
     let panels: usize = targets.iter().flatten().map(|(weight, _)| weight.panels()).sum();
     // Small enough that nobody waits long for the last task, large enough to read memory in long runs.
-    let each = panels.div_ceil(means.workers.threads() * 8).clamp(1, 32);
+    let each = panels.div_ceil(means.workers.threads() * 12).clamp(1, 32);
     let each = if means.workers.threads() == 1 { panels } else { each };
     means.workers.run(panels.div_ceil(each), &|task| {
         let mut at = task * each;
@@ -332,6 +337,14 @@ unsafe fn expand<L: Lanes>(target: Target<'_>, panel: usize, width: usize, site:
             let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
             let mut sums = L::zero();
             let at = panel * route.rank * PANEL;
+            if rows <= PREFETCHED {
+                // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
+                let width = if route.brain { 2 } else { 4 };
+                let next = route.b.wrapping_add((at + route.rank * PANEL) * width);
+                for line in 0..(route.rank * PANEL * width).div_ceil(64) {
+                    L::prefetch(next.wrapping_add(line * 64));
+                }
+            }
             for rank in 0..route.rank {
                 let b = if route.brain {
                     L::load_brain(route.b.add((at + rank * PANEL) * 2))

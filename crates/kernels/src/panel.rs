@@ -142,6 +142,9 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
         for block in 0..x.cols / 32 {
             let at = block * height + row % TILE;
             let quants = tile.quants.add(at * 32);
+            // The next panel comes out of memory while this one is computed.
+            let ahead = panel.codes.wrapping_add(panel.next + block * C::BLOCK_BYTES);
+            L::prefetch(panel.header.wrapping_add(panel.next + block * C::HEADER_BYTES));
             for half in 0..(if C::HALVES { 2 } else { 1 }) {
                 let mut dots = [L::ints(0); M];
                 if C::OFFSET != 0 {
@@ -156,6 +159,10 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
                     let low = C::group::<L>(panel, block * 8 + pair * 2);
                     let high = C::group::<L>(panel, block * 8 + pair * 2 + 1);
                     let quants = quants.add(pair * 8);
+                    L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4)));
+                    if C::BLOCK_BYTES > 256 {
+                        L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4) + 64));
+                    }
                     for i in 0..M {
                         dots[i] = L::dot(dots[i], low, quants.add(i * 32), C::WIDE);
                     }

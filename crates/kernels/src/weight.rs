@@ -37,6 +37,8 @@ impl std::fmt::Debug for Weight {
 pub(crate) struct Panel {
     pub(crate) header: *const u8,
     pub(crate) codes: *const u8,
+    /// How far away the next panel is.
+    pub(crate) next: usize,
 }
 
 /// Lines of a panel's header and of its codes.
@@ -138,7 +140,8 @@ impl Weight {
     pub(crate) fn panel(&self, index: usize) -> Panel {
         let lines = &self.lines[index * self.panel_lines..][..self.panel_lines];
         let header = lines.as_ptr().cast::<u8>();
-        Panel { header, codes: header.wrapping_add(self.header_lines * 64) }
+        let codes = header.wrapping_add(self.header_lines * 64);
+        Panel { header, codes, next: self.panel_lines * 64 }
     }
 
     /// Decodes a row into `out`, which has `cols` values.
