@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use model::{BLOCK_LEN, BaseModel, KvPool, ModelError};
 
+use crate::blocks::BlockPool;
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
+use crate::sampler::Scratch;
 use crate::scheduler::Scheduler;
 
 /// The engine's sizes.
@@ -22,6 +24,8 @@ pub struct Settings {
     pub step_tokens: usize,
     /// Bytes of the KV pool.
     pub kv_bytes: usize,
+    /// Whether a sequence takes over the keys and values of an earlier one that begins alike.
+    pub prefix_cache: bool,
     /// Threads of the model's arithmetic.
     pub threads: usize,
     /// Tokens that end a sequence.
@@ -82,6 +86,7 @@ impl ModelEngine {
         let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats) });
         let runner = Runner {
             kv: KvPool::new(config, blocks)?,
+            blocks: BlockPool::new(blocks as u32, settings.prefix_cache),
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
             eos: settings.eos,
             context: limits.context,
@@ -89,6 +94,7 @@ impl ModelEngine {
             shared: Arc::clone(&shared),
             sequences: HashMap::new(),
             next_id: 0,
+            scratch: Scratch::default(),
             model,
         };
         let start = |error: String| ModelError::Batch(format!("the model thread cannot start: {error}"));

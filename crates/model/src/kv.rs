@@ -9,7 +9,7 @@ use crate::error::ModelError;
 pub const BLOCK_LEN: usize = 16;
 
 /// Keys and values of all layers in blocks of [`BLOCK_LEN`] positions; a block holds the same positions in
-/// every layer.
+/// every layer. Which sequence may use which block is the caller's to decide.
 #[derive(Debug)]
 pub struct KvPool {
     layout: KvLayout,
@@ -17,7 +17,6 @@ pub struct KvPool {
     /// By layer: (blocks, kv_heads, block_len, head_dim).
     keys: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
-    free: Vec<u32>,
     blocks: usize,
 }
 
@@ -33,8 +32,7 @@ impl KvPool {
             values.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
         // Each made afresh, not cloned: zeroed memory costs nothing until it is used.
         let store = || (0..config.layers).map(|_| vec![0.0; values]).collect();
-        let free = (0..blocks as u32).rev().collect();
-        Ok(Self { layout, windows: config.windows.clone(), keys: store(), values: store(), free, blocks })
+        Ok(Self { layout, windows: config.windows.clone(), keys: store(), values: store(), blocks })
     }
 
     /// Bytes of one block over all layers.
@@ -47,24 +45,6 @@ impl KvPool {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
-    }
-
-    /// Blocks that are free.
-    #[must_use]
-    pub fn free_blocks(&self) -> usize {
-        self.free.len()
-    }
-
-    /// Takes a free block.
-    pub fn allocate(&mut self) -> Option<u32> {
-        self.free.pop()
-    }
-
-    /// Gives blocks back; their content stays but is never read by another sequence, which reads only what it
-    /// has written.
-    pub fn release(&mut self, blocks: impl IntoIterator<Item = u32>) {
-        self.free.extend(blocks);
-        debug_assert!(self.free.len() <= self.blocks, "a block was released twice");
     }
 
     /// Stores one position of a sequence in a layer; rows are (kv_heads, head_dim).

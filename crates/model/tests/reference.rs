@@ -40,7 +40,7 @@ fn feed(
     pieces: &[usize],
     adapter: Option<&Arc<Adapter>>,
 ) -> Vec<Vec<f32>> {
-    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate().unwrap()).collect();
+    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN) as u32).collect();
     let mut start = 0;
     let mut logits = Vec::new();
     for &len in pieces {
@@ -52,7 +52,6 @@ fn feed(
         logits.extend(base.forward(&input, kv, &adapters).unwrap().rows().map(<[f32]>::to_vec));
         start += len;
     }
-    kv.release(blocks);
     logits
 }
 
@@ -137,10 +136,11 @@ fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
         .collect();
     let sequences = prompts
         .iter()
-        .map(|ids| SequenceRows {
+        .zip(0..)
+        .map(|(ids, block)| SequenceRows {
             tokens: ids.clone(),
             start: 0,
-            blocks: vec![kv.allocate().unwrap()],
+            blocks: vec![block],
             want_logits: true,
         })
         .collect();

@@ -66,8 +66,7 @@ fn logits_of(
     ids: &[u32],
     adapter: &Arc<Adapter>,
 ) -> Fallible<Vec<Vec<f32>>> {
-    let blocks = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate()).collect::<Option<Vec<u32>>>();
-    let blocks = blocks.ok_or("no KV block is free")?;
+    let blocks: Vec<u32> = (0..u32::try_from(ids.len().div_ceil(BLOCK_LEN))?).collect();
     let adapters = AdapterBatch::new([Some(adapter)]);
     let mut logits = Vec::new();
     for (start, &id) in ids.iter().enumerate() {
@@ -75,6 +74,5 @@ fn logits_of(
         let output = base.forward(&BatchInput { sequences: vec![rows] }, kv, &adapters)?;
         logits.extend(output.rows().map(<[f32]>::to_vec));
     }
-    kv.release(blocks);
     Ok(logits)
 }
