@@ -159,15 +159,20 @@ async fn a_failed_step_leaves_nothing_behind() {
     let (cold, engine) = (cold(), warm());
     let good = prompt_of(50, 3, Some(lease("lora-qv")));
     let bad = Generate { adapter: Some(broken(&lease("lora-qv"))), ..good.clone() };
-    let company = prompt_of(20, 4, None);
-    let results = run(&engine, &[company.clone(), bad]).await;
-    assert_eq!(results[0], one(&cold, &company).await.1, "who ran beside it is served");
-    assert!(matches!(&results[1][..], [Event::Failed { deadline: false, .. }]), "{:?}", results[1]);
+    let company = prompt_of(5, 4, None);
+    let expected = one(&cold, &company).await.1;
+    // Alone, and beside another with room for a full block in the step.
+    let mut results = run(&engine, std::slice::from_ref(&bad)).await;
+    results.extend(run(&engine, &[bad, company]).await);
+    assert_eq!(results[2], expected, "who ran beside it is served");
+    for failed in &results[..2] {
+        assert!(matches!(&failed[..], [Event::Failed { deadline: false, .. }]), "{failed:?}");
+    }
     let (cached, events) = one(&engine, &good).await;
     assert_eq!((cached, &events), (0, &one(&cold, &good).await.1));
     // Negative control: after a step that went well it would have been found.
     assert_eq!(one(&engine, &good).await, (48, events));
     let stats = engine.stats();
-    assert_eq!(stats.failed, 1);
+    assert_eq!(stats.failed, 2);
     until(&engine, |stats| stats.kv_blocks_used == 0).await;
 }
