@@ -76,6 +76,8 @@ fn serving(base: &Arc<BaseModel>, path: &Path, runs: usize) -> Vec<Row> {
         queue: 64,
         step_tokens: 512,
         kv_bytes: 512 << 20,
+        // Every run computes its prompts.
+        prefix_cache: false,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         precision: Precision::Fast,
         eos: Vec::new(),
@@ -158,6 +160,7 @@ fn serve(engine: &ModelEngine, users: usize, prompt: usize, answer: u32, adapter
         let jobs: Vec<Generate> = (0..users)
             .map(|user| Generate {
                 prompt: tokens(prompt, user as u32),
+                tenant: "bench".parse().expect("an id"),
                 adapter: adapters.get(user).map(lease),
                 params: SamplingParams {
                     max_tokens: answer,
@@ -166,6 +169,7 @@ fn serve(engine: &ModelEngine, users: usize, prompt: usize, answer: u32, adapter
                     ..SamplingParams::default()
                 },
                 deadline: None,
+                group: None,
             })
             .collect();
         let submitted: Vec<_> =

@@ -56,6 +56,7 @@ fn greedy_continuations_equal_transformers() {
         queue: 16,
         step_tokens: 64,
         kv_bytes: 256 << 20,
+        prefix_cache: true,
         threads: 2,
         precision: model::Precision::Exact,
         eos: tokenizer.eos_ids().to_vec(),
@@ -76,7 +77,8 @@ fn greedy_continuations_equal_transformers() {
                 ignore_eos: true,
                 ..SamplingParams::default()
             };
-            let job = Generate { prompt, adapter: None, params, deadline: None };
+            let tenant = "t".parse().unwrap();
+            let job = Generate { prompt, tenant, adapter: None, params, deadline: None, group: None };
             (expected, engine.submit(job).unwrap())
         })
         .collect();

@@ -177,6 +177,7 @@ fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Setting
         queue: args.queue.into(),
         step_tokens: args.step_tokens as usize,
         kv_bytes: args.kv_mib as usize * MIB,
+        prefix_cache: !args.no_prefix_cache,
         threads: args.threads.map_or_else(cores, usize::from),
         precision: args.precision.into(),
         eos: tokenizer.eos_ids().to_vec(),

@@ -75,6 +75,9 @@ pub struct ServiceArgs {
     /// Memory for keys and values, in MiB.
     #[arg(long, default_value_t = 1024, env = "ATELIER_KV_MIB", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_mib: u32,
+    /// Compute every prompt anew, even where it begins like an earlier one.
+    #[arg(long, env = "ATELIER_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
     /// Memory for adapters, in MiB, beyond those in use.
     #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
     pub adapter_mib: u32,

@@ -3,6 +3,8 @@
 //!
 //! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
 
+mod blocks;
+mod idle;
 mod request;
 mod runner;
 mod sampler;
@@ -10,9 +12,10 @@ mod scheduler;
 mod sequence;
 mod thread;
 
+pub use blocks::{BlockPool, BlockTable, Scope};
 pub use request::{
     Engine, EngineStats, Event, Generate, Limits, SampledToken, SubmitError, TokenSink, TokenStream, channel,
 };
-pub use sampler::{Choice, Sampler};
-pub use scheduler::{Scheduler, Step, Work};
+pub use sampler::{Choice, Sampler, Scratch};
+pub use scheduler::{Blocks, Scheduler, Step, Work};
 pub use thread::{ModelEngine, Settings};

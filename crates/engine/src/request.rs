@@ -1,24 +1,38 @@
 //! What goes into the engine and what comes out of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 use peft::Lease;
 use tokio::sync::mpsc;
-use types::{FinishReason, SamplingParams, Usage};
+use types::{FinishReason, SamplingParams, TenantId, Usage};
+
+use crate::blocks::Scope;
 
 /// One sequence to generate.
 #[derive(Debug, Clone)]
 pub struct Generate {
     /// The prompt, at least one token.
     pub prompt: Vec<u32>,
+    /// Whose request: keys and values are never shared with another tenant.
+    pub tenant: TenantId,
     /// The adapter that answers; `None` is the base alone. It is pinned until the sequence ends.
     pub adapter: Option<Lease>,
     /// How tokens are chosen.
     pub params: SamplingParams,
     /// When the request is given up, queued or running.
     pub deadline: Option<Instant>,
+    /// A mark of their own for sequences that are to share one prompt: the first computes it, the others wait for that
+    /// and go on from there. Marks say who waits for whom, never whose keys and values are read.
+    pub group: Option<u64>,
+}
+
+impl Generate {
+    pub(crate) fn scope(&self) -> Scope {
+        let adapter = self.adapter.as_ref().map(|lease| (lease.id.clone(), lease.generation));
+        Scope { tenant: self.tenant.clone(), adapter }
+    }
 }
 
 /// A token the engine chose.
@@ -113,14 +127,22 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Sequences in the batch.
     pub running: usize,
-    /// KV blocks in use.
+    /// KV blocks that sequences hold.
     pub kv_blocks_used: usize,
+    /// KV blocks that no sequence holds, kept for those to come; they make room when it is needed.
+    pub kv_blocks_idle: usize,
     /// KV blocks in all.
     pub kv_blocks: usize,
     /// Steps done.
     pub steps: u64,
     /// Prompt tokens processed.
     pub prompt_tokens: u64,
+    /// Sequences whose prompt began with blocks that were there already.
+    pub prefix_hits: u64,
+    /// Prompt tokens that were there already.
+    pub prefix_tokens: u64,
+    /// Blocks kept for sequences to come that had to make room.
+    pub prefix_evictions: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
     /// Sequences preempted for want of KV blocks.
@@ -153,7 +175,14 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct TokenStream {
     events: mpsc::Receiver<Event>,
-    cancelled: Arc<AtomicBool>,
+    state: Arc<State>,
+}
+
+/// What both ends of a sequence know besides its events.
+#[derive(Debug, Default)]
+struct State {
+    cancelled: AtomicBool,
+    cached_tokens: AtomicU32,
 }
 
 impl TokenStream {
@@ -161,11 +190,17 @@ impl TokenStream {
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
     }
+
+    /// Tokens of the prompt whose keys and values were there already, as far as is known: it is with the first token.
+    #[must_use]
+    pub fn cached_tokens(&self) -> u32 {
+        self.state.cached_tokens.load(Ordering::Acquire)
+    }
 }
 
 impl Drop for TokenStream {
     fn drop(&mut self) {
-        self.cancelled.store(true, Ordering::Release);
+        self.state.cancelled.store(true, Ordering::Release);
     }
 }
 
@@ -173,7 +208,7 @@ impl Drop for TokenStream {
 #[derive(Debug)]
 pub struct TokenSink {
     events: mpsc::Sender<Event>,
-    cancelled: Arc<AtomicBool>,
+    state: Arc<State>,
 }
 
 impl TokenSink {
@@ -186,7 +221,12 @@ impl TokenSink {
     /// Whether the reader has gone away.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Acquire)
+        self.state.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Tells the reader how many tokens of the prompt were there already.
+    pub fn set_cached_tokens(&self, tokens: u32) {
+        self.state.cached_tokens.store(tokens, Ordering::Release);
     }
 }
 
@@ -195,6 +235,6 @@ impl TokenSink {
 #[must_use]
 pub fn channel(max_tokens: u32) -> (TokenSink, TokenStream) {
     let (sender, events) = mpsc::channel(max_tokens as usize + 2);
-    let cancelled = Arc::new(AtomicBool::new(false));
-    (TokenSink { events: sender, cancelled: Arc::clone(&cancelled) }, TokenStream { events, cancelled })
+    let state = Arc::new(State::default());
+    (TokenSink { events: sender, state: Arc::clone(&state) }, TokenStream { events, state })
 }

@@ -10,8 +10,10 @@ use std::time::Instant;
 use model::{BaseModel, BatchInput, KvPool, Logits, Runtime};
 use peft::AdapterBatch;
 
+use crate::blocks::BlockPool;
 use crate::request::{Event, Generate, TokenSink};
-use crate::scheduler::{Scheduler, Work};
+use crate::sampler::Scratch;
+use crate::scheduler::{Blocks, Scheduler, Work};
 use crate::sequence::{Progress, Sequence};
 use crate::thread::Shared;
 
@@ -24,6 +26,7 @@ pub(crate) struct Runner {
     pub(crate) input: BatchInput,
     pub(crate) adapters: AdapterBatch,
     pub(crate) logits: Logits,
+    pub(crate) blocks: BlockPool,
     pub(crate) scheduler: Scheduler,
     pub(crate) eos: Vec<u32>,
     pub(crate) context: usize,
@@ -31,6 +34,35 @@ pub(crate) struct Runner {
     pub(crate) shared: Arc<Shared>,
     pub(crate) sequences: HashMap<u64, Sequence>,
     pub(crate) next_id: u64,
+    pub(crate) scratch: Scratch,
+}
+
+/// The sequences' blocks, as the scheduler moves them.
+struct Held<'a> {
+    pool: &'a mut BlockPool,
+    sequences: &'a mut HashMap<u64, Sequence>,
+}
+
+impl Blocks for Held<'_> {
+    fn available(&self) -> usize {
+        self.pool.available()
+    }
+
+    fn reuse(&mut self, id: u64) -> Option<usize> {
+        self.sequences.get_mut(&id)?.reuse(self.pool)
+    }
+
+    fn grow(&mut self, id: u64, count: usize) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.pool.grow(&mut sequence.blocks, count);
+        }
+    }
+
+    fn release(&mut self, id: u64) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.release(self.pool);
+        }
+    }
 }
 
 /// How a sequence leaves the thread.
@@ -71,7 +103,7 @@ impl Runner {
     fn add(&mut self, (job, sink): (Generate, TokenSink)) {
         let id = self.next_id;
         self.next_id += 1;
-        self.scheduler.push(id, job.prompt.len());
+        self.scheduler.push(id, job.prompt.len(), job.group.filter(|_| self.blocks.is_sharing()));
         self.sequences.insert(id, Sequence::new(job, sink));
         self.shared.waiting.store(self.scheduler.waiting(), Ordering::Release);
         self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
@@ -95,20 +127,17 @@ impl Runner {
     }
 
     fn step(&mut self) {
-        let step = self.scheduler.plan(self.kv.free_blocks());
-        for id in &step.preempted {
-            if let Some(sequence) = self.sequences.get_mut(id) {
-                self.kv.release(sequence.blocks.drain(..));
-                sequence.computed = 0;
-            }
-            self.shared.count(|stats| stats.preemptions += 1);
-        }
-        for work in &step.work {
-            let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
-            for _ in 0..work.new_blocks {
-                sequence.blocks.extend(self.kv.allocate());
-            }
-        }
+        let mut held = Held { pool: &mut self.blocks, sequences: &mut self.sequences };
+        let step = self.scheduler.plan(&mut held);
+        let admitted = step.admitted.iter().filter_map(|id| self.sequences.get_mut(id)?.admitted());
+        let (hits, tokens) = admitted
+            .filter(|tokens| *tokens > 0)
+            .fold((0, 0), |(hits, sum), tokens| (hits + 1, sum + tokens as u64));
+        self.shared.count(|stats| {
+            stats.preemptions += step.preempted.len() as u64;
+            stats.prefix_hits += hits;
+            stats.prefix_tokens += tokens;
+        });
         if step.work.is_empty() {
             return;
         }
@@ -138,7 +167,7 @@ impl Runner {
         for work in work {
             let sequence = self.sequences.get(&work.id).ok_or("the sequence is gone")?;
             let tokens = &sequence.tokens[sequence.computed..sequence.computed + work.tokens];
-            self.input.push(tokens, sequence.computed, &sequence.blocks, work.sample);
+            self.input.push(tokens, sequence.computed, sequence.blocks.blocks(), work.sample);
             self.adapters.push(sequence.adapter(), work.tokens);
         }
         let Self { model, runtime, input, kv, adapters, logits, .. } = self;
@@ -165,14 +194,17 @@ impl Runner {
         for work in work {
             let row = if work.sample { logits.next() } else { None };
             let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
-            sequence.computed += work.tokens;
-            prompt += work.tokens as u64 - u64::from(work.sample);
+            prompt += sequence.compute(work.tokens) as u64;
             let Some(row) = row else {
+                sequence.publish(&mut self.blocks);
                 self.scheduler.settle(work, false);
                 continue;
             };
             generated += 1;
-            let progress = sequence.advance(row, &self.eos, self.context);
+            let progress = sequence.advance(row, &self.eos, self.context, &mut self.scratch);
+            if !matches!(progress, Progress::Failed(_)) {
+                sequence.publish(&mut self.blocks);
+            }
             let usage = sequence.usage();
             match progress {
                 Progress::Goes => self.scheduler.settle(work, true),
@@ -199,7 +231,7 @@ impl Runner {
     /// Takes a sequence out and frees what it held.
     fn end(&mut self, id: u64, end: End) {
         self.scheduler.remove(id);
-        let Some(sequence) = self.sequences.remove(&id) else { return };
+        let Some(mut sequence) = self.sequences.remove(&id) else { return };
         self.shared.count(|stats| match &end {
             End::Cancelled => stats.cancelled += 1,
             End::Event(Event::Failed { .. }) => stats.failed += 1,
@@ -209,17 +241,19 @@ impl Runner {
             // A reader that went away just now needs no event.
             let _gone = sequence.sink.send(event);
         }
-        self.kv.release(sequence.blocks);
+        sequence.release(&mut self.blocks);
     }
 
     fn publish_stats(&self) {
         let (waiting, running) = (self.scheduler.waiting(), self.scheduler.running());
-        let (blocks, free) = (self.kv.blocks(), self.kv.free_blocks());
+        let pool = &self.blocks;
         self.shared.waiting.store(waiting, Ordering::Release);
         self.shared.count(|stats| {
             stats.running = running;
-            stats.kv_blocks = blocks;
-            stats.kv_blocks_used = blocks - free;
+            stats.kv_blocks = pool.blocks();
+            stats.kv_blocks_used = pool.blocks() - pool.available();
+            stats.kv_blocks_idle = pool.idle();
+            stats.prefix_evictions = pool.evictions();
         });
     }
 }

@@ -1,5 +1,6 @@
 //! The choice of the next token from its logits.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use types::SamplingParams;
@@ -15,6 +16,13 @@ pub struct Choice {
     pub top: Vec<(u32, f32)>,
 }
 
+/// Room to work in, used again from choice to choice so that none is allocated in a step.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    logits: Vec<f32>,
+    candidates: Vec<(u32, f32)>,
+}
+
 /// One sequence's sampling state: its settings and what it has seen.
 #[derive(Debug)]
 pub struct Sampler {
@@ -22,7 +30,6 @@ pub struct Sampler {
     /// Occurrences in the answer; prompt tokens are there with 0. Kept only when a penalty needs it.
     seen: HashMap<u32, u32>,
     penalised: bool,
-    candidates: Vec<(u32, f32)>,
 }
 
 impl Sampler {
@@ -33,7 +40,7 @@ impl Sampler {
             || params.frequency_penalty != 0.0
             || params.presence_penalty != 0.0;
         let seen = if penalised { prompt.iter().map(|&id| (id, 0)).collect() } else { HashMap::new() };
-        Self { params, seen, penalised, candidates: Vec::new() }
+        Self { params, seen, penalised }
     }
 
     /// The settings.
@@ -47,23 +54,36 @@ impl Sampler {
     ///
     /// Order: repetition, frequency and presence penalty, bias; temperature, min-p, top-k, top-p. The random
     /// number depends on seed and position alone.
-    pub fn choose(&mut self, logits: &[f32], position: u32, banned: &[u32]) -> Option<Choice> {
-        self.candidates.clear();
-        self.candidates.extend((0u32..).zip(logits.iter().copied()));
-        self.adjust(banned);
-        let best = best(&self.candidates)?;
-        let id = if self.params.temperature <= 0.0 { best.0 } else { self.sample(best.1, position) };
+    pub fn choose(
+        &mut self,
+        logits: &[f32],
+        position: u32,
+        banned: &[u32],
+        scratch: &mut Scratch,
+    ) -> Option<Choice> {
+        let Scratch { logits: copy, candidates } = scratch;
+        let adjusted = if self.seen.is_empty() && self.params.logit_bias.is_empty() && banned.is_empty() {
+            logits
+        } else {
+            copy.clear();
+            copy.extend_from_slice(logits);
+            self.adjust(copy, banned);
+            copy
+        };
+        let best = best(adjusted)?;
+        let greedy = self.params.temperature <= 0.0;
+        let id = if greedy { best.0 } else { self.sample(adjusted, best.1, position, candidates) };
         if self.penalised {
             *self.seen.entry(id).or_default() += 1;
         }
-        let (logprob, top) = self.logprobs(logits, id);
+        let (logprob, top) = self.logprobs(logits, id, candidates);
         Some(Choice { id, logprob, top })
     }
 
-    fn adjust(&mut self, banned: &[u32]) {
+    fn adjust(&self, logits: &mut [f32], banned: &[u32]) {
         let params = &self.params;
         for (&id, &count) in &self.seen {
-            let Some((_, logit)) = self.candidates.get_mut(id as usize) else { continue };
+            let Some(logit) = logits.get_mut(id as usize) else { continue };
             let penalty = params.repetition_penalty;
             *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
             if count > 0 {
@@ -71,26 +91,24 @@ impl Sampler {
             }
         }
         for &(id, bias) in &params.logit_bias {
-            if let Some((_, logit)) = self.candidates.get_mut(id as usize) {
+            if let Some(logit) = logits.get_mut(id as usize) {
                 *logit += bias;
             }
         }
         for &id in banned {
-            if let Some((_, logit)) = self.candidates.get_mut(id as usize) {
+            if let Some(logit) = logits.get_mut(id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
         }
     }
 
     /// A token drawn from the filtered distribution; `max` is the largest logit.
-    fn sample(&mut self, max: f32, position: u32) -> u32 {
+    fn sample(&self, logits: &[f32], max: f32, position: u32, candidates: &mut Vec<(u32, f32)>) -> u32 {
         let params = &self.params;
-        let candidates = &mut self.candidates;
-        for (_, weight) in candidates.iter_mut() {
-            *weight = ((*weight - max) / params.temperature).exp();
-        }
-        candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= params.min_p);
-        let descending = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let weights = logits.iter().map(|logit| ((logit - max) / params.temperature).exp());
+        let kept = |weight: f32| weight > 0.0 && weight >= params.min_p;
+        candidates.clear();
+        candidates.extend((0u32..).zip(weights).filter(|(_, weight)| kept(*weight)));
         let top_k = params.top_k as usize;
         if top_k > 0 && top_k < candidates.len() {
             candidates.select_nth_unstable_by(top_k - 1, descending);
@@ -121,7 +139,7 @@ impl Sampler {
         candidates.last().map_or(0, |(id, _)| *id)
     }
 
-    fn logprobs(&self, logits: &[f32], id: u32) -> (f32, Vec<(u32, f32)>) {
+    fn logprobs(&self, logits: &[f32], id: u32, candidates: &mut Vec<(u32, f32)>) -> (f32, Vec<(u32, f32)>) {
         let Some(wanted) = self.params.logprobs else { return (0.0, Vec::new()) };
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
@@ -129,29 +147,40 @@ impl Sampler {
         let wanted = (wanted as usize).min(logits.len());
         let mut top: Vec<(u32, f32)> = Vec::new();
         if wanted > 0 {
-            top.extend((0u32..).zip(logits.iter().copied()));
-            let descending = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-            top.select_nth_unstable_by(wanted - 1, descending);
-            top.truncate(wanted);
-            top.sort_unstable_by(descending);
-            top.iter_mut().for_each(|(_, logit)| *logit -= log_sum);
+            candidates.clear();
+            candidates.extend((0u32..).zip(logits.iter().copied()));
+            candidates.select_nth_unstable_by(wanted - 1, descending);
+            candidates.truncate(wanted);
+            candidates.sort_unstable_by(descending);
+            top.extend(candidates.iter().map(|(id, logit)| (*id, logit - log_sum)));
         }
         (logits.get(id as usize).map_or(0.0, |logit| logit - log_sum), top)
     }
 }
 
-/// The largest finite logit, the lowest id among equals; `None` when there is none or one is NaN.
-fn best(candidates: &[(u32, f32)]) -> Option<(u32, f32)> {
-    let mut best: Option<(u32, f32)> = None;
-    for &(id, logit) in candidates {
-        if logit.is_nan() {
-            return None;
-        }
-        if best.is_none_or(|(_, largest)| logit > largest) {
-            best = Some((id, logit));
+/// The largest first, the lowest id first among equals.
+fn descending(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// The largest logit, the lowest id among equals; `None` when it is not finite or a logit is NaN.
+fn best(logits: &[f32]) -> Option<(u32, f32)> {
+    // In lanes, as one running maximum would wait for itself at every logit.
+    let (lanes, rest) = logits.as_chunks::<16>();
+    let mut largest = [f32::NEG_INFINITY; 16];
+    let mut nan = [false; 16];
+    for chunk in lanes {
+        for ((largest, nan), logit) in largest.iter_mut().zip(&mut nan).zip(chunk) {
+            *largest = if logit > largest { *logit } else { *largest };
+            *nan |= logit.is_nan();
         }
     }
-    best.filter(|(_, logit)| logit.is_finite())
+    if nan.contains(&true) || rest.iter().any(|logit| logit.is_nan()) {
+        return None;
+    }
+    let max = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let at = logits.iter().position(|logit| *logit == max).filter(|_| max.is_finite())?;
+    Some((at as u32, logits[at]))
 }
 
 /// A number in 0..1 from seed and position (splitmix64, Steele et al. 2014).
@@ -165,10 +194,14 @@ fn uniform(seed: u64, position: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn choose(params: SamplingParams, logits: &[f32], position: u32) -> u32 {
-        Sampler::new(params, &[]).choose(logits, position, &[]).map_or(u32::MAX, |choice| choice.id)
+        Sampler::new(params, &[])
+            .choose(logits, position, &[], &mut Scratch::default())
+            .map_or(u32::MAX, |choice| choice.id)
     }
 
     #[test]
@@ -209,26 +242,171 @@ mod tests {
     fn penalties_and_bias_change_the_choice() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let logits = [2.0, 1.9, 0.0];
+        let mut scratch = Scratch::default();
         let mut sampler = Sampler::new(SamplingParams { presence_penalty: 0.5, ..greedy.clone() }, &[1]);
-        let ids: Vec<u32> = (0..3).filter_map(|p| sampler.choose(&logits, p, &[])).map(|c| c.id).collect();
+        let ids: Vec<u32> =
+            (0..3).filter_map(|p| sampler.choose(&logits, p, &[], &mut scratch)).map(|c| c.id).collect();
         assert_eq!(ids, [0, 1, 0]);
         let biased = SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy.clone() };
         assert_eq!(choose(biased, &logits, 0), 2);
         let repeated = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
-        assert_eq!(Sampler::new(repeated, &[0]).choose(&logits, 0, &[]).map(|c| c.id), Some(1));
-        assert_eq!(Sampler::new(greedy.clone(), &[]).choose(&logits, 0, &[0]).map(|c| c.id), Some(1));
-        assert_eq!(Sampler::new(greedy, &[]).choose(&[f32::NAN, 1.0], 0, &[]), None);
+        assert_eq!(Sampler::new(repeated, &[0]).choose(&logits, 0, &[], &mut scratch).map(|c| c.id), Some(1));
+        assert_eq!(
+            Sampler::new(greedy.clone(), &[]).choose(&logits, 0, &[0], &mut scratch).map(|c| c.id),
+            Some(1)
+        );
+        assert_eq!(Sampler::new(greedy, &[]).choose(&[f32::NAN, 1.0], 0, &[], &mut scratch), None);
     }
 
     #[test]
     fn log_probabilities_are_those_of_the_model() {
         let params =
             SamplingParams { logprobs: Some(2), temperature: 0.3, top_k: 1, ..SamplingParams::default() };
-        let choice = Sampler::new(params, &[]).choose(&[0.0, 1.0, 2.0], 0, &[]);
+        let choice = Sampler::new(params, &[]).choose(&[0.0, 1.0, 2.0], 0, &[], &mut Scratch::default());
         let log_sum = (1.0f32 + 1.0f32.exp() + 2.0f32.exp()).ln();
         let choice = choice.unwrap_or(Choice { id: 9, logprob: 0.0, top: Vec::new() });
         assert_eq!(choice.id, 2);
         assert!((choice.logprob - (2.0 - log_sum)).abs() < 1e-5);
         assert_eq!(choice.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [2, 1]);
+    }
+
+    /// The plain way: every logit with its id, each rule over all of them.
+    fn plainly(
+        params: &SamplingParams,
+        seen: &[u32],
+        answer: &[u32],
+        logits: &[f32],
+        banned: &[u32],
+    ) -> Option<u32> {
+        let mut all: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+        for (id, logit) in &mut all {
+            let count = answer.iter().filter(|other| *other == id).count();
+            if seen.contains(id) || count > 0 {
+                let penalty = params.repetition_penalty;
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+            if count > 0 {
+                *logit -= params.frequency_penalty * count as f32 + params.presence_penalty;
+            }
+            for (_, bias) in params.logit_bias.iter().filter(|(other, _)| other == id) {
+                *logit += bias;
+            }
+            if banned.contains(id) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        if all.iter().any(|(_, logit)| logit.is_nan()) {
+            return None;
+        }
+        all.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal));
+        let best = *all.first().filter(|(_, logit)| logit.is_finite())?;
+        if params.temperature <= 0.0 {
+            return Some(best.0);
+        }
+        for (_, weight) in &mut all {
+            *weight = ((*weight - best.1) / params.temperature).exp();
+        }
+        all.retain(|(_, weight)| *weight > 0.0 && *weight >= params.min_p);
+        // Without top-k and top-p the tokens stand in the order of their ids.
+        all.sort_by_key(|(id, _)| *id);
+        if params.top_k > 0 || params.top_p < 1.0 {
+            all.sort_by(descending);
+        }
+        if params.top_k > 0 {
+            all.truncate(params.top_k as usize);
+        }
+        if params.top_p < 1.0 {
+            let total: f64 = all.iter().map(|(_, weight)| f64::from(*weight)).sum();
+            let mut mass = 0.0;
+            let mut kept = 0;
+            while kept < all.len() && mass < f64::from(params.top_p) * total {
+                mass += f64::from(all[kept].1);
+                kept += 1;
+            }
+            all.truncate(kept.max(1));
+        }
+        let total: f64 = all.iter().map(|(_, weight)| f64::from(*weight)).sum();
+        let mut left = uniform(params.seed, answer.len() as u32) * total;
+        let drawn = all.iter().find(|(_, weight)| {
+            left -= f64::from(*weight);
+            left < 0.0
+        });
+        drawn.or(all.last()).map(|(id, _)| *id)
+    }
+
+    fn settings() -> impl Strategy<Value = SamplingParams> {
+        let penalties = (
+            prop_oneof![Just(1.0f32), 0.5f32..2.0],
+            prop_oneof![Just(0.0f32), -1.0f32..1.0],
+            prop_oneof![Just(0.0f32), -1.0f32..1.0],
+            prop::collection::vec((0u32..60, -4.0f32..4.0), 0..3),
+        );
+        let filters = (
+            prop_oneof![Just(0.0f32), 0.1f32..2.0],
+            0u32..12,
+            prop_oneof![Just(1.0f32), 0.05f32..1.0],
+            prop_oneof![Just(0.0f32), 0.0f32..0.5],
+        );
+        (penalties, filters, any::<u64>()).prop_map(|(penalties, filters, seed)| SamplingParams {
+            repetition_penalty: penalties.0,
+            frequency_penalty: penalties.1,
+            presence_penalty: penalties.2,
+            logit_bias: penalties.3,
+            temperature: filters.0,
+            top_k: filters.1,
+            top_p: filters.2,
+            min_p: filters.3,
+            seed,
+            ..SamplingParams::default()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn choices_equal_the_plain_way(
+            params in settings(),
+            // Coarse, so that there are ties.
+            logits in prop::collection::vec((-20i32..20).prop_map(|logit| logit as f32 / 2.0), 1..50),
+            prompt in prop::collection::vec(0u32..60, 0..8),
+            banned in prop::collection::vec(0u32..60, 0..3),
+        ) {
+            let mut sampler = Sampler::new(params.clone(), &prompt);
+            // What an earlier choice has left behind does no harm.
+            let mut scratch = Scratch { logits: vec![9.0; 70], candidates: vec![(3, 9.0); 70] };
+            let mut answer = Vec::new();
+            for position in 0..6 {
+                let ours = sampler.choose(&logits, position, &banned, &mut scratch).map(|choice| choice.id);
+                prop_assert_eq!(ours, plainly(&params, &prompt, &answer, &logits, &banned));
+                answer.extend(ours);
+            }
+        }
+
+        #[test]
+        fn the_best_is_the_first_of_the_largest(
+            mut logits in prop::collection::vec((-4i32..5).prop_map(|logit| logit as f32), 1..100),
+            spoiled in prop::option::weighted(0.3, (any::<prop::sample::Index>(), 0usize..3)),
+        ) {
+            if let Some((at, kind)) = spoiled {
+                let at = at.index(logits.len());
+                logits[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][kind];
+            }
+            let mut expected: Option<(u32, f32)> = None;
+            for (id, &logit) in (0u32..).zip(&logits) {
+                if expected.is_none_or(|(_, largest)| logit > largest) {
+                    expected = Some((id, logit));
+                }
+            }
+            let nan = logits.iter().any(|logit| logit.is_nan());
+            prop_assert_eq!(best(&logits), expected.filter(|(_, logit)| logit.is_finite() && !nan));
+        }
+    }
+
+    #[test]
+    fn greedy_choices_without_penalties_copy_nothing() {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let mut scratch = Scratch::default();
+        let choice = Sampler::new(greedy, &[1]).choose(&[0.0; 64], 0, &[], &mut scratch);
+        assert_eq!(choice.map(|choice| choice.id), Some(0));
+        assert_eq!((scratch.logits.capacity(), scratch.candidates.capacity()), (0, 0));
     }
 }

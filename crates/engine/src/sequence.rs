@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use peft::{Adapter, Lease};
-use types::{FinishReason, Usage};
+use types::{FinishReason, SamplingParams, Usage};
 
+use crate::blocks::{BlockPool, BlockTable, Scope};
 use crate::request::{Event, Generate, SampledToken, TokenSink};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, Scratch};
 
 /// A request with its state: tokens, blocks, sampler and the way back to its reader.
 pub(crate) struct Sequence {
@@ -16,7 +17,10 @@ pub(crate) struct Sequence {
     prompt: usize,
     /// Tokens whose keys and values are stored.
     pub(crate) computed: usize,
-    pub(crate) blocks: Vec<u32>,
+    /// Tokens of the prompt whose keys and values were there at the first admission, once there was one.
+    cached: Option<usize>,
+    pub(crate) blocks: BlockTable,
+    scope: Arc<Scope>,
     lease: Option<Lease>,
     sampler: Sampler,
     pub(crate) deadline: Option<Instant>,
@@ -26,11 +30,13 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub(crate) fn new(job: Generate, sink: TokenSink) -> Self {
         Self {
+            scope: Arc::new(job.scope()),
             prompt: job.prompt.len(),
             sampler: Sampler::new(job.params, &job.prompt),
             tokens: job.prompt,
             computed: 0,
-            blocks: Vec::new(),
+            cached: None,
+            blocks: BlockTable::default(),
             lease: job.adapter,
             deadline: job.deadline,
             sink,
@@ -47,26 +53,64 @@ impl Sequence {
 
     pub(crate) fn usage(&self) -> Usage {
         let (prompt_tokens, completion_tokens) = (self.prompt as u32, self.answered());
-        Usage { prompt_tokens, cached_tokens: 0, completion_tokens }
+        Usage { prompt_tokens, cached_tokens: self.cached.unwrap_or(0) as u32, completion_tokens }
+    }
+
+    /// Takes the blocks that hold the beginning of its tokens already, if the rest has room; see [`BlockPool::reuse`].
+    pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> Option<usize> {
+        self.computed = pool.reuse(&mut self.blocks, &self.scope, &self.tokens)?;
+        Some(self.computed)
+    }
+
+    /// Notes an admission: the tokens of the prompt that were there already, the first time.
+    pub(crate) fn admitted(&mut self) -> Option<usize> {
+        if self.cached.is_some() {
+            return None;
+        }
+        self.cached = Some(self.computed);
+        self.sink.set_cached_tokens(self.computed as u32);
+        self.cached
+    }
+
+    /// Gives all blocks back, to start again.
+    pub(crate) fn release(&mut self, pool: &mut BlockPool) {
+        pool.release(&mut self.blocks);
+        self.computed = 0;
+    }
+
+    /// Records that `tokens` more are computed; returns how many of them belong to the prompt.
+    pub(crate) fn compute(&mut self, tokens: usize) -> usize {
+        let before = self.computed.min(self.prompt);
+        self.computed += tokens;
+        self.computed.min(self.prompt) - before
+    }
+
+    /// Lets others share what is computed.
+    pub(crate) fn publish(&mut self, pool: &mut BlockPool) {
+        pool.publish(&mut self.blocks, &self.scope, &self.tokens[..self.computed]);
     }
 
     /// Chooses the next token, tells the reader, and says whether the sequence goes on.
-    pub(crate) fn advance(&mut self, logits: &[f32], eos: &[u32], context: usize) -> Progress {
+    pub(crate) fn advance(
+        &mut self,
+        logits: &[f32],
+        eos: &[u32],
+        context: usize,
+        scratch: &mut Scratch,
+    ) -> Progress {
         let position = self.answered();
         let params = self.sampler.params();
-        let is_stop =
-            |id: &u32| params.stop_token_ids.contains(id) || (!params.ignore_eos && eos.contains(id));
-        let banned: Vec<u32> = if position < params.min_tokens {
-            eos.iter().chain(&params.stop_token_ids).copied().filter(is_stop).collect()
-        } else {
-            Vec::new()
-        };
+        let mut banned = Vec::new();
+        if position < params.min_tokens {
+            let ends = eos.iter().chain(&params.stop_token_ids).copied();
+            banned.extend(ends.filter(|id| is_stop(params, eos, *id)));
+        }
         let max_tokens = params.max_tokens;
-        let stops: Vec<u32> = eos.iter().chain(&params.stop_token_ids).copied().filter(is_stop).collect();
-        let Some(choice) = self.sampler.choose(logits, position, &banned) else {
+        let Some(choice) = self.sampler.choose(logits, position, &banned, scratch) else {
             return Progress::Failed("the model gave no finite logits".into());
         };
-        let stop = stops.contains(&choice.id);
+        let params = self.sampler.params();
+        let stop = is_stop(params, eos, choice.id);
         self.tokens.push(choice.id);
         let token = SampledToken { id: choice.id, logprob: choice.logprob, top: choice.top, stop };
         if !self.sink.send(Event::Token(token)) {
@@ -80,6 +124,11 @@ impl Sequence {
             Progress::Goes
         }
     }
+}
+
+/// Whether a token ends the answer.
+fn is_stop(params: &SamplingParams, eos: &[u32], id: u32) -> bool {
+    params.stop_token_ids.contains(&id) || (!params.ignore_eos && eos.contains(&id))
 }
 
 /// How a sequence stands after a step.

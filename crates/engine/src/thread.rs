@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, Logits, ModelError, Precision, Runtime};
 use peft::AdapterBatch;
 
+use crate::blocks::BlockPool;
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
+use crate::sampler::Scratch;
 use crate::scheduler::Scheduler;
 
 /// The engine's sizes.
@@ -23,6 +25,8 @@ pub struct Settings {
     pub step_tokens: usize,
     /// Bytes of the KV pool.
     pub kv_bytes: usize,
+    /// Whether a sequence takes over the keys and values of an earlier one that begins alike.
+    pub prefix_cache: bool,
     /// Threads of the model's arithmetic.
     pub threads: usize,
     /// Whether quantised weights meet activations in 8 bits and KV is bfloat16, or all is float32.
@@ -91,6 +95,7 @@ impl ModelEngine {
             input: BatchInput::default(),
             adapters: AdapterBatch::default(),
             logits: Logits::default(),
+            blocks: BlockPool::new(blocks as u32, settings.prefix_cache),
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
             eos: settings.eos,
             context: limits.context,
@@ -98,6 +103,7 @@ impl ModelEngine {
             shared: Arc::clone(&shared),
             sequences: HashMap::new(),
             next_id: 0,
+            scratch: Scratch::default(),
             model,
         };
         std::thread::Builder::new().name("model".into()).spawn(move || runner.run()).map_err(start)?;

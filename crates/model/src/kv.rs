@@ -9,13 +9,12 @@ use crate::error::ModelError;
 pub const BLOCK_LEN: usize = 16;
 
 /// Keys and values of all layers in blocks of [`BLOCK_LEN`] positions; a block holds the same positions in
-/// every layer.
+/// every layer. Which sequence may use which block is the caller's to decide.
 #[derive(Debug)]
 pub struct KvPool {
     layout: KvLayout,
     windows: Vec<Option<usize>>,
     numbers: Numbers,
-    free: Vec<u32>,
     blocks: usize,
 }
 
@@ -40,8 +39,7 @@ impl KvPool {
             Precision::Fast => Numbers::Bf16(zeros(config.layers, values)),
             Precision::Exact => Numbers::F32(zeros(config.layers, values)),
         };
-        let free = (0..blocks as u32).rev().collect();
-        Ok(Self { layout, windows: config.windows.clone(), numbers, free, blocks })
+        Ok(Self { layout, windows: config.windows.clone(), numbers, blocks })
     }
 
     /// Bytes of one block over all layers.
@@ -58,24 +56,6 @@ impl KvPool {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
-    }
-
-    /// Blocks that are free.
-    #[must_use]
-    pub fn free_blocks(&self) -> usize {
-        self.free.len()
-    }
-
-    /// Takes a free block.
-    pub fn allocate(&mut self) -> Option<u32> {
-        self.free.pop()
-    }
-
-    /// Gives blocks back; their content stays but is never read by another sequence, which reads only what it
-    /// has written.
-    pub fn release(&mut self, blocks: impl IntoIterator<Item = u32>) {
-        self.free.extend(blocks);
-        debug_assert!(self.free.len() <= self.blocks, "a block was released twice");
     }
 
     /// Norms and rotates a layer's queries and keys, stores keys and values, and attends.

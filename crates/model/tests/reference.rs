@@ -56,7 +56,7 @@ fn feed(
     pieces: &[usize],
     adapter: Option<&Arc<Adapter>>,
 ) -> Vec<Vec<f32>> {
-    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate().unwrap()).collect();
+    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_LEN) as u32).collect();
     let mut start = 0;
     let mut logits = Vec::new();
     for &len in pieces {
@@ -66,7 +66,6 @@ fn feed(
         logits.extend(forward(base, &input, kv, &adapters).unwrap());
         start += len;
     }
-    kv.release(blocks);
     logits
 }
 
@@ -150,8 +149,8 @@ fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
         .map(|(ids, adapter)| feed(&base, &mut kv, ids, &[ids.len()], adapter.as_ref()).remove(0))
         .collect();
     let mut input = BatchInput::default();
-    for ids in &prompts {
-        input.push(ids, 0, &[kv.allocate().unwrap()], true);
+    for (ids, block) in prompts.iter().zip(0..) {
+        input.push(ids, 0, &[block], true);
     }
     let route = |swap: bool| {
         AdapterBatch::new(prompts.iter().enumerate().flat_map(|(row, ids)| {

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use adapters::AdapterCache;
 use axum::Router;
@@ -62,6 +63,7 @@ struct Inner {
     admission: Admission,
     uploads: UploadRate,
     queue: QueueGauge,
+    groups: AtomicU64,
 }
 
 impl App {
@@ -71,7 +73,8 @@ impl App {
         let started = state.clock.now();
         let admission = Admission::new(&state.limits);
         let uploads = UploadRate::new(state.limits.upload_bytes_per_minute);
-        Self(Arc::new(Inner { state, started, admission, uploads, queue: QueueGauge::default() }))
+        let (queue, groups) = (QueueGauge::default(), AtomicU64::new(0));
+        Self(Arc::new(Inner { state, started, admission, uploads, queue, groups }))
     }
 
     /// All routes, ready to [`crate::serve`].
@@ -106,6 +109,11 @@ impl App {
 
     pub(crate) fn queue(&self) -> &QueueGauge {
         &self.0.queue
+    }
+
+    /// A mark for the answers to one prompt, never given before.
+    pub(crate) fn new_group(&self) -> u64 {
+        self.0.groups.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Runs work that takes a while (long texts through the tokenizer) where it holds up nobody.

@@ -31,8 +31,10 @@ pub struct EngineSnapshot {
     pub running: usize,
     /// Sequences that fit a batch, so also adapters that can run side by side.
     pub batch: usize,
-    /// KV blocks in use.
+    /// KV blocks that sequences hold.
     pub kv_blocks_used: usize,
+    /// KV blocks that no sequence holds, kept for those to come.
+    pub kv_blocks_idle: usize,
     /// KV blocks in all.
     pub kv_blocks: usize,
     /// Different adapters in the last step.
@@ -41,6 +43,12 @@ pub struct EngineSnapshot {
     pub steps: u64,
     /// Prompt tokens processed.
     pub prompt_tokens: u64,
+    /// Sequences whose prompt began with blocks that were there already.
+    pub prefix_hits: u64,
+    /// Prompt tokens that were there already.
+    pub prefix_tokens: u64,
+    /// Blocks kept for sequences to come that had to make room.
+    pub prefix_evictions: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
     /// Sequences preempted for want of KV blocks.
@@ -118,6 +126,14 @@ impl EngineSnapshot {
         out.gauge("atelier_adapters_running", "Adapters in the last step", self.adapters_running as f64)?;
         out.counter("atelier_steps", "Forward passes", self.steps)?;
         out.counter("atelier_prompt_tokens", "Prompt tokens processed", self.prompt_tokens)?;
+        out.gauge(
+            "atelier_kv_blocks_idle",
+            "KV blocks kept for sequences to come",
+            self.kv_blocks_idle as f64,
+        )?;
+        out.counter("atelier_prefix_hits", "Sequences that began like an earlier one", self.prefix_hits)?;
+        out.counter("atelier_prefix_tokens", "Prompt tokens taken from earlier ones", self.prefix_tokens)?;
+        out.counter("atelier_prefix_evictions", "Kept KV blocks that made room", self.prefix_evictions)?;
         out.counter("atelier_generated_tokens", "Tokens generated", self.generated_tokens)?;
         out.counter("atelier_preemptions", "Sequences preempted for want of KV blocks", self.preemptions)?;
         out.counter("atelier_sequences_cancelled", "Sequences whose reader went away", self.cancelled)?;

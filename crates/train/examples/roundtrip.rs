@@ -66,8 +66,7 @@ fn logits_of(
     ids: &[u32],
     adapter: &Arc<Adapter>,
 ) -> Fallible<Vec<Vec<f32>>> {
-    let blocks = (0..ids.len().div_ceil(BLOCK_LEN)).map(|_| kv.allocate()).collect::<Option<Vec<u32>>>();
-    let blocks = blocks.ok_or("no KV block is free")?;
+    let blocks: Vec<u32> = (0..u32::try_from(ids.len().div_ceil(BLOCK_LEN))?).collect();
     let adapters = AdapterBatch::new([Some(adapter)]);
     let (mut runtime, mut output) = (Runtime::new(2, Precision::Exact)?, Logits::default());
     let mut logits = Vec::new();
@@ -77,6 +76,5 @@ fn logits_of(
         base.forward(&mut runtime, &input, kv, &adapters, &mut output)?;
         logits.extend(output.rows().map(<[f32]>::to_vec));
     }
-    kv.release(blocks);
     Ok(logits)
 }

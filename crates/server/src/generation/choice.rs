@@ -176,7 +176,10 @@ impl Choice {
 
     fn end(&mut self, reason: FinishReason, piece: &mut Piece) {
         self.release(piece);
-        self.events = None;
+        // The engine's own count comes with its end; a stop string comes before that.
+        if let Some(events) = self.events.take() {
+            self.usage.cached_tokens = events.cached_tokens();
+        }
         piece.end = Some(End { reason, usage: self.usage });
     }
 }

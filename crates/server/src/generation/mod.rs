@@ -136,6 +136,7 @@ impl App {
         let lease = self.lease(&ask.wanted, who.as_ref()).await?;
         let mut choices = Vec::with_capacity(ask.prompts.len() * ask.n);
         for prompt in &ask.prompts {
+            let group = (ask.n > 1).then(|| self.new_group());
             for number in 0..ask.n {
                 let params = SamplingParams {
                     max_tokens: prompt.max_tokens,
@@ -144,9 +145,11 @@ impl App {
                 };
                 let tokens = self.engine.submit(Generate {
                     prompt: prompt.tokens.clone(),
+                    tenant: ask.tenant.clone(),
                     adapter: lease.clone(),
                     params,
                     deadline: Some(until),
+                    group,
                 })?;
                 let rules = TextRules {
                     stop: Arc::from(ask.stop.as_slice()),

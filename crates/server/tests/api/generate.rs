@@ -32,6 +32,8 @@ async fn a_chat_is_answered() {
 #[tokio::test]
 async fn streams_say_the_same_in_pieces() {
     let server = Server::new().await;
+    // The second one finds its prompt in the cache, as those that follow do.
+    server.post("/v1/chat/completions", chat()).await;
     let whole = server.post("/v1/chat/completions", chat()).await.json();
     let streamed =
         with(with(chat(), "stream", json!(true)), "stream_options", json!({ "include_usage": true }));
@@ -76,6 +78,31 @@ async fn several_answers_and_prompts() {
     assert_eq!(first["choices"].as_array().unwrap().len(), 4);
     assert_ne!(first["choices"][0]["text"], first["choices"][1]["text"]);
     assert_eq!(first["choices"], server.post("/v1/completions", body).await.json()["choices"], "same seed");
+}
+
+#[tokio::test]
+async fn several_answers_share_their_prompt() {
+    let server = Server::new().await;
+    let prompt: Vec<u32> = (0..50).map(|at| 30 + at * 7 % 200).collect();
+    let body = with(with(completion(), "prompt", json!(prompt)), "temperature", json!(1));
+    let several = with(with(body.clone(), "n", json!(3)), "seed", json!(7));
+    let several = server.post("/v1/completions", several).await.json();
+    let stats = server.app.engine.stats();
+    assert_eq!((stats.prompt_tokens, stats.prefix_hits, stats.prefix_tokens), (50 + 2 * 2, 2, 2 * 48));
+    assert_eq!(several["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    for number in 0..3 {
+        let alone = with(with(body.clone(), "seed", json!(7 + number)), "stop", json!(["\u{0}"]));
+        let alone = server.post("/v1/completions", alone).await.json();
+        assert_eq!(several["choices"][number]["text"], alone["choices"][0]["text"]);
+        assert_eq!(alone["usage"]["prompt_tokens_details"]["cached_tokens"], 48);
+    }
+    // A stop string ends it before the engine does, and the count is there all the same.
+    let text = several["choices"][0]["text"].as_str().unwrap();
+    let first: String = text.chars().take(1).collect();
+    let stopped = with(with(body, "seed", json!(7)), "stop", json!([first]));
+    let stopped = server.post("/v1/completions", stopped).await.json();
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    assert_eq!(stopped["usage"]["prompt_tokens_details"]["cached_tokens"], 48);
 }
 
 #[tokio::test]

@@ -69,6 +69,7 @@ impl Server {
             queue: 32,
             step_tokens: 64,
             kv_bytes: 1 << 20,
+            prefix_cache: true,
             threads: 1,
             precision: Precision::Fast,
             eos: tokenizer.eos_ids().to_vec(),

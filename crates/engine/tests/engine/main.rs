@@ -1,6 +1,8 @@
 //! The model thread on a tiny random model: batching, preemption, cancellation, refusals.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod prefix;
+
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -40,6 +42,7 @@ fn settings(blocks: usize) -> Settings {
         step_tokens: 24,
         precision: PRECISION,
         kv_bytes: blocks * KvPool::block_bytes(base().config(), PRECISION),
+        prefix_cache: true,
         threads: 2,
         eos: vec![],
     }
@@ -56,7 +59,7 @@ fn job(seed: u64, adapter: Option<Lease>) -> Generate {
         ..SamplingParams::default()
     };
     let prompt = (0..length).map(|at| (at * 13 + seed as u32 * 29) % 320).collect();
-    Generate { prompt, adapter, params, deadline: None }
+    Generate { prompt, tenant: "t".parse().unwrap(), adapter, params, deadline: None, group: None }
 }
 
 fn jobs() -> Vec<Generate> {
@@ -72,8 +75,25 @@ async fn collect(mut stream: TokenStream) -> Vec<Event> {
     events
 }
 
+/// The tokens of a prompt that were there already, taken out of the events so that the rest can be compared.
+fn cached(events: &mut [Event]) -> usize {
+    match events.last_mut() {
+        Some(Event::Finished { usage, .. }) => std::mem::take(&mut usage.cached_tokens) as usize,
+        _ => 0,
+    }
+}
+
 /// Submits when the queue has room, all at once otherwise, and returns every sequence's events.
 async fn run(engine: &ModelEngine, jobs: &[Generate]) -> Vec<Vec<Event>> {
+    let mut all = run_counted(engine, jobs).await;
+    for events in &mut all {
+        cached(events);
+    }
+    all
+}
+
+/// As [`run`], with the tokens that were there already.
+async fn run_counted(engine: &ModelEngine, jobs: &[Generate]) -> Vec<Vec<Event>> {
     let mut tasks = Vec::new();
     for job in jobs {
         let stream = loop {

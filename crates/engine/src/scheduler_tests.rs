@@ -1,0 +1,291 @@
+//! Plans over a real pool of blocks, without a model: nothing leaks, nothing stalls, nothing is shared that must not be.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use model::BLOCK_LEN;
+use proptest::prelude::*;
+
+use super::*;
+use crate::blocks::{BlockPool, BlockTable, Scope};
+
+const STEP_TOKENS: usize = 32;
+const MAX_RUNNING: usize = 4;
+
+/// A sequence to run.
+#[derive(Debug, Clone)]
+struct Case {
+    prompt: Vec<u32>,
+    answer: usize,
+    tenant: bool,
+    group: Option<u64>,
+    /// Cancelled after so many steps.
+    leaves: Option<usize>,
+}
+
+struct Running {
+    case: Case,
+    scope: Arc<Scope>,
+    tokens: Vec<u32>,
+    computed: usize,
+    cached: usize,
+    table: BlockTable,
+}
+
+/// The sequences' tables over one pool, and what a model would have stored: by block, the scope and all tokens up to
+/// each position.
+struct World {
+    pool: BlockPool,
+    sequences: HashMap<u64, Running>,
+    stored: HashMap<(u32, usize), (Arc<Scope>, Vec<u32>)>,
+    preemptions: usize,
+    computed: usize,
+}
+
+impl Blocks for World {
+    fn available(&self) -> usize {
+        self.pool.available()
+    }
+
+    fn reuse(&mut self, id: u64) -> Option<usize> {
+        let sequence = self.sequences.get_mut(&id)?;
+        let cached = self.pool.reuse(&mut sequence.table, &sequence.scope, &sequence.tokens)?;
+        assert!(cached < sequence.tokens.len());
+        (sequence.computed, sequence.cached) = (cached, cached);
+        Some(cached)
+    }
+
+    fn grow(&mut self, id: u64, count: usize) {
+        assert!(count <= self.pool.available(), "more blocks than there are");
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.pool.grow(&mut sequence.table, count);
+        }
+    }
+
+    fn release(&mut self, id: u64) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.pool.release(&mut sequence.table);
+            sequence.computed = 0;
+        }
+    }
+}
+
+impl World {
+    fn new(blocks: u32, sharing: bool) -> Self {
+        Self {
+            pool: BlockPool::new(blocks, sharing),
+            sequences: HashMap::new(),
+            stored: HashMap::new(),
+            preemptions: 0,
+            computed: 0,
+        }
+    }
+
+    fn add(&mut self, scheduler: &mut Scheduler, id: u64, case: &Case) {
+        scheduler.push(id, case.prompt.len(), case.group);
+        let tenant = if case.tenant { "t" } else { "u" }.parse().expect("an id");
+        let sequence = Running {
+            scope: Arc::new(Scope { tenant, adapter: None }),
+            tokens: case.prompt.clone(),
+            case: case.clone(),
+            computed: 0,
+            cached: 0,
+            table: BlockTable::default(),
+        };
+        self.sequences.insert(id, sequence);
+    }
+
+    fn check(&self) {
+        self.pool.check(self.sequences.values().map(|sequence| &sequence.table));
+    }
+
+    /// Stores what the model would store and reads what it would read; true when the sequence has ended.
+    fn run(&mut self, work: &Work) -> bool {
+        let sequence = self.sequences.get_mut(&work.id).expect("it is there");
+        let end = sequence.computed + work.tokens;
+        let blocks = sequence.table.blocks();
+        assert!(end <= blocks.len() * BLOCK_LEN, "its blocks reach so far");
+        for at in sequence.computed..end {
+            let content = (Arc::clone(&sequence.scope), sequence.tokens[..=at].to_vec());
+            self.stored.insert((blocks[at / BLOCK_LEN], at % BLOCK_LEN), content);
+        }
+        for at in 0..end {
+            let (scope, tokens) = &self.stored[&(blocks[at / BLOCK_LEN], at % BLOCK_LEN)];
+            assert!(*scope == sequence.scope && *tokens == sequence.tokens[..=at], "another one's keys");
+        }
+        sequence.computed = end;
+        self.computed += work.tokens;
+        if work.sample {
+            assert_eq!(end, sequence.tokens.len());
+            // As greedy decoding does: alike after alike.
+            sequence.tokens.push(sequence.tokens.iter().sum::<u32>() % 5);
+        }
+        self.pool.publish(&mut sequence.table, &sequence.scope, &sequence.tokens[..end]);
+        sequence.tokens.len() == sequence.case.prompt.len() + sequence.case.answer
+    }
+
+    fn end(&mut self, scheduler: &mut Scheduler, id: u64) {
+        scheduler.remove(id);
+        if let Some(mut sequence) = self.sequences.remove(&id) {
+            self.pool.release(&mut sequence.table);
+        }
+    }
+
+    /// Runs all sequences to their end, checking each step.
+    fn drain(&mut self, cases: &[Case]) {
+        let mut scheduler = Scheduler::new(MAX_RUNNING, STEP_TOKENS, BLOCK_LEN);
+        for (id, case) in (0..).zip(cases) {
+            self.add(&mut scheduler, id, case);
+        }
+        for step_number in 0.. {
+            if scheduler.waiting() + scheduler.running() == 0 {
+                break;
+            }
+            assert!(step_number < 10_000, "no progress");
+            for (id, case) in (0..).zip(cases) {
+                if case.leaves == Some(step_number) {
+                    self.end(&mut scheduler, id);
+                }
+            }
+            let step = scheduler.plan(self);
+            self.check();
+            self.preemptions += step.preempted.len();
+            let left = scheduler.waiting() + scheduler.running();
+            assert!(left == 0 || !step.work.is_empty() || !step.preempted.is_empty(), "an empty step");
+            assert!(step.work.iter().map(|work| work.tokens).sum::<usize>() <= STEP_TOKENS);
+            assert!(scheduler.running() <= MAX_RUNNING);
+            for work in &step.work {
+                assert!(!step.preempted.contains(&work.id));
+                if self.run(work) {
+                    self.end(&mut scheduler, work.id);
+                } else {
+                    scheduler.settle(work, work.sample);
+                }
+            }
+            self.check();
+        }
+        assert!(self.sequences.is_empty());
+        assert_eq!(self.pool.available(), self.pool.blocks(), "every block is free or idle");
+    }
+}
+
+fn blocks_of(cases: &[Case]) -> usize {
+    cases.iter().map(|case| (case.prompt.len() + case.answer).div_ceil(BLOCK_LEN)).max().unwrap_or(1)
+}
+
+/// Prompts that often begin alike: cut from one of three texts.
+fn case() -> impl Strategy<Value = Case> {
+    let parts = (0u32..3, 1usize..100, 1usize..40, any::<bool>());
+    let marks = (prop::option::of(0u64..3), prop::option::weighted(0.2, 0usize..30));
+    (parts, marks).prop_map(|((text, prompt, answer, tenant), (group, leaves))| Case {
+        prompt: (0..prompt as u32).map(|at| if at < 20 { at } else { at * text } % 5).collect(),
+        answer,
+        tenant,
+        group,
+        leaves,
+    })
+}
+
+proptest! {
+    #[test]
+    fn every_sequence_ends_within_the_pool(
+        cases in prop::collection::vec(case(), 1..12),
+        spare in 0usize..20,
+        sharing in any::<bool>(),
+    ) {
+        // The pool fits the longest sequence alone, and some more.
+        World::new((blocks_of(&cases) + spare) as u32, sharing).drain(&cases);
+    }
+}
+
+fn plain(prompt: u32, answer: usize) -> Case {
+    Case { prompt: (0..prompt).collect(), answer, tenant: true, group: None, leaves: None }
+}
+
+#[test]
+fn a_sequence_joins_a_running_batch() {
+    let mut scheduler = Scheduler::new(4, 32, 16);
+    let mut world = World::new(100, true);
+    world.add(&mut scheduler, 1, &plain(3, 9));
+    let step = scheduler.plan(&mut world);
+    assert_eq!(step.work, [Work { id: 1, tokens: 3, sample: true }]);
+    world.run(&step.work[0]);
+    scheduler.settle(&step.work[0], true);
+    world.add(&mut scheduler, 2, &plain(40, 9));
+    let step = scheduler.plan(&mut world);
+    assert_eq!(step.work[0], Work { id: 1, tokens: 1, sample: true });
+    assert_eq!(step.work[1], Work { id: 2, tokens: 31, sample: false });
+    assert_eq!(world.sequences[&2].table.blocks().len(), 2);
+}
+
+#[test]
+fn who_waits_for_room_is_not_overtaken() {
+    let mut scheduler = Scheduler::new(4, 64, 16);
+    let mut world = World::new(4, true);
+    world.add(&mut scheduler, 1, &plain(20, 9));
+    world.add(&mut scheduler, 2, &Case { tenant: false, ..plain(33, 9) });
+    world.add(&mut scheduler, 3, &plain(5, 9));
+    let step = scheduler.plan(&mut world);
+    assert_eq!(step.admitted, [1], "the second needs three blocks and two are left");
+    world.run(&step.work[0]);
+    scheduler.settle(&step.work[0], true);
+    assert!(scheduler.plan(&mut world).admitted.is_empty());
+    world.end(&mut scheduler, 2);
+    // One like the first shares a block with it and needs but two.
+    scheduler.remove(3);
+    world.add(&mut scheduler, 4, &plain(33, 9));
+    assert_eq!(scheduler.plan(&mut world).admitted, [4]);
+    world.check();
+}
+
+#[test]
+fn a_group_computes_its_prompt_once() {
+    let computed = |prompt, group| {
+        let cases: Vec<Case> = (0..4).map(|_| Case { group, ..plain(prompt, 5) }).collect();
+        let mut world = World::new(64, true);
+        world.drain(&cases);
+        world.computed
+    };
+    let answers = 4 * 4;
+    assert_eq!(computed(100, Some(7)), 100 + 3 * 4 + answers);
+    assert_eq!(computed(24, Some(7)), 24 + 3 * 8 + answers);
+    // Negative control: the second of those that do not wait computes it beside the first.
+    assert_eq!(computed(24, None), 24 + 24 + 2 * 8 + answers);
+}
+
+#[test]
+fn others_pass_a_group_that_waits() {
+    let mut scheduler = Scheduler::new(4, 32, 16);
+    let mut world = World::new(100, true);
+    for id in 0..3 {
+        world.add(&mut scheduler, id, &Case { group: Some(1), ..plain(24, 9) });
+    }
+    world.add(&mut scheduler, 3, &Case { tenant: false, ..plain(20, 9) });
+    let step = scheduler.plan(&mut world);
+    assert_eq!(step.admitted, [0, 3]);
+    for work in &step.work {
+        world.run(work);
+        scheduler.settle(work, work.sample);
+    }
+    let step = scheduler.plan(&mut world);
+    assert_eq!(step.admitted, [1, 2]);
+    assert_eq!((world.sequences[&1].cached, world.sequences[&2].cached), (16, 16));
+}
+
+#[test]
+fn preemption_takes_no_shared_block() {
+    // Four sequences share six blocks and grow by three each, over a pool of twelve: some must leave, and come back.
+    let cases: Vec<Case> = (0..4u32)
+        .map(|id| {
+            let mut case = Case { group: Some(1), ..plain(100, 40) };
+            case.prompt[99] = id;
+            case
+        })
+        .collect();
+    let mut world = World::new(12, true);
+    world.drain(&cases);
+    assert!(world.preemptions > 0);
+    assert!(world.pool.evictions() > 0);
+    // Recomputing all of every prompt would be 400 and more.
+    assert!(world.computed < 400, "{}", world.computed);
+}
