@@ -4,6 +4,7 @@
 //! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
 
 mod blocks;
+mod draw;
 mod idle;
 mod request;
 mod runner;

@@ -1,9 +1,10 @@
 //! The choice of the next token from its logits.
 
-use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use types::SamplingParams;
+
+use crate::draw::{descending, draw};
 
 /// The outcome of one choice.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +21,7 @@ pub struct Choice {
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Vec<f32>,
+    weights: Vec<f32>,
     candidates: Vec<(u32, f32)>,
 }
 
@@ -61,7 +63,7 @@ impl Sampler {
         banned: &[u32],
         scratch: &mut Scratch,
     ) -> Option<Choice> {
-        let Scratch { logits: copy, candidates } = scratch;
+        let Scratch { logits: copy, weights, candidates } = scratch;
         let adjusted = if self.seen.is_empty() && self.params.logit_bias.is_empty() && banned.is_empty() {
             logits
         } else {
@@ -72,7 +74,8 @@ impl Sampler {
         };
         let best = best(adjusted)?;
         let greedy = self.params.temperature <= 0.0;
-        let id = if greedy { best.0 } else { self.sample(adjusted, best.1, position, candidates) };
+        let id =
+            if greedy { best.0 } else { draw(&self.params, adjusted, best.1, position, weights, candidates) };
         if self.penalised {
             *self.seen.entry(id).or_default() += 1;
         }
@@ -102,43 +105,6 @@ impl Sampler {
         }
     }
 
-    /// A token drawn from the filtered distribution; `max` is the largest logit.
-    fn sample(&self, logits: &[f32], max: f32, position: u32, candidates: &mut Vec<(u32, f32)>) -> u32 {
-        let params = &self.params;
-        let weights = logits.iter().map(|logit| ((logit - max) / params.temperature).exp());
-        let kept = |weight: f32| weight > 0.0 && weight >= params.min_p;
-        candidates.clear();
-        candidates.extend((0u32..).zip(weights).filter(|(_, weight)| kept(*weight)));
-        let top_k = params.top_k as usize;
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, descending);
-            candidates.truncate(top_k);
-        }
-        if params.top_p < 1.0 || top_k > 0 {
-            candidates.sort_unstable_by(descending);
-        }
-        if params.top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|(_, weight)| f64::from(*weight)).sum();
-            let mut mass = 0.0;
-            let kept = candidates.iter().take_while(|(_, weight)| {
-                let more = mass < f64::from(params.top_p) * total;
-                mass += f64::from(*weight);
-                more
-            });
-            let kept = kept.count().max(1);
-            candidates.truncate(kept);
-        }
-        let total: f64 = candidates.iter().map(|(_, weight)| f64::from(*weight)).sum();
-        let mut left = uniform(params.seed, position) * total;
-        for &(id, weight) in candidates.iter() {
-            left -= f64::from(weight);
-            if left < 0.0 {
-                return id;
-            }
-        }
-        candidates.last().map_or(0, |(id, _)| *id)
-    }
-
     fn logprobs(&self, logits: &[f32], id: u32, candidates: &mut Vec<(u32, f32)>) -> (f32, Vec<(u32, f32)>) {
         let Some(wanted) = self.params.logprobs else { return (0.0, Vec::new()) };
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -156,11 +122,6 @@ impl Sampler {
         }
         (logits.get(id as usize).map_or(0.0, |logit| logit - log_sum), top)
     }
-}
-
-/// The largest first, the lowest id first among equals.
-fn descending(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// The largest logit, the lowest id among equals; `None` when it is not finite or a logit is NaN.
@@ -183,20 +144,14 @@ fn best(logits: &[f32]) -> Option<(u32, f32)> {
     Some((at as u32, logits[at]))
 }
 
-/// A number in 0..1 from seed and position (splitmix64, Steele et al. 2014).
-fn uniform(seed: u64, position: u32) -> f64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(u64::from(position) + 1));
-    for multiplier in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
-        z = (z ^ (z >> 30)).wrapping_mul(multiplier);
-    }
-    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-}
-
 #[cfg(test)]
 mod tests {
+    use std::cmp::Ordering;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::draw::uniform;
 
     fn choose(params: SamplingParams, logits: &[f32], position: u32) -> u32 {
         Sampler::new(params, &[])
@@ -372,7 +327,7 @@ mod tests {
         ) {
             let mut sampler = Sampler::new(params.clone(), &prompt);
             // What an earlier choice has left behind does no harm.
-            let mut scratch = Scratch { logits: vec![9.0; 70], candidates: vec![(3, 9.0); 70] };
+            let mut scratch = Scratch { logits: vec![9.0; 70], weights: vec![9.0; 70], candidates: vec![(3, 9.0); 70] };
             let mut answer = Vec::new();
             for position in 0..6 {
                 let ours = sampler.choose(&logits, position, &banned, &mut scratch).map(|choice| choice.id);

@@ -60,6 +60,9 @@ struct Entry {
     blocks: usize,
 }
 
+/// Tokens of prompts in a step that others wait for, at least: they share a tile of rows in the kernels.
+const PROMPT_TOKENS: usize = 8;
+
 /// Queue and batch.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -107,7 +110,7 @@ impl Scheduler {
     /// checks that before `push`), so every step makes progress.
     pub fn plan(&mut self, blocks: &mut impl Blocks) -> Step {
         let mut step = Step::default();
-        let mut budget = self.step_tokens;
+        let mut budget = self.budget();
         // Decoding sequences first, then prompts under way, each in the order of admission.
         for decoding in [true, false] {
             let mut at = 0;
@@ -145,6 +148,20 @@ impl Scheduler {
             self.admit(blocks, budget, &mut step);
         }
         step
+    }
+
+    /// Tokens of the next step: one for each sequence that decodes, and for the prompts the square of their share among
+    /// all sequences, at least [`PROMPT_TOKENS`]. A long prompt beside many who decode goes in small pieces, which they
+    /// hardly feel; many prompts beside few who decode, as in a burst, go in large ones.
+    fn budget(&self) -> usize {
+        let decoding = self.running.iter().filter(|entry| entry.known - entry.computed == 1).count();
+        let room = self.max_running - self.running.len();
+        let prompts = self.running.len() - decoding + self.waiting.len().min(room);
+        if decoding == 0 || prompts == 0 {
+            return self.step_tokens;
+        }
+        let share = self.step_tokens * prompts * prompts / (prompts + decoding).pow(2);
+        (decoding + share.max(PROMPT_TOKENS)).min(self.step_tokens)
     }
 
     /// Lets in those who wait, in their order, as long as the whole of the next one has room.

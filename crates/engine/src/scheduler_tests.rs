@@ -214,8 +214,32 @@ fn a_sequence_joins_a_running_batch() {
     world.add(&mut scheduler, 2, &plain(40, 9));
     let step = scheduler.plan(&mut world);
     assert_eq!(step.work[0], Work { id: 1, tokens: 1, sample: true });
-    assert_eq!(step.work[1], Work { id: 2, tokens: 31, sample: false });
-    assert_eq!(world.sequences[&2].table.blocks().len(), 2);
+    // Half of those who run are prompts: a quarter of the step.
+    assert_eq!(step.work[1], Work { id: 2, tokens: 8, sample: false });
+    assert_eq!(world.sequences[&2].table.blocks().len(), 1);
+}
+
+#[test]
+fn prompts_get_the_square_of_their_share() {
+    let tokens = |decoding: u64, prompts: u64| {
+        let mut scheduler = Scheduler::new(16, 256, 16);
+        let mut world = World::new(1000, true);
+        for id in 0..decoding {
+            world.add(&mut scheduler, id, &Case { tenant: false, ..plain(3 + id as u32, 9) });
+        }
+        let step = scheduler.plan(&mut world);
+        step.work.iter().for_each(|work| scheduler.settle(work, true));
+        for id in 0..prompts {
+            world.add(&mut scheduler, 100 + id, &plain(300 + id as u32, 9));
+        }
+        let step = scheduler.plan(&mut world);
+        step.work.iter().filter(|work| work.id >= 100).map(|work| work.tokens).sum::<usize>()
+    };
+    assert_eq!(tokens(0, 1), 256, "nobody waits");
+    assert_eq!(tokens(1, 1), 64);
+    assert_eq!(tokens(8, 1), 8, "the least there is");
+    assert_eq!(tokens(4, 12), 144);
+    assert_eq!(tokens(15, 9), 8, "only one of them can run");
 }
 
 #[test]
@@ -255,7 +279,7 @@ fn a_group_computes_its_prompt_once() {
 
 #[test]
 fn others_pass_a_group_that_waits() {
-    let mut scheduler = Scheduler::new(4, 32, 16);
+    let mut scheduler = Scheduler::new(4, 128, 16);
     let mut world = World::new(100, true);
     for id in 0..3 {
         world.add(&mut scheduler, id, &Case { group: Some(1), ..plain(24, 9) });

@@ -36,7 +36,7 @@ pub use linear::{
 };
 pub use linear_grad::linear_transposed;
 pub use paging::{KvElement, KvLayout, PagedSequence, Pages};
-pub use pointwise::{rms_norm, rms_norm_grad, swiglu, swiglu_grad};
+pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use sequence_attention::{Span, SpanAttention, span_attention, span_attention_grad};
 pub use team::{Rayon, Team, Workers};

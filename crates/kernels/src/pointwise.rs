@@ -139,6 +139,27 @@ fn sigmoid(v: f32) -> f32 {
     1.0 / (1.0 + exp(-v))
 }
 
+/// `e^((logit - max) / temperature)` of every logit; 0 where it would be below 1e-37.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn softmax_weights(logits: &[f32], max: f32, temperature: f32, weights: &mut [f32]) {
+    assert_eq!(logits.len(), weights.len());
+    powers(logits, max, temperature, weights);
+}
+
+multiversion! {
+    fn powers(logits: &[f32], max: f32, temperature: f32, weights: &mut [f32]) = powers_body
+}
+
+#[inline(always)]
+fn powers_body(logits: &[f32], max: f32, temperature: f32, weights: &mut [f32]) {
+    for (weight, &logit) in weights.iter_mut().zip(logits) {
+        let power = (logit - max) / temperature;
+        *weight = if power < -85.0 { 0.0 } else { exp(power) };
+    }
+}
+
 /// `e^v` within 2 units of the last place, without a branch or a call, so that loops over it become vector code: `2^n`
 /// from the exponent's bits, the rest from a polynomial (Cephes' `expf`). Saturates beyond ±87; NaN stays NaN.
 #[inline(always)]

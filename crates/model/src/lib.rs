@@ -23,7 +23,7 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{BaseModel, Linear, Pass};
 pub use error::ModelError;
 pub use gguf::{GgufFile, Value};
-pub use kernels::Precision;
+pub use kernels::{Precision, softmax_weights};
 pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};
 pub use ops::{FrozenLinear, SpanAttend, map, slice_of};
