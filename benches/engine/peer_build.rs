@@ -10,7 +10,7 @@ use atelier::fetch;
 const PACKAGE: &str = "llama-cpp-python";
 const VERSION: &str = "0.3.36";
 const FILE: &str = "llama_cpp_python-0.3.36.tar.gz";
-const SHA256: &str = "";
+const SHA256: &str = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e";
 const SOURCE: &str = "llama_cpp_python-0.3.36/vendor/llama.cpp";
 /// The build's only tool that may be missing.
 const CMAKE: &str = "cmake>=3.28,<5";
@@ -78,7 +78,9 @@ fn build_programs(cmake: &Path, source: &Path, build: &Path) -> anyhow::Result<(
         "-DLLAMA_BUILD_SERVER=ON",
         "-DLLAMA_BUILD_TESTS=OFF",
         "-DLLAMA_BUILD_EXAMPLES=OFF",
-        "-DLLAMA_CURL=OFF",
+        "-DLLAMA_BUILD_APP=OFF",
+        "-DLLAMA_BUILD_UI=OFF",
+        "-DLLAMA_USE_PREBUILT_UI=OFF",
         "-DLLAMA_OPENSSL=OFF",
     ]);
     run(&mut configure, "cannot configure llama.cpp")?;

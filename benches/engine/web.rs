@@ -129,8 +129,8 @@ fn popularities(bench: &Bench, targets: [Target; 3], prompts: &Prompts) -> anyho
             throughput.push(Bar { label: label.clone(), ours: ours.throughput(), peer: peer.throughput() });
             let (wait, peer_wait) = (ours.first_token(0.5), peer.first_token(0.5));
             waits.push(Bar { label: label.clone(), ours: wait, peer: peer_wait });
-            let name = |what| format!("16 users over HTTP, {label}: {what}");
-            let against = |what, ours, peer| Row::against(name(what), &[ours], &[peer]);
+            let name = |what: &str| format!("16 users over HTTP, {label}: {what}");
+            let against = |what: &str, ours, peer| Row::against(name(what), &[ours], &[peer]);
             rows.push(against("tok/s", ours.throughput(), peer.throughput()));
             for (what, ours, peer) in [
                 ("first token p50, s", wait, peer_wait),
