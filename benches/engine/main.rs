@@ -2,7 +2,8 @@
 //!
 //! `cargo xtask bench engine [--quick] [--json] [--vllm]` runs it and writes `benches/RESULTS.md` and a plot. One JSON
 //! object a line. All sides of a row take turns within one run. The floor is what bytes over bandwidth or operations
-//! over peak allow on a two-core Zen 4 with AVX-512 (27 GB/s from memory, 917 GOP/s in int8).
+//! over peak allow on a two-core Zen 4 with AVX-512 (27 GB/s from memory, 917 GOP/s in int8); on a CPU with AMX, which
+//! llama.cpp uses for prompts, it is no floor.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
 
 mod adapters;

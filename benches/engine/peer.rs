@@ -80,10 +80,13 @@ impl Peer {
         if !files.is_empty() {
             command.args(["--lora", &files.join(",")]);
         }
-        let log = std::fs::File::create(self.programs.join("llama-server.log"))?;
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().context("cannot start llama-server")?;
+        let name = model.file_stem().context("the model has no name")?.to_string_lossy().into_owned();
+        let log = self.programs.join(format!("llama-server-{name}.log"));
+        let output = std::fs::File::create(&log).context("cannot create the server's log")?;
+        let child =
+            command.stdout(Stdio::null()).stderr(output).spawn().context("cannot start llama-server")?;
         let mut server = LlamaServer { address, child };
-        server.wait().context("see llama-server.log in the cache folder")?;
+        server.wait().with_context(|| format!("see {}", log.display()))?;
         Ok(server)
     }
 }

@@ -14,6 +14,9 @@ const SHA256: &str = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db276
 const SOURCE: &str = "llama_cpp_python-0.3.36/vendor/llama.cpp";
 /// The build's only tool that may be missing.
 const CMAKE: &str = "cmake>=3.28,<5";
+/// GCC 12 believes that `ldtilecfg` reads 8 bytes and drops the stores to the other 56, so that a native build crashes on
+/// CPUs with AMX. Without this optimisation the stores stay.
+const TILE_CONFIG: &str = "-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse";
 /// What is kept of the build.
 const PROGRAMS: [&str; 3] = ["llama-bench", "llama-server", "llama-quantize"];
 
@@ -73,6 +76,7 @@ fn build_programs(cmake: &Path, source: &Path, build: &Path) -> anyhow::Result<(
         "-DCMAKE_BUILD_TYPE=Release",
         "-DBUILD_SHARED_LIBS=OFF",
         "-DGGML_NATIVE=ON",
+        TILE_CONFIG,
         "-DLLAMA_BUILD_COMMON=ON",
         "-DLLAMA_BUILD_TOOLS=ON",
         "-DLLAMA_BUILD_SERVER=ON",
