@@ -110,7 +110,11 @@ fn run(command: &mut Command, problem: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn sha256(path: &Path) -> anyhow::Result<String> {
+/// The SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn sha256(path: &Path) -> anyhow::Result<String> {
     let mut file = File::open(path).with_context(|| format!("pip did not bring {}", path.display()))?;
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {

@@ -171,7 +171,9 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Settings {
+/// The engine's sizes as the settings ask for.
+#[must_use]
+pub fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Settings {
     engine::Settings {
         batch: args.batch.into(),
         queue: args.queue.into(),

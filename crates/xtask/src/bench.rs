@@ -17,24 +17,28 @@ const FILE: &str = "benches/RESULTS.md";
 pub(crate) enum Area {
     /// Serving, training and memory, from end to end
     Loop,
+    /// The engine beside llama.cpp, candle's products and itself; builds llama.cpp at its first run
+    Engine,
 }
 
 impl Area {
     fn name(self) -> &'static str {
         match self {
             Self::Loop => "loop",
+            Self::Engine => "engine",
         }
     }
 }
 
-pub(crate) fn run(area: Area, quick: bool, json: bool) -> anyhow::Result<()> {
+/// Runs the area's target with `options` for it.
+pub(crate) fn run(area: Area, options: &[&str], json: bool) -> anyhow::Result<()> {
     let name = area.name();
-    let rows = measure(name, quick)?;
+    let rows = measure(name, options)?;
     let run = Run {
         area: name,
         date: workspace::output("date", &["+%F"])?.trim().to_owned(),
         machine: machine(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
-        command: format!("cargo xtask bench {name}{}", if quick { " --quick" } else { "" }),
+        command: ["cargo xtask bench", name].iter().chain(options).copied().collect::<Vec<_>>().join(" "),
         rows,
     };
     let path = workspace::root().join(FILE);
@@ -50,12 +54,9 @@ pub(crate) fn run(area: Area, quick: bool, json: bool) -> anyhow::Result<()> {
 }
 
 /// The JSON lines that the bench target prints; all others go to standard error.
-fn measure(target: &str, quick: bool) -> anyhow::Result<Vec<Value>> {
-    let mut command = workspace::command("cargo", &["bench", "--bench", target]);
-    if quick {
-        command.args(["--", "--quick"]);
-    }
-    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
+fn measure(target: &str, options: &[&str]) -> anyhow::Result<Vec<Value>> {
+    let mut command = workspace::command("cargo", &["bench", "--bench", target, "--"]);
+    let mut child = command.args(options).stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
     let output = child.stdout.take().context("no standard output")?;
     let mut rows = Vec::new();
     for line in BufReader::new(output).lines() {

@@ -48,6 +48,9 @@ enum Task {
         /// Print one JSON object instead of a table
         #[arg(long)]
         json: bool,
+        /// Install vLLM and measure it too (engine only; gigabytes)
+        #[arg(long)]
+        vllm: bool,
     },
     /// Fetch the default model into the cache folder and print its path
     FetchModel,
@@ -60,7 +63,11 @@ fn main() -> anyhow::Result<()> {
         Task::Tidy => tidy::run(),
         Task::Openapi { check } => openapi::run(check),
         Task::Lines => lines::run(),
-        Task::Bench { area, quick, json } => bench::run(area, quick, json),
+        Task::Bench { area, quick, json, vllm } => {
+            let options = [(quick, "--quick"), (vllm, "--vllm")];
+            let options = options.into_iter().filter_map(|(given, option)| given.then_some(option));
+            bench::run(area, &options.collect::<Vec<_>>(), json)
+        }
         Task::FetchModel => ci::cargo("run --release --quiet -- fetch"),
         Task::Ci => ci::run(),
     }

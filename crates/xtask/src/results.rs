@@ -14,7 +14,7 @@ pub(crate) struct Run {
     pub(crate) date: String,
     pub(crate) machine: String,
     pub(crate) command: String,
-    /// `name`, `ours`, `low`, `high`, and `peer`, `ratio`, `floor` if there are any.
+    /// `name`, `ours`, `low`, `high`, and `peer`, `ratio`, `goal`, `holds`, `floor`, `note` if there are any.
     pub(crate) rows: Vec<Value>,
 }
 
@@ -22,7 +22,13 @@ pub(crate) struct Run {
 pub(crate) fn section(run: &Run) -> String {
     let Run { area, date, machine, command, rows } = run;
     let mut text = format!("## {area}\n\n{date}, {machine}. `{command}`\n\n");
-    text.push_str("| measured | ours (spread) | peer | ratio | floor | share of floor |\n|---|---:|---:|---:|---:|---:|\n");
+    let goals = rows.iter().any(|row| row["goal"].is_string());
+    let (titles, lines) = if goals { (" goal | holds |", "---:|---:|") } else { ("", "") };
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "| measured | ours (spread) | peer | ratio |{titles} floor | share of floor |\n|---|---:|---:|---:|{lines}---:|---:|"
+    );
     for row in rows {
         let number = |key: &str| row[key].as_f64();
         let cell = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), figure);
@@ -35,13 +41,26 @@ pub(crate) fn section(run: &Run) -> String {
         let share = number("ours").zip(number("floor")).filter(|(_, floor)| *floor > 0.0);
         let share =
             share.map_or_else(|| "–".to_owned(), |(ours, floor)| format!("{:.0} %", 100.0 * ours / floor));
-        let name = row["name"].as_str().unwrap_or_default().replace('|', "\\|");
+        let mut name = row["name"].as_str().unwrap_or_default().replace('|', "\\|");
+        if let Some(note) = row["note"].as_str() {
+            let _ = write!(name, " ({note})");
+        }
+        let goal = if goals { goal(row) } else { String::new() };
         let ratio = number("ratio").map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"));
         let (peer, floor) = (cell(number("peer")), cell(number("floor")));
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "| {name} | {ours} | {peer} | {ratio} | {floor} | {share} |");
+        let _ = writeln!(text, "| {name} | {ours} | {peer} | {ratio} |{goal} {floor} | {share} |");
     }
     text
+}
+
+/// The cells of a row's goal and whether it holds.
+fn goal(row: &Value) -> String {
+    let holds = match row["holds"].as_bool() {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "–",
+    };
+    format!(" {} | {holds} |", row["goal"].as_str().unwrap_or("–"))
 }
 
 /// The old text with the run's section in place of the area's former one, or at the end.
@@ -100,6 +119,19 @@ mod tests {
         let text = section(&run(200.0));
         assert!(text.contains("| decode, tok/s | 200 (199 to 201) | 100 | 2.00 | 400 | 50 % |"), "{text}");
         assert!(text.contains("| memory, MiB | 50.0 | – | – | – | – |"), "{text}");
+    }
+
+    #[test]
+    fn goals_have_columns_where_there_are_any() {
+        let mut run = run(200.0);
+        assert!(!section(&run).contains("goal"));
+        run.rows[0]["goal"] = json!(">= 2.5");
+        run.rows[0]["holds"] = json!(false);
+        run.rows[1]["note"] = json!("roughly");
+        let text = section(&run);
+        assert!(text.contains("| ratio | goal | holds | floor | share of floor |\n"), "{text}");
+        assert!(text.contains("| 100 | 2.00 | >= 2.5 | no | 400 | 50 % |"), "{text}");
+        assert!(text.contains("| memory, MiB (roughly) | 50.0 | – | – | – | – | – | – |"), "{text}");
     }
 
     #[test]

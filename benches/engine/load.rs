@@ -1,0 +1,301 @@
+//! The load driver: users who ask over HTTP, each with an adapter, and when their tokens came.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use indicatif::ProgressBar;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use reqwest::Client;
+use serde_json::{Value, json};
+use text::{Special, Tokenizer};
+use tokio::task::JoinSet;
+
+use crate::adapters::user;
+use crate::row::percentile;
+use crate::server::MODEL;
+
+/// Skew of the Zipf popularity.
+const SKEW: f64 = 1.5;
+
+/// Which users ask.
+#[derive(Clone, Copy)]
+pub(crate) enum Popularity {
+    /// Every one in turn.
+    Distinct,
+    /// Any one, all equally often.
+    Uniform,
+    /// Any one, the k-th as often as `1 / k^1.5`.
+    Zipf,
+    /// Always the same one.
+    Identical,
+}
+
+impl Popularity {
+    pub(crate) const ALL: [Self; 4] = [Self::Distinct, Self::Uniform, Self::Zipf, Self::Identical];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Distinct => "distinct",
+            Self::Uniform => "uniform",
+            Self::Zipf => "Zipf 1.5",
+            Self::Identical => "identical",
+        }
+    }
+
+    /// The user of a request.
+    fn pick(self, request: usize, users: usize, rng: &mut StdRng) -> usize {
+        match self {
+            Self::Distinct => request % users,
+            Self::Uniform => rng.random_range(0..users),
+            Self::Zipf => {
+                let weight = |rank: usize| (rank as f64).powf(-SKEW);
+                let mut left = rng.random_range(0.0..1.0) * (1..=users).map(weight).sum::<f64>();
+                let beyond = (1..=users).position(|rank| {
+                    left -= weight(rank);
+                    left < 0.0
+                });
+                beyond.unwrap_or(users - 1)
+            }
+            Self::Identical => 0,
+        }
+    }
+}
+
+/// When they ask.
+#[derive(Clone, Copy)]
+pub(crate) enum Arrival {
+    /// As many clients as users; each asks again when it has its answer.
+    Closed,
+    /// At random, this many requests per second, whatever the answers do.
+    Poisson(f64),
+}
+
+/// What is asked of a server.
+#[derive(Clone, Copy)]
+pub(crate) struct Load {
+    pub(crate) users: usize,
+    pub(crate) requests: usize,
+    pub(crate) popularity: Popularity,
+    pub(crate) arrival: Arrival,
+    /// Tokens of a prompt and of an answer.
+    pub(crate) prompt: usize,
+    pub(crate) answer: u32,
+}
+
+/// Whom it is asked of.
+#[derive(Clone, Copy)]
+pub(crate) enum Target {
+    Atelier(SocketAddr),
+    LlamaServer(SocketAddr),
+}
+
+impl Target {
+    fn url(self) -> String {
+        match self {
+            Self::Atelier(address) => format!("http://{address}/v1/completions"),
+            Self::LlamaServer(address) => format!("http://{address}/completion"),
+        }
+    }
+
+    fn body(self, asker: usize, prompt: &str, answer: u32) -> Value {
+        match self {
+            Self::Atelier(_) => json!({
+                "model": format!("{MODEL}:{}", user(asker)), "prompt": prompt, "max_tokens": answer, "temperature": 0,
+                "ignore_eos": true, "stream": true, "stream_options": { "include_usage": true },
+            }),
+            Self::LlamaServer(_) => json!({
+                "prompt": prompt, "n_predict": answer, "temperature": 0, "top_k": 1, "ignore_eos": true,
+                "stream": true, "cache_prompt": false, "lora": [{ "id": asker, "scale": 1.0 }],
+            }),
+        }
+    }
+
+    /// Whether the event brings text, and how many tokens the answer has, if the event says so.
+    fn read(self, event: &Value) -> anyhow::Result<(bool, Option<u64>)> {
+        ensure!(event["error"].is_null(), "the server answered {event}");
+        Ok(match self {
+            Self::Atelier(_) => {
+                let text = event["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty());
+                (text, event["usage"]["completion_tokens"].as_u64())
+            }
+            Self::LlamaServer(_) => {
+                let text = event["content"].as_str().is_some_and(|text| !text.is_empty());
+                let total = event["tokens_predicted"].as_u64();
+                (text, total.filter(|_| event["stop"] == true))
+            }
+        })
+    }
+}
+
+/// Texts of a known number of tokens.
+pub(crate) struct Prompts(Vec<String>);
+
+impl Prompts {
+    /// From words of the vocabulary that are one token each, also within a text.
+    pub(crate) fn new(tokenizer: &Tokenizer) -> anyhow::Result<Self> {
+        let is_word = |text: &str| {
+            let letters = text.strip_prefix(' ').unwrap_or_default();
+            letters.len() >= 4 && letters.bytes().all(|c| c.is_ascii_lowercase())
+        };
+        let mut words = Vec::new();
+        for id in (0..tokenizer.vocab_size() as u32).step_by(7) {
+            let text = tokenizer.token_text(id).into_owned();
+            if is_word(&text) && tokenizer.encode(&text, Special::Literal)? == [id] {
+                words.push(text);
+            }
+        }
+        ensure!(words.len() >= 100, "the vocabulary has only {} plain words", words.len());
+        let prompts = Self(words);
+        let sample = prompts.text(64, &mut StdRng::seed_from_u64(0));
+        let tokens = tokenizer.encode(&sample, Special::Literal)?.len();
+        ensure!(tokens == 64, "64 words are {tokens} tokens");
+        Ok(prompts)
+    }
+
+    fn text(&self, tokens: usize, rng: &mut StdRng) -> String {
+        (0..tokens).map(|_| self.0[rng.random_range(0..self.0.len())].as_str()).collect()
+    }
+}
+
+/// How a server did.
+#[derive(Default)]
+pub(crate) struct Report {
+    /// Seconds from the first request to the last token.
+    pub(crate) wall: f64,
+    tokens: u64,
+    /// Seconds to the first token, of each request.
+    first: Vec<f64>,
+    /// Milliseconds between pieces of text.
+    gaps: Vec<f64>,
+}
+
+impl Report {
+    /// Generated tokens per second.
+    pub(crate) fn throughput(&self) -> f64 {
+        self.tokens as f64 / self.wall
+    }
+
+    /// Seconds to the first token that this share of the requests did not exceed.
+    pub(crate) fn first_token(&self, share: f64) -> f64 {
+        percentile(&self.first, share).unwrap_or(f64::NAN)
+    }
+
+    /// Milliseconds between tokens that this share of the gaps did not exceed.
+    pub(crate) fn gap(&self, share: f64) -> f64 {
+        percentile(&self.gaps, share).unwrap_or(f64::NAN)
+    }
+}
+
+/// A request to come.
+struct Planned {
+    asker: usize,
+    prompt: String,
+    /// How long after the start; `None` when the one before has its answer.
+    due: Option<Duration>,
+}
+
+struct Answer {
+    first: f64,
+    tokens: u64,
+    gaps: Vec<f64>,
+}
+
+/// Runs a load against a server; `seed` settles users, prompts and arrivals.
+pub(crate) fn run(
+    target: Target,
+    load: &Load,
+    prompts: &Prompts,
+    seed: u64,
+    bar: &ProgressBar,
+) -> anyhow::Result<Report> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let client = Client::builder().no_proxy().build()?;
+        let mut clients = JoinSet::new();
+        let start = Instant::now();
+        for queue in plan(load, prompts, seed) {
+            let (client, bar, answer) = (client.clone(), bar.clone(), load.answer);
+            clients.spawn(async move {
+                let mut answers = Vec::new();
+                for planned in queue {
+                    answers.push(ask(&client, target, planned, answer, start).await?);
+                    bar.inc(1);
+                }
+                anyhow::Ok(answers)
+            });
+        }
+        let mut report = Report::default();
+        while let Some(answers) = clients.join_next().await {
+            for answer in answers?? {
+                report.first.push(answer.first);
+                report.tokens += answer.tokens;
+                report.gaps.extend(answer.gaps);
+            }
+        }
+        report.wall = start.elapsed().as_secs_f64();
+        Ok(report)
+    })
+}
+
+/// The clients' requests, by client.
+fn plan(load: &Load, prompts: &Prompts, seed: u64) -> Vec<Vec<Planned>> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut clients: Vec<Vec<Planned>> = Vec::new();
+    let mut at = 0.0;
+    for request in 0..load.requests {
+        let asker = load.popularity.pick(request, load.users, &mut rng);
+        let prompt = prompts.text(load.prompt, &mut rng);
+        let due = match load.arrival {
+            Arrival::Closed => None,
+            Arrival::Poisson(per_second) => {
+                at -= rng.random_range(f64::MIN_POSITIVE..1.0).ln() / per_second;
+                Some(Duration::from_secs_f64(at))
+            }
+        };
+        let planned = Planned { asker, prompt, due };
+        match clients.get_mut(request % load.users) {
+            Some(client) if due.is_none() => client.push(planned),
+            _ => clients.push(vec![planned]),
+        }
+    }
+    clients
+}
+
+async fn ask(
+    client: &Client,
+    target: Target,
+    planned: Planned,
+    answer: u32,
+    start: Instant,
+) -> anyhow::Result<Answer> {
+    let asked = match planned.due {
+        Some(due) => start + due,
+        None => Instant::now(),
+    };
+    tokio::time::sleep_until(asked.into()).await;
+    let body = target.body(planned.asker, &planned.prompt, answer);
+    let mut response = client.post(target.url()).json(&body).send().await?;
+    if !response.status().is_success() {
+        bail!("the server answered {}: {}", response.status(), response.text().await.unwrap_or_default());
+    }
+    let (mut pending, mut pieces, mut tokens) = (Vec::new(), Vec::new(), None);
+    while let Some(bytes) = response.chunk().await? {
+        let now = Instant::now();
+        pending.extend_from_slice(&bytes);
+        while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            let Some(data) = line.strip_prefix(b"data: ") else { continue };
+            let Ok(event) = serde_json::from_slice::<Value>(data) else { continue };
+            let (text, total) = target.read(&event)?;
+            pieces.extend(text.then_some(now));
+            tokens = total.or(tokens);
+        }
+    }
+    let tokens = tokens.context("the answer has no end")?;
+    ensure!(tokens == u64::from(answer), "the answer has {tokens} tokens, not {answer}");
+    let first = pieces.first().context("the answer has no text")?;
+    let gaps = pieces.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+    Ok(Answer { first: first.saturating_duration_since(asked).as_secs_f64(), tokens, gaps })
+}

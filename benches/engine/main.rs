@@ -1,0 +1,84 @@
+//! The engine in figures: beside llama.cpp, beside candle's products, and beside itself.
+//!
+//! `cargo xtask bench engine [--quick] [--json] [--vllm]` runs it and writes `benches/RESULTS.md` and a plot. One JSON
+//! object a line. All sides of a row take turns within one run. The floor is what bytes over bandwidth or operations
+//! over peak allow on a two-core Zen 4 with AVX-512 (27 GB/s from memory, 917 GOP/s in int8); on a CPU with AMX, which
+//! llama.cpp uses for prompts, it is no floor.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
+
+mod adapters;
+mod batches;
+mod load;
+mod ours;
+mod peer;
+mod peer_build;
+mod plot;
+mod product;
+mod row;
+mod server;
+mod single;
+mod vllm;
+mod web;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use atelier::fetch;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::ours::Ours;
+use crate::peer::Peer;
+use crate::row::Row;
+
+/// What all sections work with.
+struct Bench {
+    cache: PathBuf,
+    /// The default model, as shipped.
+    model: PathBuf,
+    /// The same in the peer's best format.
+    best: PathBuf,
+    peer: Peer,
+    /// Measurements of each figure; their median counts.
+    runs: usize,
+    quick: bool,
+    /// Whether vLLM is installed and measured too.
+    vllm: bool,
+}
+
+impl Bench {
+    /// A bar on standard error; one line where there is no terminal.
+    fn progress(&self, what: &str, steps: usize) -> ProgressBar {
+        if !std::io::stderr().is_terminal() {
+            eprintln!("{what}: {steps} measurements");
+        }
+        let bar = ProgressBar::new(steps as u64).with_message(what.to_owned());
+        match ProgressStyle::with_template("{msg:20} [{bar:40}] {pos}/{len} {elapsed} (about {eta} more)") {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let has = |wanted: &str| std::env::args().any(|arg| arg == wanted);
+    let quick = has("--quick");
+    let cache = fetch::cache_folder(None)?;
+    let model = fetch::default_model(&cache)?;
+    let peer = Peer::new(&cache).context("llama.cpp")?;
+    let best = peer.best_quant(&model)?;
+    let runs = if quick { 1 } else { 5 };
+    let bench = Bench { cache, model, best, peer, runs, quick, vllm: has("--vllm") };
+    print(&product::rows(&bench)?);
+    let ours = Ours::start(&bench.model)?;
+    print(&single::rows(&bench, &ours)?);
+    print(&web::rows(&bench, &ours)?);
+    print(&batches::rows(&bench, &ours)?);
+    Ok(())
+}
+
+fn print(rows: &[Row]) {
+    for row in rows {
+        println!("{}", row.json());
+    }
+}

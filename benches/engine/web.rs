@@ -1,0 +1,165 @@
+//! Sixteen users over HTTP with an adapter each, beside llama-server; and what HTTP itself costs.
+
+use anyhow::Context;
+use indicatif::ProgressBar;
+use peft::LoraWeights;
+use types::Site;
+
+use crate::Bench;
+use crate::adapters::{gguf, lease, weights};
+use crate::load::{self, Arrival, Load, Popularity, Prompts, Report, Target};
+use crate::ours::{Job, Ours};
+use crate::plot::{self, Bar};
+use crate::row::{Goal, Row};
+use crate::server::Server;
+use crate::vllm::Vllm;
+
+const USERS: usize = 16;
+const PROMPT: usize = 64;
+const ANSWER: u32 = 64;
+/// Requests per second of the Poisson arrivals: about what llama-server can just do.
+const RATE: f64 = 1.0;
+
+/// Everything asked at once: a request for each user.
+const CROWD: Load = Load {
+    users: USERS,
+    requests: USERS,
+    popularity: Popularity::Distinct,
+    arrival: Arrival::Closed,
+    prompt: PROMPT,
+    answer: ANSWER,
+};
+
+/// The rows, and the plot beside them.
+pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
+    let shape = ours.base.shape();
+    let adapters: Vec<LoraWeights> =
+        (0..USERS as u64).map(|seed| weights(&shape, seed, &Site::ALL)).collect();
+    let folder = tempfile::tempdir().context("a folder for the adapters")?;
+    let mut files = Vec::new();
+    for (number, weights) in adapters.iter().enumerate() {
+        let file = folder.path().join(format!("{number}.gguf"));
+        std::fs::write(&file, gguf(weights, &shape)?).context("cannot write an adapter")?;
+        files.push(file);
+    }
+    let server = Server::start(ours, &adapters)?;
+    let (same, best) =
+        (bench.peer.serve(&bench.model, &files, USERS)?, bench.peer.serve(&bench.best, &files, USERS)?);
+    let targets = [
+        Target::Atelier(server.address),
+        Target::LlamaServer(same.address),
+        Target::LlamaServer(best.address),
+    ];
+    let prompts = Prompts::new(&ours.tokenizer)?;
+    let mut rows = crowd(bench, ours, &adapters, targets, &prompts)?;
+    rows.extend(popularities(bench, targets, &prompts)?);
+    Ok(rows)
+}
+
+/// The sixteen different adapters, side by side.
+fn crowd(
+    bench: &Bench,
+    ours: &Ours,
+    adapters: &[LoraWeights],
+    targets: [Target; 3],
+    prompts: &Prompts,
+) -> anyhow::Result<Vec<Row>> {
+    let leases = adapters.iter().enumerate().map(|(number, weights)| lease(number, weights));
+    let leases = leases.collect::<anyhow::Result<Vec<_>>>()?;
+    let progress = bench.progress("16 users over HTTP", (bench.runs + 1) * USERS * targets.len());
+    let mut reports: [Vec<Report>; 3] = Default::default();
+    let mut vllm = bench.vllm.then(|| Vllm::start(bench, ours, adapters)).transpose()?;
+    let (mut alone, mut batched) = (Vec::new(), Vec::new());
+    for target in targets {
+        // Adapters are loaded and pages touched.
+        load::run(target, &Load { answer: 2, ..CROWD }, prompts, u64::MAX, &progress)?;
+    }
+    for run in 0..bench.runs as u64 {
+        reports[0].push(load::run(targets[0], &CROWD, prompts, run, &progress)?);
+        let job = |lease| Job { prompt: PROMPT, answer: ANSWER, adapter: Some(lease) };
+        alone.push(ours.run(leases.iter().cloned().map(job).collect())?.wall());
+        for (reports, target) in reports.iter_mut().zip(targets).skip(1) {
+            reports.push(load::run(target, &CROWD, prompts, run, &progress)?);
+        }
+        if let Some(vllm) = &mut vllm {
+            batched.push(vllm.measure()?);
+        }
+    }
+    progress.finish_and_clear();
+    let speeds = reports.each_ref().map(|reports| of(reports, Report::throughput));
+    let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
+    let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
+    let walls = of(&reports[0], |report| report.wall);
+    let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
+    let first = format!("{name}: first token p99, s (ratio: its time / ours)");
+    let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
+    let between = format!("{name}: between tokens p99, ms, same file (ratio: its time / ours)");
+    let cost = format!("{name}: wall s / engine alone, s (ratio: share of HTTP, tokenising, streaming)");
+    let other =
+        Row::against(format!("{name}: ours / vLLM on CPU, BF16, without HTTP, tok/s"), &speeds[0], &batched)
+            .goal(Goal::AtLeast(6.0));
+    let other = if bench.vllm { other } else { other.note("not measured: it takes --vllm") };
+    Ok(vec![
+        Row::against(format!("{name}: same file, tok/s"), &speeds[0], &speeds[1]).goal(Goal::AtLeast(10.0)),
+        Row::against(format!("{name}: ours / its best quant, tok/s"), &speeds[0], &speeds[2])
+            .goal(Goal::AtLeast(7.0)),
+        other,
+        Row::against(first, &waits[0], &waits[1]).inverse().goal(Goal::AtLeast(10.0)),
+        Row::against(best, &waits[0], &waits[2]).inverse(),
+        Row::against(between, &gaps[0], &gaps[1]).inverse(),
+        Row::paired(cost, &walls, &alone).share().goal(Goal::AtMost(0.03)),
+    ])
+}
+
+fn of(reports: &[Report], figure: impl Fn(&Report) -> f64) -> Vec<f64> {
+    reports.iter().map(figure).collect()
+}
+
+/// Both servers under every popularity and arrival, once each; also drawn.
+fn popularities(bench: &Bench, targets: [Target; 3], prompts: &Prompts) -> anyhow::Result<Vec<Row>> {
+    let (requests, rate) = if bench.quick { (4, 4.0 * RATE) } else { (2 * USERS, RATE) };
+    let arrivals = [("closed loop", Arrival::Closed), ("Poisson", Arrival::Poisson(rate))];
+    let progress = bench.progress("popularities", requests * 2 * Popularity::ALL.len() * arrivals.len());
+    let (mut rows, mut throughput, mut waits) = (Vec::new(), Vec::new(), Vec::new());
+    for (arrival_name, arrival) in arrivals {
+        for popularity in Popularity::ALL {
+            let load = Load { requests, popularity, arrival, ..CROWD };
+            let (ours, peer) = both(targets, &load, prompts, &progress)?;
+            let label = format!("{}, {arrival_name}", popularity.name());
+            throughput.push(Bar { label: label.clone(), ours: ours.throughput(), peer: peer.throughput() });
+            let (wait, peer_wait) = (ours.first_token(0.5), peer.first_token(0.5));
+            waits.push(Bar { label: label.clone(), ours: wait, peer: peer_wait });
+            let name = |what: &str| format!("16 users over HTTP, {label}: {what}");
+            let against = |what: &str, ours, peer| Row::against(name(what), &[ours], &[peer]);
+            rows.push(against("tok/s", ours.throughput(), peer.throughput()));
+            for (what, ours, peer) in [
+                ("first token p50, s", wait, peer_wait),
+                ("first token p99, s", ours.first_token(0.99), peer.first_token(0.99)),
+                ("between tokens p50, ms", ours.gap(0.5), peer.gap(0.5)),
+                ("between tokens p99, ms", ours.gap(0.99), peer.gap(0.99)),
+            ] {
+                rows.push(against(&format!("{what} (ratio: its time / ours)"), ours, peer).inverse());
+            }
+        }
+    }
+    progress.finish_and_clear();
+    let panels = [
+        ("Throughput, generated tokens per second (more is better)", throughput),
+        ("Time to first token, median, seconds (less is better)", waits),
+    ];
+    plot::write(&panels).context("cannot write the plot")?;
+    Ok(rows)
+}
+
+fn both(
+    [atelier, same, _]: [Target; 3],
+    load: &Load,
+    prompts: &Prompts,
+    progress: &ProgressBar,
+) -> anyhow::Result<(Report, Report)> {
+    let seed = 1_000;
+    Ok((
+        load::run(atelier, load, prompts, seed, progress)?,
+        load::run(same, load, prompts, seed + 1, progress)?,
+    ))
+}
