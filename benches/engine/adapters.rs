@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use model::BaseModel;
-use peft::{Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, TargetModules};
+use peft::{Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -48,7 +48,7 @@ pub(crate) fn lease(number: usize, weights: &LoraWeights) -> anyhow::Result<Leas
     Ok(Lease {
         id: adapter_id(number)?,
         generation: GenerationId::from_bytes([u8::try_from(number)?; 32]),
-        adapter: Arc::new(Adapter::new(weights)),
+        adapter: Arc::new(Adapter::new(weights, Precision::Fast)),
     })
 }
 

@@ -108,6 +108,8 @@ fn submit(engine: &ModelEngine, job: Job) -> anyhow::Result<TokenStream> {
         prompt: fresh_prompt(job.prompt),
         adapter: job.adapter,
         params,
+        tenant: "bench".parse()?,
+        group: None,
         deadline: None,
     })?)
 }

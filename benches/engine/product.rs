@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor, ggml_file};
 use candle_core::{Device, Module, Tensor};
-use kernels::{Format, Weight};
+use kernels::{Format, Input, Layer, Means, NoAdapters, Precision, Scratch, Team, Weight};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -25,15 +25,19 @@ struct Pair {
     candle: QMatMul,
 }
 
-/// One call of our kernel.
-fn product(weight: &Weight, x: &[f32], y: &mut [f32]) {
-    kernels::linear(weight, None, x, y);
+/// One call of our kernel, as serving makes it.
+fn product(scratch: &mut Scratch, workers: &Team, weight: &Weight, x: &[f32], y: &mut [f32]) {
+    let means = Means { isa: kernels::isa(), workers, precision: Precision::Fast };
+    let layer = Layer { weight, bias: None, adapters: &NoAdapters, y, add: false };
+    kernels::fused_linear(scratch, means, Input::Plain(x), &mut [layer]);
 }
 
 /// The rows.
 pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let progress = bench.progress("products", BATCHES.len() * bench.runs);
     let matrices = matrices()?;
+    let team = Team::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let mut scratch = Scratch::default();
     let mut rng = StdRng::seed_from_u64(1);
     let mut rows = Vec::new();
     for m in BATCHES {
@@ -43,7 +47,8 @@ pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
         for _ in 0..bench.runs {
             ours.push(rate(m, || {
                 for Pair { ours, .. } in &matrices {
-                    product(ours, &input[..m * ours.cols()], &mut output[..m * ours.rows()]);
+                    let (x, y) = (&input[..m * ours.cols()], &mut output[..m * ours.rows()]);
+                    product(&mut scratch, &team, ours, x, y);
                 }
                 Ok(())
             })?);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use adapters::AdapterCache;
 use peft::LoraWeights;
+use peft::Precision;
 use server::{App, AppState, Auth, Limits};
 use store::Store;
 use telemetry::Metrics;
@@ -56,7 +57,7 @@ fn app(ours: &Ours, store: Store) -> App {
         engine: Arc::new(ours.engine.clone()),
         tokenizer: ours.tokenizer.clone(),
         store: store.clone(),
-        adapters: AdapterCache::new(store, ours.base.shape(), base, ADAPTER_BYTES),
+        adapters: AdapterCache::new(store, ours.base.shape(), base, Precision::Fast, ADAPTER_BYTES),
         model_name: MODEL.to_owned(),
         base_hash: base,
         // One user may be all sixteen clients here.
