@@ -49,7 +49,8 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     })?;
     rows.push(Row::paired("batch 16 / batch 1, decode tok/s", &sides[0], &sides[1]).goal(Goal::AtLeast(8.0)));
     let sides = alternate(bench.runs, &progress, |busy| {
-        let jobs = jobs(RUNNING, 128, &[]);
+        // Every step has a piece of a long prompt in it, so this takes a while.
+        let jobs = jobs(RUNNING, if bench.quick { 16 } else { 64 }, &[]);
         let batch = if busy { ours.run_beside(jobs, LONG_PROMPT)? } else { ours.run(jobs)? };
         Ok(percentile(&batch.gaps(), 0.99).unwrap_or(f64::NAN))
     })?;

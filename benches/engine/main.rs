@@ -3,7 +3,8 @@
 //! `cargo xtask bench engine [--quick] [--json] [--vllm]` runs it and writes `benches/RESULTS.md` and a plot. One JSON
 //! object a line. All sides of a row take turns within one run. The floor is what bytes over bandwidth or operations
 //! over peak allow on a two-core Zen 4 with AVX-512 (27 GB/s from memory, 917 GOP/s in int8); on a CPU with AMX, which
-//! llama.cpp uses for prompts, it is no floor.
+//! llama.cpp uses for prompts, it is no floor. `cargo bench --bench engine -- batches` prints one section alone:
+//! `products`, `single`, `web` or `batches`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
 
 mod adapters;
@@ -30,6 +31,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::ours::Ours;
 use crate::peer::Peer;
 use crate::row::Row;
+
+/// A part of the table.
+type Section = fn(&Bench, &Ours) -> anyhow::Result<Vec<Row>>;
 
 /// What all sections work with.
 struct Bench {
@@ -69,11 +73,17 @@ fn main() -> anyhow::Result<()> {
     let best = peer.best_quant(&model)?;
     let runs = if quick { 1 } else { 5 };
     let bench = Bench { cache, model, best, peer, runs, quick, vllm: has("--vllm") };
-    print(&product::rows(&bench)?);
+    let all = !["products", "single", "web", "batches"].into_iter().any(has);
+    if all || has("products") {
+        print(&product::rows(&bench)?);
+    }
     let ours = Ours::start(&bench.model)?;
-    print(&single::rows(&bench, &ours)?);
-    print(&web::rows(&bench, &ours)?);
-    print(&batches::rows(&bench, &ours)?);
+    for (name, rows) in [("single", single::rows as Section), ("web", web::rows), ("batches", batches::rows)]
+    {
+        if all || has(name) {
+            print(&rows(&bench, &ours)?);
+        }
+    }
     Ok(())
 }
 
