@@ -212,7 +212,7 @@ pub(crate) fn run(
 ) -> anyhow::Result<Report> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let client = Client::builder().no_proxy().build()?;
+        let client = Client::builder().no_proxy().pool_max_idle_per_host(0).build()?;
         let mut clients = JoinSet::new();
         let start = Instant::now();
         for queue in plan(load, prompts, seed) {

@@ -67,6 +67,11 @@ impl BlockTable {
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
     }
+
+    /// Makes room in the table for the blocks of `tokens` tokens.
+    pub(crate) fn reserve(&mut self, tokens: usize) {
+        self.blocks.reserve(tokens.div_ceil(BLOCK_LEN).saturating_sub(self.blocks.len()));
+    }
 }
 
 /// All blocks. Every one is free, or held by sequences, or idle: published and held by nobody.

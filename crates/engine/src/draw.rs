@@ -73,6 +73,9 @@ fn by_id(weights: &[f32], min: f32, mut left: f64) -> u32 {
 /// The tokens that min-p, top-k and top-p leave, the most likely first. Only as many are looked at as it takes.
 fn select(params: &SamplingParams, weights: &[f32], total: f64, candidates: &mut Vec<(u32, f32)>) {
     let (top_k, top_p) = (params.top_k as usize, f64::from(params.top_p));
+    candidates.clear();
+    // Once for all: how many pass differs from draw to draw.
+    candidates.reserve(weights.len());
     for threshold in [1e-2f32, 1e-4, 1e-7, 0.0] {
         candidates.clear();
         let mut mass = 0.0;

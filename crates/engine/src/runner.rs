@@ -13,7 +13,7 @@ use peft::AdapterBatch;
 use crate::blocks::BlockPool;
 use crate::request::{Event, Generate, TokenSink};
 use crate::sampler::Scratch;
-use crate::scheduler::{Blocks, Scheduler, Work};
+use crate::scheduler::{Blocks, Scheduler, Step, Work};
 use crate::sequence::{Progress, Sequence};
 use crate::thread::Shared;
 
@@ -26,6 +26,7 @@ pub(crate) struct Runner {
     pub(crate) input: BatchInput,
     pub(crate) adapters: AdapterBatch,
     pub(crate) logits: Logits,
+    pub(crate) step: Step,
     pub(crate) blocks: BlockPool,
     pub(crate) scheduler: Scheduler,
     pub(crate) eos: Vec<u32>,
@@ -127,8 +128,14 @@ impl Runner {
     }
 
     fn step(&mut self) {
+        let mut step = std::mem::take(&mut self.step);
         let mut held = Held { pool: &mut self.blocks, sequences: &mut self.sequences };
-        let step = self.scheduler.plan(&mut held);
+        self.scheduler.plan(&mut held, &mut step);
+        self.carry_out(&step);
+        self.step = step;
+    }
+
+    fn carry_out(&mut self, step: &Step) {
         let admitted = step.admitted.iter().filter_map(|id| self.sequences.get_mut(id)?.admitted());
         let (hits, tokens) = admitted
             .filter(|tokens| *tokens > 0)

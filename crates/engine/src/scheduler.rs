@@ -46,6 +46,14 @@ pub struct Step {
     pub work: Vec<Work>,
 }
 
+impl Step {
+    fn clear(&mut self) {
+        self.preempted.clear();
+        self.admitted.clear();
+        self.work.clear();
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     id: u64,
@@ -106,10 +114,10 @@ impl Scheduler {
         self.running.len()
     }
 
-    /// Decides the next step and moves the blocks accordingly. A sequence alone always fits the pool (the caller
-    /// checks that before `push`), so every step makes progress.
-    pub fn plan(&mut self, blocks: &mut impl Blocks) -> Step {
-        let mut step = Step::default();
+    /// Decides the next step, in place of what `step` held, and moves the blocks accordingly. A sequence alone always
+    /// fits the pool (the caller checks that before `push`), so every step makes progress.
+    pub fn plan(&mut self, blocks: &mut impl Blocks, step: &mut Step) {
+        step.clear();
         let mut budget = self.budget();
         // Decoding sequences first, then prompts under way, each in the order of admission.
         for decoding in [true, false] {
@@ -125,7 +133,7 @@ impl Scheduler {
                 let need = self.blocks_for(entry.computed + tokens).saturating_sub(entry.blocks);
                 if need > blocks.available() {
                     // The newest sequence makes room; it may be this one. What others share with it stays theirs.
-                    let last = self.preempt(blocks, &mut step);
+                    let last = self.preempt(blocks, step);
                     step.work.retain(|work| {
                         if work.id == last {
                             budget += work.tokens;
@@ -145,9 +153,8 @@ impl Scheduler {
         }
         // New ones only when nobody had to leave.
         if step.preempted.is_empty() {
-            self.admit(blocks, budget, &mut step);
+            self.admit(blocks, budget, step);
         }
-        step
     }
 
     /// Tokens of the next step: one for each sequence that decodes, and for the prompts the square of their share among

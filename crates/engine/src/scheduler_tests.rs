@@ -147,7 +147,7 @@ impl World {
                     self.end(&mut scheduler, id);
                 }
             }
-            let step = scheduler.plan(self);
+            let step = plan(&mut scheduler, self);
             self.check();
             self.preemptions += step.preempted.len();
             let left = scheduler.waiting() + scheduler.running();
@@ -198,6 +198,12 @@ proptest! {
     }
 }
 
+fn plan(scheduler: &mut Scheduler, world: &mut World) -> Step {
+    let mut step = Step::default();
+    scheduler.plan(world, &mut step);
+    step
+}
+
 fn plain(prompt: u32, answer: usize) -> Case {
     Case { prompt: (0..prompt).collect(), answer, tenant: true, group: None, leaves: None }
 }
@@ -207,12 +213,12 @@ fn a_sequence_joins_a_running_batch() {
     let mut scheduler = Scheduler::new(4, 32, 16);
     let mut world = World::new(100, true);
     world.add(&mut scheduler, 1, &plain(3, 9));
-    let step = scheduler.plan(&mut world);
+    let step = plan(&mut scheduler, &mut world);
     assert_eq!(step.work, [Work { id: 1, tokens: 3, sample: true }]);
     world.run(&step.work[0]);
     scheduler.settle(&step.work[0], true);
     world.add(&mut scheduler, 2, &plain(40, 9));
-    let step = scheduler.plan(&mut world);
+    let step = plan(&mut scheduler, &mut world);
     assert_eq!(step.work[0], Work { id: 1, tokens: 1, sample: true });
     // Half of those who run are prompts: a quarter of the step.
     assert_eq!(step.work[1], Work { id: 2, tokens: 8, sample: false });
@@ -227,12 +233,12 @@ fn prompts_get_the_square_of_their_share() {
         for id in 0..decoding {
             world.add(&mut scheduler, id, &Case { tenant: false, ..plain(3 + id as u32, 9) });
         }
-        let step = scheduler.plan(&mut world);
+        let step = plan(&mut scheduler, &mut world);
         step.work.iter().for_each(|work| scheduler.settle(work, true));
         for id in 0..prompts {
             world.add(&mut scheduler, 100 + id, &plain(300 + id as u32, 9));
         }
-        let step = scheduler.plan(&mut world);
+        let step = plan(&mut scheduler, &mut world);
         step.work.iter().filter(|work| work.id >= 100).map(|work| work.tokens).sum::<usize>()
     };
     assert_eq!(tokens(0, 1), 256, "nobody waits");
@@ -249,16 +255,16 @@ fn who_waits_for_room_is_not_overtaken() {
     world.add(&mut scheduler, 1, &plain(20, 9));
     world.add(&mut scheduler, 2, &Case { tenant: false, ..plain(33, 9) });
     world.add(&mut scheduler, 3, &plain(5, 9));
-    let step = scheduler.plan(&mut world);
+    let step = plan(&mut scheduler, &mut world);
     assert_eq!(step.admitted, [1], "the second needs three blocks and two are left");
     world.run(&step.work[0]);
     scheduler.settle(&step.work[0], true);
-    assert!(scheduler.plan(&mut world).admitted.is_empty());
+    assert!(plan(&mut scheduler, &mut world).admitted.is_empty());
     world.end(&mut scheduler, 2);
     // One like the first shares a block with it and needs but two.
     scheduler.remove(3);
     world.add(&mut scheduler, 4, &plain(33, 9));
-    assert_eq!(scheduler.plan(&mut world).admitted, [4]);
+    assert_eq!(plan(&mut scheduler, &mut world).admitted, [4]);
     world.check();
 }
 
@@ -285,13 +291,13 @@ fn others_pass_a_group_that_waits() {
         world.add(&mut scheduler, id, &Case { group: Some(1), ..plain(24, 9) });
     }
     world.add(&mut scheduler, 3, &Case { tenant: false, ..plain(20, 9) });
-    let step = scheduler.plan(&mut world);
+    let step = plan(&mut scheduler, &mut world);
     assert_eq!(step.admitted, [0, 3]);
     for work in &step.work {
         world.run(work);
         scheduler.settle(work, work.sample);
     }
-    let step = scheduler.plan(&mut world);
+    let step = plan(&mut scheduler, &mut world);
     assert_eq!(step.admitted, [1, 2]);
     assert_eq!((world.sequences[&1].cached, world.sequences[&2].cached), (16, 16));
 }

@@ -29,11 +29,17 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(job: Generate, sink: TokenSink) -> Self {
+        let scope = Arc::new(job.scope());
+        let (prompt, answer) = (job.prompt.len(), job.params.max_tokens as usize);
+        let sampler = Sampler::new(job.params, &job.prompt);
+        // All it can grow to, so that no step has to allocate.
+        let mut tokens = job.prompt;
+        tokens.reserve_exact(answer);
         Self {
-            scope: Arc::new(job.scope()),
-            prompt: job.prompt.len(),
-            sampler: Sampler::new(job.params, &job.prompt),
-            tokens: job.prompt,
+            scope,
+            prompt,
+            sampler,
+            tokens,
             computed: 0,
             cached: None,
             blocks: BlockTable::default(),
@@ -59,6 +65,7 @@ impl Sequence {
     /// Takes the blocks that hold the beginning of its tokens already, if the rest has room; see [`BlockPool::reuse`].
     pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> Option<usize> {
         self.computed = pool.reuse(&mut self.blocks, &self.scope, &self.tokens)?;
+        self.blocks.reserve(self.tokens.capacity());
         Some(self.computed)
     }
 

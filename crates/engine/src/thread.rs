@@ -12,7 +12,7 @@ use crate::blocks::BlockPool;
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
 use crate::sampler::Scratch;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Scheduler, Step};
 
 /// The engine's sizes.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,9 +92,10 @@ impl ModelEngine {
         let runner = Runner {
             kv: KvPool::new(config, blocks, settings.precision)?,
             runtime: Runtime::new(settings.threads, settings.precision).map_err(start)?,
-            input: BatchInput::default(),
+            input: BatchInput::with_capacity(settings.batch, settings.step_tokens, blocks),
             adapters: AdapterBatch::default(),
             logits: Logits::default(),
+            step: Step::default(),
             blocks: BlockPool::new(blocks as u32, settings.prefix_cache),
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
             eos: settings.eos,

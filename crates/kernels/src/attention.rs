@@ -160,7 +160,8 @@ fn tile_body<L: Lanes>(
     let stride = (rows.start + rows.count).next_multiple_of(BLOCK);
     let mut scores = SCORES.take();
     if scores.len() < MOST * stride {
-        scores.resize(MOST * stride, 0.0);
+        // In large steps, so that a growing context seldom allocates.
+        scores.resize(MOST * stride.next_power_of_two().max(4096), 0.0);
     }
     let mut queries = [Query { at: 0, position: 0, scores: 0 }; MOST];
     let mut waiting = 0;

@@ -25,6 +25,18 @@ pub struct BatchInput {
 }
 
 impl BatchInput {
+    /// A step without rows, with room for so many of each.
+    #[must_use]
+    pub fn with_capacity(sequences: usize, rows: usize, blocks: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(rows),
+            positions: Vec::with_capacity(rows),
+            blocks: Vec::with_capacity(blocks),
+            sequences: Vec::with_capacity(sequences),
+            wanted: Vec::with_capacity(sequences),
+        }
+    }
+
     /// Forgets all rows.
     pub fn clear(&mut self) {
         self.tokens.clear();

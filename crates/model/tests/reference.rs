@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use model::{
-    BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, ModelError, Precision, Runtime, load,
+    BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, ModelError, PackedPass, Precision,
+    Runtime, load,
 };
 use peft::{Adapter, AdapterBatch, LoraWeights};
 
@@ -163,6 +164,29 @@ fn eight_rows_with_eight_adapters_equal_eight_single_runs() {
     // Negative control: rows routed to their neighbour's adapter must not pass.
     let swapped = run(&mut kv, true);
     assert!((0..8).all(|row| swapped[row] != alone[row]));
+}
+
+#[test]
+fn serving_and_training_share_one_decoder() {
+    for (model, kind) in [("tiny-llama", "lora-all"), ("tiny-qwen3", ""), ("tiny-qwen2", "lora-qv")] {
+        let base = base(model);
+        let folder = fixtures().join(model);
+        let adapter = (!kind.is_empty()).then(|| adapter(&folder.join(kind), &base));
+        let (ids, _) = expected(&folder).remove(0);
+        let mut kv = KvPool::new(base.config(), 8, Precision::Exact).unwrap();
+        let served = feed(&base, &mut kv, &ids, &vec![1; ids.len()], adapter.as_ref());
+        let adapters = AdapterBatch::new(ids.iter().map(|_| adapter.as_ref()));
+        let spans = [kernels::Span { first: 0, len: ids.len() }];
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        let mut pass = PackedPass { spans: &spans, adapters: &adapters, config: base.config() };
+        let hidden = base.hidden(&ids, &positions, &mut pass).unwrap();
+        let hidden: Vec<f32> = hidden.flatten_all().unwrap().to_vec1().unwrap();
+        let mut logits = vec![0.0; ids.len() * base.config().vocab];
+        kernels::linear(&base.head().weight, None, &hidden, &mut logits);
+        for (served, trained) in served.iter().zip(logits.chunks(base.config().vocab)) {
+            assert!(worst(served, trained) < 2e-5, "{model}: {}", worst(served, trained));
+        }
+    }
 }
 
 #[test]
