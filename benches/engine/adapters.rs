@@ -127,14 +127,6 @@ fn put_text(file: &mut Vec<u8>, text: &str) {
 }
 
 fn tensor_name(id: SiteId, which: &str) -> String {
-    let site = match id.site {
-        Site::Q => "attn_q",
-        Site::K => "attn_k",
-        Site::V => "attn_v",
-        Site::O => "attn_output",
-        Site::Gate => "ffn_gate",
-        Site::Up => "ffn_up",
-        Site::Down => "ffn_down",
-    };
+    let site = model::gguf_site_name(id.site);
     format!("blk.{}.{site}.weight.lora_{which}", id.layer)
 }

@@ -4,7 +4,7 @@
 //! llama.cpp): `scale = max |x| / 127`, `quant = round(x / scale)`, ties to even.
 
 use crate::lanes::{Lanes, brain_to_f32, multiversion};
-use crate::linear::block;
+use crate::linear::dot;
 use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
 
@@ -221,13 +221,13 @@ unsafe fn shrink<L: Lanes>(route: &Route, x: &[f32], u: &mut [f32]) {
                 dot_brain::<L>(std::slice::from_raw_parts(route.a.cast::<u16>().add(rank * cols), cols), x)
             } else {
                 let a = std::slice::from_raw_parts(route.a.cast::<f32>().add(rank * cols), cols);
-                block::<L, 1, 1>([x], [a])[0][0]
+                dot::<L>(x, a)
             };
         }
     }
 }
 
-/// As [`block`] for one bfloat16 row, in two chains.
+/// As [`dot`] for one bfloat16 row, in two chains.
 #[inline(always)]
 fn dot_brain<L: Lanes>(a: &[u16], x: &[f32]) -> f32 {
     assert_eq!(a.len(), x.len());

@@ -35,7 +35,7 @@ pub use linear::{
     Layer, Means, NoAdapters, Precision, Routing, Scratch, adapt, fused_linear, linear, pack_b,
 };
 pub use linear_grad::linear_transposed;
-pub use paging::{KvElement, KvLayout, PagedSequence, Pages};
+pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
 pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use sequence_attention::{Span, SpanAttention, span_attention, span_attention_grad};

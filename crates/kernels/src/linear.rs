@@ -432,46 +432,25 @@ multiversion! {
 #[inline(always)]
 fn matvec_body<L: Lanes>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
     for (out, row) in out.iter_mut().zip(matrix.chunks_exact(x.len())) {
-        *out = block::<L, 1, 1>([x], [row])[0][0];
+        *out = dot::<L>(x, row);
     }
 }
 
-/// The dot products of `M` rows with `N` rows of the same length. Each is summed in the same order
-/// whatever `M` and `N` are: sixteen lanes, their tree, then the tail.
+/// The dot product of two rows of the same length: sixteen lanes, their tree, then the tail.
 #[inline(always)]
-pub(crate) fn block<L: Lanes, const M: usize, const N: usize>(
-    x: [&[f32]; M],
-    w: [&[f32]; N],
-) -> [[f32; N]; M] {
-    let k = w[0].len();
-    assert!(x.iter().chain(&w).all(|row| row.len() == k));
-    let body = k - k % 16;
-    let mut sums = [[L::zero(); N]; M];
+pub(crate) fn dot<L: Lanes>(x: &[f32], w: &[f32]) -> f32 {
+    assert_eq!(x.len(), w.len());
+    let body = x.len() - x.len() % 16;
+    let mut sums = L::zero();
     let mut at = 0;
     while at < body {
-        let mut panel = [L::zero(); N];
-        for j in 0..N {
-            // SAFETY: `at + 16 <= body <= k`, the length of every row (asserted).
-            panel[j] = unsafe { L::load(w[j].as_ptr().add(at)) };
-        }
-        for i in 0..M {
-            // SAFETY: as above.
-            let x = unsafe { L::load(x[i].as_ptr().add(at)) };
-            for j in 0..N {
-                sums[i][j] = sums[i][j].fma(x, panel[j]);
-            }
-        }
+        // SAFETY: `at + 16 <= body`, within both.
+        sums = unsafe { sums.fma(L::load(x.as_ptr().add(at)), L::load(w.as_ptr().add(at))) };
         at += 16;
     }
-    let mut dots = [[0.0; N]; M];
-    for i in 0..M {
-        for j in 0..N {
-            let mut sum = sums[i][j].sum();
-            for at in body..k {
-                sum += x[i][at] * w[j][at];
-            }
-            dots[i][j] = sum;
-        }
+    let mut sum = sums.sum();
+    for at in body..x.len() {
+        sum += x[at] * w[at];
     }
-    dots
+    sum
 }

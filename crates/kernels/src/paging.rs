@@ -4,7 +4,7 @@
 use crate::lanes::{brain_to_f32, f32_to_brain};
 
 /// Positions per block.
-pub(crate) const BLOCK: usize = 16;
+pub const BLOCK: usize = 16;
 
 /// A number that keys and values are kept in: `f32`, or `u16` for bfloat16.
 pub trait KvElement: Copy + Default + Send + Sync + 'static {

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::attention::softmax;
 use crate::lanes::{Lanes, isa, multiversion};
-use crate::linear::block;
+use crate::linear::dot;
 use crate::parallel::Shared;
 
 /// The rows of one sequence in a packed batch.
@@ -139,7 +139,7 @@ fn probabilities<L: Lanes>(
     let q = &q[at.query(row)..][..dim];
     scores.clear();
     for p in shape.from(row)..=row {
-        scores.push(block::<L, 1, 1>([q], [&k[at.key(p)..][..dim]])[0][0] * scale);
+        scores.push(dot::<L>(q, &k[at.key(p)..][..dim]) * scale);
     }
     softmax(scores);
 }
@@ -207,9 +207,9 @@ fn backward_body<L: Lanes>(
         let dout = &dout[at.query(row)..][..dim];
         dp.clear();
         for i in from..=row {
-            dp.push(block::<L, 1, 1>([dout], [&v[at.key(i)..][..dim]])[0][0]);
+            dp.push(dot::<L>(dout, &v[at.key(i)..][..dim]));
         }
-        let mean = block::<L, 1, 1>([&p], [&dp])[0][0];
+        let mean = dot::<L>(&p, &dp);
         // SAFETY: every task has its own sequence and key head; one part of a buffer is alive at a time.
         let dq = unsafe { dq.part(at.query(row), dim) };
         dq.fill(0.0);

@@ -100,7 +100,9 @@ fn block_name(layer: usize, part: crate::load::Part) -> String {
     format!("blk.{layer}.{part}")
 }
 
-fn site_name(site: Site) -> &'static str {
+/// What GGUF files call a site.
+#[must_use]
+pub fn site_name(site: Site) -> &'static str {
     match site {
         Site::Q => "attn_q",
         Site::K => "attn_k",

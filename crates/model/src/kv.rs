@@ -5,8 +5,7 @@ use kernels::{KvElement, KvLayout, KvStore, KvStoreMut, Means, Pages, Precision,
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 
-/// Positions per block.
-pub const BLOCK_LEN: usize = 16;
+pub use kernels::BLOCK_LEN;
 
 /// Keys and values of all layers in blocks of [`BLOCK_LEN`] positions; a block holds the same positions in
 /// every layer. Which sequence may use which block is the caller's to decide.

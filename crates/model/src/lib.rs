@@ -23,6 +23,7 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{BaseModel, Linear, Pass};
 pub use error::ModelError;
 pub use gguf::{GgufFile, Value};
+pub use gguf_model::site_name as gguf_site_name;
 pub use kernels::{Precision, softmax_weights};
 pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};

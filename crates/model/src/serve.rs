@@ -17,7 +17,6 @@ use crate::kv::{BLOCK_LEN, KvPool};
 #[derive(Debug, Clone, Default)]
 pub struct BatchInput {
     tokens: Vec<u32>,
-    positions: Vec<u32>,
     blocks: Vec<u32>,
     sequences: Vec<PagedSequence>,
     /// Rows whose logits are wanted.
@@ -30,7 +29,6 @@ impl BatchInput {
     pub fn with_capacity(sequences: usize, rows: usize, blocks: usize) -> Self {
         Self {
             tokens: Vec::with_capacity(rows),
-            positions: Vec::with_capacity(rows),
             blocks: Vec::with_capacity(blocks),
             sequences: Vec::with_capacity(sequences),
             wanted: Vec::with_capacity(sequences),
@@ -40,7 +38,6 @@ impl BatchInput {
     /// Forgets all rows.
     pub fn clear(&mut self) {
         self.tokens.clear();
-        self.positions.clear();
         self.blocks.clear();
         self.sequences.clear();
         self.wanted.clear();
@@ -53,7 +50,6 @@ impl BatchInput {
         self.sequences.push(PagedSequence { first_block, blocks: blocks.len(), rows: tokens.len(), start });
         self.blocks.extend_from_slice(blocks);
         self.tokens.extend_from_slice(tokens);
-        self.positions.extend((start as u32..).take(tokens.len()));
         if want_logits {
             self.wanted.push(self.tokens.len().saturating_sub(1));
         }
@@ -143,12 +139,6 @@ impl Runtime {
             up: Vec::new(),
             last: Vec::new(),
         })
-    }
-
-    /// The precision it computes in.
-    #[must_use]
-    pub fn precision(&self) -> Precision {
-        self.precision
     }
 }
 
