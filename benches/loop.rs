@@ -218,6 +218,7 @@ fn adapter(base: &BaseModel, seed: u64, sites: &[Site]) -> Arc<Adapter> {
             scale: 1.0,
             a: random(8 * input),
             b: random(out * 8),
+            ..LoraTensors::default()
         })
     });
     let names = sites.iter().map(|site| site.module().to_owned()).collect();

@@ -26,6 +26,7 @@ pub(crate) fn weights(shape: &BaseShape, seed: u64, sites: &[Site]) -> LoraWeigh
             scale: 1.0,
             a: random(RANK * input),
             b: random(out * RANK),
+            ..LoraTensors::default()
         })
     });
     let sites_of = tensors.collect();

@@ -25,8 +25,13 @@ fn generation(mark: f32, base: [u8; 32]) -> NewGeneration {
     let config = LoraConfig::oppu();
     let mut sites = vec![None; shape().sites()];
     for (id, rank, scale) in config.sites(&shape()).unwrap() {
-        sites[id.index()] =
-            Some(LoraTensors { rank, scale, a: vec![mark; rank * 16], b: vec![mark; 16 * rank] });
+        sites[id.index()] = Some(LoraTensors {
+            rank,
+            scale,
+            a: vec![mark; rank * 16],
+            b: vec![mark; 16 * rank],
+            ..LoraTensors::default()
+        });
     }
     let weights = LoraWeights { config, sites };
     let (config, weights) = (weights.config.to_json(""), weights.to_safetensors(&shape()).unwrap());

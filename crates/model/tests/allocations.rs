@@ -36,7 +36,13 @@ fn a_step_allocates_nothing_after_warm_up() {
     let dims = base.shape();
     let site = |i: usize| {
         let (n, k) = dims.dims(Site::ALL[i % 7]);
-        Some(LoraTensors { rank: 4, scale: 1.0, a: vec![0.01; 4 * k], b: vec![0.01; 4 * n] })
+        Some(LoraTensors {
+            rank: 4,
+            scale: 1.0,
+            a: vec![0.01; 4 * k],
+            b: vec![0.01; 4 * n],
+            ..LoraTensors::default()
+        })
     };
     let weights = LoraWeights { config: LoraConfig::oppu(), sites: (0..14).map(site).collect() };
     let adapter = Arc::new(Adapter::new(&weights, Precision::Fast));

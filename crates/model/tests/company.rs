@@ -47,7 +47,7 @@ fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision) -> Arc<Adap
     let mut values = |len: usize| (0..len).map(|_| rng.random_range(-0.05..0.05)).collect::<Vec<f32>>();
     let mut site = |index: usize| {
         let (n, k) = shape.dims(Site::ALL[index % 7]);
-        LoraTensors { rank, scale: 1.0, a: values(rank * k), b: values(rank * n) }
+        LoraTensors { rank, scale: 1.0, a: values(rank * k), b: values(rank * n), ..LoraTensors::default() }
     };
     let sites = (0..shape.layers * 7).map(|i| (i % 3 != 2).then(|| site(i))).collect();
     Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }, precision))

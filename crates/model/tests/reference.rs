@@ -225,7 +225,13 @@ mod testing {
             .site_ids()
             .map(|id| {
                 let (out, input) = shape.dims(id.site);
-                Some(LoraTensors { rank, scale: 0.5, a: random(rank * input), b: random(out * rank) })
+                Some(LoraTensors {
+                    rank,
+                    scale: 0.5,
+                    a: random(rank * input),
+                    b: random(out * rank),
+                    ..LoraTensors::default()
+                })
             })
             .collect();
         Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }, model::Precision::Exact))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kernels::{LowRank, Numbers, Precision, pack_b};
 use types::{AdapterId, GenerationId, SiteId};
 
-use crate::files::LoraWeights;
+use crate::weights::LoraWeights;
 
 /// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
 /// panels.

@@ -13,31 +13,10 @@ use types::{GenerationId, SiteId};
 use crate::config::LoraConfig;
 use crate::error::PeftError;
 use crate::shape::BaseShape;
+use crate::weights::{LoraTensors, LoraWeights};
 
 /// Longest safetensors header that is read; the format itself allows 100 MB.
 const MAX_HEADER: u64 = 1 << 20;
-
-/// A and B of one site, as in the file (the scale is apart).
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraTensors {
-    /// Rank at this site.
-    pub rank: usize,
-    /// alpha / rank, or alpha / sqrt(rank).
-    pub scale: f64,
-    /// Shape (rank, input features).
-    pub a: Vec<f32>,
-    /// Shape (output features, rank).
-    pub b: Vec<f32>,
-}
-
-/// A whole adapter as its files describe it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraWeights {
-    /// The config.
-    pub config: LoraConfig,
-    /// By [`SiteId::index`].
-    pub sites: Vec<Option<LoraTensors>>,
-}
 
 /// The id of a generation: SHA-256 over the base's hash and the hashes of both files.
 #[must_use]
@@ -75,7 +54,7 @@ impl LoraWeights {
             let (out, input) = shape.dims(id.site);
             let a = read(&file, &tensor_name(id, "A"), [rank, input])?;
             let b = read(&file, &tensor_name(id, "B"), [out, rank])?;
-            sites[id.index()] = Some(LoraTensors { rank, scale, a, b });
+            sites[id.index()] = Some(LoraTensors { rank, scale, a, b, ..LoraTensors::default() });
         }
         Ok(Self { config, sites })
     }

@@ -8,11 +8,13 @@ mod config;
 mod error;
 mod files;
 mod shape;
+mod weights;
 
 pub use adapter::{Adapter, Lease};
 pub use batch::{AdapterBatch, SiteRouting};
 pub use config::{LoraConfig, MAX_RANK, TargetModules};
 pub use error::PeftError;
-pub use files::{LoraTensors, LoraWeights, generation_id};
+pub use files::generation_id;
 pub use kernels::{Numbers, Precision};
 pub use shape::BaseShape;
+pub use weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};

@@ -200,7 +200,7 @@ fn weights_of(sites: &[Option<SiteVars>], config: &peft::LoraConfig) -> Result<L
     let read = |site: &SiteVars| -> Result<LoraTensors, TrainError> {
         let values = |var: &Var| var.flatten_all()?.to_vec1::<f32>();
         let (a, b) = (values(&site.a)?, values(&site.b)?);
-        Ok(LoraTensors { rank: site.rank, scale: site.scale, a, b })
+        Ok(LoraTensors { rank: site.rank, scale: site.scale, a, b, ..LoraTensors::default() })
     };
     let sites = sites.iter().map(|site| site.as_ref().map(read).transpose()).collect::<Result<_, _>>()?;
     Ok(LoraWeights { config: config.clone(), sites })

@@ -147,8 +147,15 @@ async fn a_small_pool_forgets_and_stays_right() {
 /// step are stored.
 fn broken(like: &Lease) -> Lease {
     let last = base().shape().site_ids().last();
-    let tensors =
-        |id| (Some(id) == last).then(|| LoraTensors { rank: 1, scale: 1.0, a: vec![1.0], b: vec![1.0] });
+    let tensors = |id| {
+        (Some(id) == last).then(|| LoraTensors {
+            rank: 1,
+            scale: 1.0,
+            a: vec![1.0],
+            b: vec![1.0],
+            ..LoraTensors::default()
+        })
+    };
     let sites = base().shape().site_ids().map(tensors).collect();
     let weights = LoraWeights { config: LoraConfig::oppu(), sites };
     Lease { adapter: Arc::new(Adapter::new(&weights, crate::PRECISION)), ..like.clone() }
