@@ -57,7 +57,7 @@ fn app(ours: &Ours, store: Store) -> App {
         engine: Arc::new(ours.engine.clone()),
         tokenizer: ours.tokenizer.clone(),
         store: store.clone(),
-        adapters: AdapterCache::new(store, ours.base.shape(), base, Precision::Fast, ADAPTER_BYTES),
+        adapters: AdapterCache::new(store, ours.base.clone(), Precision::Fast, ADAPTER_BYTES),
         model_name: MODEL.to_owned(),
         base_hash: base,
         // One user may be all sixteen clients here.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dashmap::DashMap;
 use lru::LruCache;
-use peft::{Adapter, BaseShape, Lease, LoraWeights, Precision};
+use peft::{Adapter, AdapterWeights, FrozenBase, Lease, Precision};
 use store::{GenerationRecord, Store};
 use tokio::sync::{OnceCell, Semaphore};
 use types::{AdapterId, GenerationId};
@@ -23,8 +23,7 @@ pub struct AdapterCache(Arc<Inner>);
 
 struct Inner {
     store: Store,
-    shape: BaseShape,
-    base: [u8; 32],
+    base: Arc<dyn FrozenBase>,
     precision: Precision,
     budget: usize,
     resident: Mutex<Resident>,
@@ -70,13 +69,12 @@ pub struct Residency {
 }
 
 impl AdapterCache {
-    /// An empty cache over a store, for adapters of a base with this shape and hash, kept in a precision.
+    /// An empty cache over a store, for adapters of a base, kept in a precision.
     #[must_use]
-    pub fn new(store: Store, shape: BaseShape, base: [u8; 32], precision: Precision, budget: usize) -> Self {
+    pub fn new(store: Store, base: Arc<dyn FrozenBase>, precision: Precision, budget: usize) -> Self {
         let resident = Resident { adapters: LruCache::unbounded(), bytes: 0 };
         Self(Arc::new(Inner {
             store,
-            shape,
             base,
             precision,
             budget,
@@ -93,7 +91,7 @@ impl AdapterCache {
     /// When the adapter exists and cannot be read: never silently the base.
     pub async fn acquire(&self, id: &AdapterId) -> Result<Option<Lease>, AcquireError> {
         let Some(head) = self.0.store.head(id).await? else { return Ok(None) };
-        if head.base != self.0.base {
+        if head.base != self.0.base.hash() {
             return Err(AcquireError::OtherBase { generation: head.id });
         }
         let counters = &self.0.counters;
@@ -164,10 +162,11 @@ impl Inner {
         let _turn = self.loads.acquire().await.map_err(|_| AcquireError::Stopped)?;
         let start = Instant::now();
         let files = self.store.fetch(id, &head.id).await?;
-        let shape = self.shape.clone();
+        let base = Arc::clone(&self.base);
         let precision = self.precision;
         let parse = move || {
-            LoraWeights::parse(&files.config, &files.weights, &shape).map(|w| Adapter::new(&w, precision))
+            let weights = AdapterWeights::parse(&files.config, &files.weights, &base.shape())?;
+            Adapter::build(&weights, &*base, precision)
         };
         let adapter = tokio::task::spawn_blocking(parse).await.map_err(|_| AcquireError::Stopped)??;
         let adapter = Arc::new(adapter);

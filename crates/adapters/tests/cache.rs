@@ -8,12 +8,17 @@ use adapters::{AcquireError, AdapterCache};
 use peft::{BaseShape, LoraConfig, LoraTensors, LoraWeights, Numbers, Precision, generation_id};
 use serde_json::json;
 use store::{NewGeneration, Store};
+use testkit::SmallBase;
 use types::{AdapterId, GenerationId, SystemClock};
 
 const BASE: [u8; 32] = [7; 32];
 
 fn shape() -> BaseShape {
     BaseShape { layers: 2, dims: [(16, 16); 7] }
+}
+
+fn base() -> Arc<SmallBase> {
+    Arc::new(SmallBase::new(shape(), BASE))
 }
 
 fn user(name: &str) -> AdapterId {
@@ -68,10 +73,10 @@ async fn more_users_than_fit_are_served_in_turn() {
     for (at, id) in users.iter().enumerate() {
         publish(&store, id, at as f32 + 1.0, None).await;
     }
-    let one = AdapterCache::new(store.clone(), shape(), BASE, Precision::Fast, usize::MAX);
+    let one = AdapterCache::new(store.clone(), base(), Precision::Fast, usize::MAX);
     one.acquire(&users[0]).await.unwrap();
     let bytes = one.residency().bytes;
-    let cache = AdapterCache::new(store, shape(), BASE, Precision::Fast, bytes * 3);
+    let cache = AdapterCache::new(store, base(), Precision::Fast, bytes * 3);
     for round in 0..3 {
         for (at, id) in users.iter().enumerate() {
             let lease = cache.acquire(id).await.unwrap().unwrap();
@@ -92,7 +97,7 @@ async fn a_lease_outlives_eviction_and_swap() {
     let first = publish(&store, &ada, 1.0, None).await;
     publish(&store, &bob, 2.0, None).await;
     // A budget of nothing: only leases keep adapters.
-    let cache = AdapterCache::new(store.clone(), shape(), BASE, Precision::Fast, 0);
+    let cache = AdapterCache::new(store.clone(), base(), Precision::Fast, 0);
     let old = cache.acquire(&ada).await.unwrap().unwrap();
     cache.acquire(&bob).await.unwrap();
     let second = publish(&store, &ada, 3.0, Some(first)).await;
@@ -114,7 +119,7 @@ async fn many_requests_share_one_load() {
     let store = store().await;
     let ada = user("ada");
     publish(&store, &ada, 1.0, None).await;
-    let cache = AdapterCache::new(store, shape(), BASE, Precision::Fast, 1 << 20);
+    let cache = AdapterCache::new(store, base(), Precision::Fast, 1 << 20);
     let tasks: Vec<_> = (0..32)
         .map(|_| {
             let (cache, ada) = (cache.clone(), ada.clone());
@@ -134,7 +139,7 @@ async fn a_damaged_or_foreign_adapter_is_an_error_and_never_the_base() {
     let (ada, bob) = (user("ada"), user("bob"));
     publish(&store, &ada, 1.0, None).await;
     store.publish(&bob, generation(1.0, [9; 32]), None, None).await.unwrap();
-    let cache = AdapterCache::new(store, shape(), BASE, Precision::Fast, 1 << 20);
+    let cache = AdapterCache::new(store, base(), Precision::Fast, 1 << 20);
     assert!(cache.acquire(&user("nobody")).await.unwrap().is_none());
     assert!(matches!(cache.acquire(&bob).await, Err(AcquireError::OtherBase { .. })));
     damage(folder.path());

@@ -77,7 +77,7 @@ impl Service {
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
         let (precision, budget) = (args.precision.into(), args.adapter_mib as usize * MIB);
-        let adapters = AdapterCache::new(store.clone(), base.shape(), *base.hash(), precision, budget);
+        let adapters = AdapterCache::new(store.clone(), base.clone(), precision, budget);
         let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();

@@ -3,8 +3,8 @@
 //! All in one pass over the row, while it is in the cache. Quantisation is symmetric in blocks of 32 (`Q8_1` of
 //! llama.cpp): `scale = max |x| / 127`, `quant = round(x / scale)`, ties to even.
 
-use crate::lanes::{Lanes, brain_to_f32, multiversion};
-use crate::linear::dot;
+use crate::lanes::{Lanes, multiversion};
+use crate::low_rank::{Route, shrink};
 use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
 
@@ -38,66 +38,6 @@ impl Input<'_> {
             Self::Plain(x) | Self::Norm { x, .. } => x.len(),
             Self::SwiGlu { gate, .. } => gate.len(),
         }
-    }
-}
-
-/// Low-rank factors in the precision they are kept in.
-#[derive(Debug, Clone, Copy)]
-pub enum Numbers<'a> {
-    /// Single precision.
-    F32(&'a [f32]),
-    /// bfloat16.
-    Bf16(&'a [u16]),
-}
-
-impl Numbers<'_> {
-    /// Number of values.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        match self {
-            Self::F32(values) => values.len(),
-            Self::Bf16(values) => values.len(),
-        }
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// One adapter's update of one site: `y += B (A x)`.
-#[derive(Debug, Clone, Copy)]
-pub struct LowRank<'a> {
-    /// Its rank at this site, at least 1.
-    pub rank: usize,
-    /// A, shape (rank, input features).
-    pub a: Numbers<'a>,
-    /// B with the scale folded in, in panels (output features / 16 rounded up, rank, 16): [`crate::pack_b`].
-    pub b: Numbers<'a>,
-}
-
-/// A row's adapter at one site, as the kernels keep it for the time of a call.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Route {
-    /// 0 without an adapter.
-    pub(crate) rank: usize,
-    pub(crate) brain: bool,
-    pub(crate) a: *const u8,
-    pub(crate) b: *const u8,
-}
-
-impl Route {
-    pub(crate) const NONE: Self = Self { rank: 0, brain: false, a: std::ptr::null(), b: std::ptr::null() };
-
-    pub(crate) fn new(update: &LowRank<'_>) -> Self {
-        let (brain, a, b) = match (update.a, update.b) {
-            (Numbers::F32(a), Numbers::F32(b)) => (false, a.as_ptr().cast(), b.as_ptr().cast()),
-            (Numbers::Bf16(a), Numbers::Bf16(b)) => (true, a.as_ptr().cast(), b.as_ptr().cast()),
-            _ => panic!("A and B are kept in different precisions"),
-        };
-        Self { rank: update.rank, brain, a, b }
     }
 }
 
@@ -205,47 +145,4 @@ unsafe fn quantise<L: Lanes>(values: &[f32], row: usize, view: &View) {
             }
         }
     }
-}
-
-/// `u = A x`.
-///
-/// # Safety
-/// The route's A is (rank, x.len()); `u` has `rank` values.
-#[inline(always)]
-unsafe fn shrink<L: Lanes>(route: &Route, x: &[f32], u: &mut [f32]) {
-    let cols = x.len();
-    for (rank, u) in u.iter_mut().enumerate() {
-        // SAFETY: the caller vouches for A.
-        unsafe {
-            *u = if route.brain {
-                dot_brain::<L>(std::slice::from_raw_parts(route.a.cast::<u16>().add(rank * cols), cols), x)
-            } else {
-                let a = std::slice::from_raw_parts(route.a.cast::<f32>().add(rank * cols), cols);
-                dot::<L>(x, a)
-            };
-        }
-    }
-}
-
-/// As [`dot`] for one bfloat16 row, in two chains.
-#[inline(always)]
-fn dot_brain<L: Lanes>(a: &[u16], x: &[f32]) -> f32 {
-    assert_eq!(a.len(), x.len());
-    let body = a.len() - a.len() % 32;
-    let mut sums = [L::zero(); 2];
-    let mut at = 0;
-    while at < body {
-        // SAFETY: `at + 32 <= body`, within both.
-        unsafe {
-            let (a, x) = (a.as_ptr().add(at), x.as_ptr().add(at));
-            sums[0] = sums[0].fma(L::load_brain(a.cast()), L::load(x));
-            sums[1] = sums[1].fma(L::load_brain(a.add(16).cast()), L::load(x.add(16)));
-        }
-        at += 32;
-    }
-    let mut sum = sums[0].add(sums[1]).sum();
-    for at in body..a.len() {
-        sum += brain_to_f32(a[at]) * x[at];
-    }
-    sum
 }

@@ -17,6 +17,7 @@ mod lanes_x86;
 mod layout;
 mod linear;
 mod linear_grad;
+mod low_rank;
 mod paging;
 mod panel;
 mod parallel;
@@ -29,12 +30,11 @@ mod weight;
 
 pub use attention::{KvStore, paged_attention};
 pub use format::{Format, WeightError};
-pub use input::{Input, LowRank, Numbers};
+pub use input::Input;
 pub use lanes::{Isa, f32_to_brain as to_bf16, isa, isas};
-pub use linear::{
-    Layer, Means, NoAdapters, Precision, Routing, Scratch, adapt, fused_linear, linear, pack_b,
-};
+pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
 pub use linear_grad::linear_transposed;
+pub use low_rank::{LowRank, Numbers, adapt, pack_b};
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
 pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};

@@ -6,10 +6,9 @@
 //! work: rows are prepared (norm, quantisation, `A x`), then every task takes some panels of sixteen outputs, computes
 //! them for all rows and adds `B (A x)` while they are in the cache.
 
-use rayon::prelude::*;
-
-use crate::input::{Input, LowRank, Prepared, Route, prepare};
+use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
+use crate::low_rank::{LowRank, Route, expand};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
@@ -198,15 +197,12 @@ fn buffers(
 
 /// A layer's output while tasks write disjoint columns of it.
 #[derive(Clone, Copy)]
-struct Target<'a> {
-    y: Shared<'a>,
-    n: usize,
+pub(crate) struct Target<'a> {
+    pub(crate) y: Shared<'a>,
+    pub(crate) n: usize,
     bias: Option<&'a [f32]>,
     add: bool,
 }
-
-/// Batches up to this many rows fetch the rows' B ahead; in larger ones rows share adapters that are in the cache.
-const PREFETCHED: usize = 64;
 
 /// Layers of one call at most: gate and up are two, q, k and v three.
 const LAYERS: usize = 4;
@@ -320,49 +316,6 @@ impl<L: Lanes> Sink<L> for Narrow<'_> {
     }
 }
 
-/// Adds `B u` to a panel's columns of the rows that have an adapter.
-///
-/// # Safety
-/// `prepared` describes valid buffers, `A x` computed; the panel's columns belong to this task.
-#[inline(always)]
-unsafe fn expand<L: Lanes>(target: Target<'_>, panel: usize, width: usize, site: usize, prepared: &Prepared) {
-    let rows = prepared.view.rows;
-    for row in 0..rows {
-        // SAFETY: the caller vouches for the buffers; B has a panel of (rank, 16) for every panel of the weight.
-        unsafe {
-            let route = *prepared.routes.add(site * rows + row);
-            if route.rank == 0 {
-                continue;
-            }
-            let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
-            let mut sums = L::zero();
-            let at = panel * route.rank * PANEL;
-            if rows <= PREFETCHED {
-                // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
-                let width = if route.brain { 2 } else { 4 };
-                let next = route.b.wrapping_add((at + route.rank * PANEL) * width);
-                for line in 0..(route.rank * PANEL * width).div_ceil(64) {
-                    L::prefetch(next.wrapping_add(line * 64));
-                }
-            }
-            for rank in 0..route.rank {
-                let b = if route.brain {
-                    L::load_brain(route.b.add((at + rank * PANEL) * 2))
-                } else {
-                    L::load(route.b.cast::<f32>().add(at + rank * PANEL))
-                };
-                sums = sums.fma(b, L::splat(*u.add(rank)));
-            }
-            let y = target.y.part(row * target.n + panel * PANEL, width);
-            if width == PANEL {
-                L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
-            } else {
-                y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
-            }
-        }
-    }
-}
-
 /// `y = x Wᵀ + bias` in float32 on the caller's rayon pool: `x` is (rows, input features), `y` (rows, output features).
 ///
 /// # Panics
@@ -371,86 +324,4 @@ pub fn linear(weight: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
     let means = Means { isa: isa(), workers: &Rayon, precision: Precision::Exact };
     let layer = Layer { weight, bias, adapters: &NoAdapters, y, add: false };
     fused_linear(&mut Scratch::default(), means, Input::Plain(x), &mut [layer]);
-}
-
-/// B of shape (output features, rank) in the panels of [`LowRank::b`].
-///
-/// # Panics
-/// When `b` does not divide by `rank`.
-#[must_use]
-pub fn pack_b(b: &[f32], rank: usize) -> Vec<f32> {
-    let n = b.len() / rank;
-    assert_eq!(b.len(), n * rank, "B does not divide into rows of {rank}");
-    let mut packed = vec![0.0; n.div_ceil(PANEL) * PANEL * rank];
-    for (row, values) in b.chunks_exact(rank).enumerate() {
-        for (at, &value) in values.iter().enumerate() {
-            packed[(row / PANEL * rank + at) * PANEL + row % PANEL] = value;
-        }
-    }
-    packed
-}
-
-/// Adds an adapter's update to every row of `y`, which is (rows, output features): `y[i] += B (A x[i])`, with A (rank,
-/// input features) and B (output features, rank).
-///
-/// # Panics
-/// When a buffer's length does not fit.
-pub fn adapt(rank: usize, a: &[f32], b: &[f32], x: &[f32], y: &mut [f32]) {
-    let (k, n) = (a.len() / rank, b.len() / rank);
-    let rows = x.len() / k;
-    assert!(a.len() == rank * k && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
-    assert!(x.len() == rows * k && y.len() == rows * n, "x or y does not fit {rows} rows");
-    let b = pack_b(b, rank);
-    y.par_chunks_mut(n).zip(x.par_chunks(k)).with_min_len(8).for_each(|(y, x)| {
-        let mut u = vec![0.0; rank];
-        matvec(isa(), a, x, &mut u);
-        add_update(isa(), &b, &u, y);
-    });
-}
-
-multiversion! {
-    fn add_update(b: &[f32], u: &[f32], y: &mut [f32]) = add_update_body<Lanes>
-}
-
-#[inline(always)]
-fn add_update_body<L: Lanes>(b: &[f32], u: &[f32], y: &mut [f32]) {
-    for (b, y) in b.chunks_exact(u.len() * PANEL).zip(y.chunks_mut(PANEL)) {
-        let mut sums = L::zero();
-        for (b, &u) in b.chunks_exact(PANEL).zip(u) {
-            // SAFETY: the chunk has sixteen values.
-            sums = sums.fma(unsafe { L::load(b.as_ptr()) }, L::splat(u));
-        }
-        y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
-    }
-}
-
-multiversion! {
-    /// `out[i] = matrix[i] . x`, `matrix` of shape (out.len(), x.len()).
-    fn matvec(matrix: &[f32], x: &[f32], out: &mut [f32]) = matvec_body<Lanes>
-}
-
-#[inline(always)]
-fn matvec_body<L: Lanes>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-    for (out, row) in out.iter_mut().zip(matrix.chunks_exact(x.len())) {
-        *out = dot::<L>(x, row);
-    }
-}
-
-/// The dot product of two rows of the same length: sixteen lanes, their tree, then the tail.
-#[inline(always)]
-pub(crate) fn dot<L: Lanes>(x: &[f32], w: &[f32]) -> f32 {
-    assert_eq!(x.len(), w.len());
-    let body = x.len() - x.len() % 16;
-    let mut sums = L::zero();
-    let mut at = 0;
-    while at < body {
-        // SAFETY: `at + 16 <= body`, within both.
-        sums = unsafe { sums.fma(L::load(x.as_ptr().add(at)), L::load(w.as_ptr().add(at))) };
-        at += 16;
-    }
-    let mut sum = sums.sum();
-    for at in body..x.len() {
-        sum += x[at] * w[at];
-    }
-    sum
 }

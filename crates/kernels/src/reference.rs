@@ -1,9 +1,9 @@
 //! The same maths written plainly, in float64 sums: the oracle of the fast kernels' tests.
 
 use crate::attention::KvStore;
-use crate::input::Numbers;
 use crate::lanes::brain_to_f32;
 use crate::linear::Routing;
+use crate::low_rank::Numbers;
 use crate::paging::{BLOCK, KvElement, Pages};
 use crate::weight::Weight;
 

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::attention::softmax;
 use crate::lanes::{Lanes, isa, multiversion};
-use crate::linear::dot;
+use crate::low_rank::dot;
 use crate::parallel::Shared;
 
 /// The rows of one sequence in a packed batch.

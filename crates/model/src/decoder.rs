@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use kernels::{RopeTable, Weight};
-use peft::BaseShape;
+use peft::{BaseShape, FrozenBase};
 use types::{Site, SiteId};
 
 use crate::config::ModelConfig;
@@ -200,5 +200,20 @@ impl BaseModel {
 
     fn norm(&self, weight: &Arc<[f32]>, x: &Tensor) -> Result<Tensor, ModelError> {
         Ok(x.apply_op1(RmsNorm { weight: Arc::clone(weight), eps: self.config.norm_eps })?)
+    }
+}
+
+impl FrozenBase for BaseModel {
+    fn shape(&self) -> BaseShape {
+        self.config.shape()
+    }
+
+    fn hash(&self) -> [u8; 32] {
+        self.hash
+    }
+
+    fn linear(&self, id: SiteId) -> (&Weight, Option<&[f32]>) {
+        let linear = &self.blocks[id.layer].linears[id.site.index()];
+        (&linear.weight, linear.bias.as_deref())
     }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use kernels::{LowRank, Numbers, Precision, pack_b};
 use types::{AdapterId, GenerationId, SiteId};
 
-use crate::weights::LoraWeights;
+use crate::base::FrozenBase;
+use crate::error::PeftError;
+use crate::weights::{AdapterWeights, LoraWeights};
 
 /// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
 /// panels.
@@ -53,6 +55,23 @@ pub struct Adapter {
 }
 
 impl Adapter {
+    /// An adapter of any kind, made ready to serve beside its base.
+    ///
+    /// # Errors
+    /// When the weights do not fit the base.
+    pub fn build(
+        weights: &AdapterWeights,
+        _base: &dyn FrozenBase,
+        precision: Precision,
+    ) -> Result<Self, PeftError> {
+        match weights {
+            AdapterWeights::Lora(lora) => Ok(Self::new(lora, precision)),
+            AdapterWeights::Ia3(_) | AdapterWeights::Prompt(_) => {
+                Err(PeftError::field("peft_type", "is not served yet"))
+            }
+        }
+    }
+
     /// Folds each site's scale into B. Fast precision keeps bfloat16, exact precision float32.
     #[must_use]
     pub fn new(weights: &LoraWeights, precision: Precision) -> Self {

@@ -32,8 +32,16 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Scale by alpha / sqrt(r) (Kalajdzievski 2023).
     pub use_rslora: bool,
+    /// DoRA (Liu et al. 2024): a magnitude per output, the direction from W + scale B A.
+    pub use_dora: bool,
+    /// A bias on the way up, scaled like B.
+    pub lora_bias: bool,
     /// The modules it acts on.
     pub target_modules: TargetModules,
+    /// Modules among them it leaves alone.
+    pub exclude_modules: Option<TargetModules>,
+    /// The blocks it acts in, counted from 0; all of them if `None`.
+    pub layers_to_transform: Option<Vec<usize>>,
     /// Ranks of modules that differ; a key matches a path as the regular expression `(.*\.)?(KEY)$`.
     pub rank_pattern: BTreeMap<String, usize>,
     /// Alphas of modules that differ, keys as above.
@@ -82,7 +90,11 @@ impl LoraConfig {
             alpha: 8.0,
             dropout: 0.05,
             use_rslora: false,
+            use_dora: false,
+            lora_bias: false,
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+            exclude_modules: None,
+            layers_to_transform: None,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -127,6 +139,10 @@ impl LoraConfig {
             alpha,
             dropout,
             use_rslora,
+            use_dora: false,
+            lora_bias: false,
+            exclude_modules: None,
+            layers_to_transform: None,
             target_modules: target_modules(fields.get("target_modules").unwrap_or(&Value::Null))?,
             rank_pattern: pattern("rank_pattern", &fields, rank)?,
             alpha_pattern: pattern("alpha_pattern", &fields, finite)?,

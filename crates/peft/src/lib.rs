@@ -3,18 +3,22 @@
 //! What it is not: it knows no users' histories, no stores and no HTTP; it never touches a file system.
 
 mod adapter;
+mod base;
 mod batch;
 mod config;
 mod error;
 mod files;
+mod kind;
 mod shape;
 mod weights;
 
 pub use adapter::{Adapter, Lease};
+pub use base::FrozenBase;
 pub use batch::{AdapterBatch, SiteRouting};
 pub use config::{LoraConfig, MAX_RANK, TargetModules};
 pub use error::PeftError;
 pub use files::generation_id;
 pub use kernels::{Numbers, Precision};
+pub use kind::{AdapterConfig, Ia3Config, PromptConfig};
 pub use shape::BaseShape;
-pub use weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
+pub use weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PeftFiles, PromptWeights};

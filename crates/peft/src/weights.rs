@@ -1,6 +1,9 @@
 //! An adapter's weights as its files describe them, of every kind.
 
 use crate::config::LoraConfig;
+use crate::error::PeftError;
+use crate::kind::{Ia3Config, PromptConfig};
+use crate::shape::BaseShape;
 
 /// What LoRA has at one site, as in the file (the scale is apart).
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -41,6 +44,8 @@ pub enum Ia3Scale {
 /// An IA3 adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ia3Weights {
+    /// The config.
+    pub config: Ia3Config,
     /// By [`types::SiteId::index`].
     pub sites: Vec<Option<Ia3Scale>>,
 }
@@ -48,6 +53,8 @@ pub struct Ia3Weights {
 /// A prompt-tuning adapter (Lester et al. 2021): embeddings that stand before the prompt's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptWeights {
+    /// The config.
+    pub config: PromptConfig,
     /// Values of one embedding.
     pub width: usize,
     /// Shape (virtual tokens, width).
@@ -63,4 +70,57 @@ pub enum AdapterWeights {
     Ia3(Ia3Weights),
     /// Prompt tuning.
     Prompt(PromptWeights),
+}
+
+/// The two files of an adapter, as HF peft reads them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeftFiles {
+    /// Content of `adapter_config.json`.
+    pub config: Vec<u8>,
+    /// Content of `adapter_model.safetensors`.
+    pub weights: Vec<u8>,
+}
+
+impl AdapterWeights {
+    /// Reads both files and checks them against the base: exactly the tensors the config implies, exact shapes, every
+    /// value finite.
+    ///
+    /// # Errors
+    /// Names the field or tensor that is wrong.
+    pub fn parse(config: &[u8], weights: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
+        LoraWeights::parse(config, weights, shape).map(Self::Lora)
+    }
+
+    /// Both files; `base_model` is the name the config gives the base.
+    ///
+    /// # Errors
+    /// When a tensor's length does not fit the base's shape.
+    pub fn to_files(&self, shape: &BaseShape, base_model: &str) -> Result<PeftFiles, PeftError> {
+        match self {
+            Self::Lora(lora) => Ok(PeftFiles {
+                config: lora.config.to_json(base_model),
+                weights: lora.to_safetensors(shape)?,
+            }),
+            Self::Ia3(_) | Self::Prompt(_) => Err(PeftError::field("peft_type", "is not written yet")),
+        }
+    }
+
+    /// Whether every value is finite.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        let all = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        match self {
+            Self::Lora(lora) => lora.is_finite(),
+            Self::Ia3(ia3) => ia3.sites.iter().flatten().all(|site| match site {
+                Ia3Scale::Output(values) | Ia3Scale::Input(values) => all(values),
+            }),
+            Self::Prompt(prompt) => all(&prompt.embeddings),
+        }
+    }
+}
+
+impl From<LoraWeights> for AdapterWeights {
+    fn from(weights: LoraWeights) -> Self {
+        Self::Lora(weights)
+    }
 }

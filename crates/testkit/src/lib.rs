@@ -3,7 +3,9 @@
 //! What it is not: a dependency of anything but tests.
 
 mod fake_engine;
+mod small_base;
 mod tiny;
 
 pub use fake_engine::{FakeEngine, Mood};
+pub use small_base::SmallBase;
 pub use tiny::{fixture, tiny_model};

@@ -82,7 +82,7 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model.shape(), base, Precision::Fast, 1 << 20),
+            adapters: AdapterCache::new(store.clone(), model, Precision::Fast, 1 << 20),
             model_name: "base".into(),
             base_hash: base,
             limits,
