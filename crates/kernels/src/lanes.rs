@@ -12,7 +12,11 @@ pub enum Isa {
     Avx512,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// Whatever the compiler's baseline is (on aarch64: NEON).
+    /// NEON with the 8-bit dot products of Armv8.2.
+    NeonDot,
+    /// NEON, which every aarch64 CPU has.
+    Neon,
+    /// Whatever the compiler's baseline is.
     Portable,
 }
 
@@ -44,6 +48,13 @@ pub fn isas() -> Vec<Isa> {
         if avx2 {
             found.push(Isa::Avx2);
         }
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            found.push(Isa::NeonDot);
+        }
+        found.push(Isa::Neon);
     }
     found.push(Isa::Portable);
     found
@@ -335,7 +346,7 @@ macro_rules! multiversion {
                     crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the unit was detected.
                     crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    crate::lanes::Isa::Portable => {}
+                    _ => {}
                 }
             }
             $body($($arg),*)
@@ -344,22 +355,27 @@ macro_rules! multiversion {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident<Lanes>) => {
         $(#[$doc])*
         $vis fn $name(isa: crate::lanes::Isa, $($arg: $ty),*) {
+            assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
                 fn avx512($($arg: $ty),*) { $body::<crate::lanes_x86::Avx512>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) { $body::<crate::lanes_x86::Avx2>($($arg),*) }
-                assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
                 match isa {
                     // SAFETY: the assertion above: the unit was detected.
                     crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the assertion above: the unit was detected.
                     crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    crate::lanes::Isa::Portable => {}
+                    _ => {}
                 }
             }
-            let _ = isa;
+            #[cfg(target_arch = "aarch64")]
+            match isa {
+                crate::lanes::Isa::NeonDot => return $body::<crate::lanes_neon::NeonDot>($($arg),*),
+                crate::lanes::Isa::Neon => return $body::<crate::lanes_neon::Neon>($($arg),*),
+                _ => {}
+            }
             $body::<crate::lanes::Portable>($($arg),*)
         }
     };

@@ -12,6 +12,8 @@ mod attention;
 mod format;
 mod input;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod lanes_neon;
 #[cfg(target_arch = "x86_64")]
 mod lanes_x86;
 mod layout;
