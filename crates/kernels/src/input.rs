@@ -4,7 +4,7 @@
 //! llama.cpp): `scale = max |x| / 127`, `quant = round(x / scale)`, ties to even.
 
 use crate::lanes::{Lanes, multiversion};
-use crate::low_rank::{Route, shrink};
+use crate::low_rank::{PREFETCHED, Route, shrink};
 use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
 
@@ -92,12 +92,19 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
             // SAFETY: as above.
             unsafe { quantise::<L>(values, row, &out.view) };
         }
+        if row + 1 < to && out.view.rows <= PREFETCHED {
+            for site in 0..out.sites {
+                // SAFETY: `routes` has the stated shape.
+                unsafe { (*out.routes.add(site * out.view.rows + row + 1)).prefetch_down::<L>(cols) };
+            }
+        }
         for site in 0..out.sites {
             // SAFETY: `routes` and `shrunk` have the stated shapes.
             unsafe {
                 let route = *out.routes.add(site * out.view.rows + row);
                 let to = out.shrunk.add((site * out.view.rows + row) * out.rank_stride);
-                shrink::<L>(&route, values, std::slice::from_raw_parts_mut(to, route.rank));
+                let to = std::slice::from_raw_parts_mut(to, route.rank);
+                shrink::<L>(&route, values, row, &out.view, to);
             }
         }
     }

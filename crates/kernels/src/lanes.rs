@@ -66,6 +66,8 @@ pub(crate) trait Lanes: Copy {
     type Ints: Copy;
     /// Sixty-four bytes: four per lane.
     type Bytes: Copy;
+    /// Sixty-four signed bytes as the products of signed bytes want them.
+    type Signed: Copy;
     /// Whether there are registers for tall tiles (32 of 512 bits).
     const TALL: bool;
 
@@ -170,6 +172,18 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `x` is valid for reading four bytes, and the CPU has the implementation's unit.
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8, wide: bool) -> Self::Ints;
+    /// Thirty-two signed bytes from each of two places, none below -127; without `high`, the second half is zero.
+    ///
+    /// # Safety
+    /// Both are valid for reading 32 bytes, and the CPU has the implementation's unit.
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> Self::Signed;
+    /// The products of sixty-four signed bytes from memory, none below -127, with those of `x`, summed by fours. Exact.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 64 bytes, and the CPU has the implementation's unit.
+    unsafe fn signed_dot(from: *const i8, x: Self::Signed) -> Self::Ints;
+    /// `low` in the first eight lanes, `high` in the others.
+    fn halves(low: f32, high: f32) -> Self;
 }
 
 /// Sixteen lanes as plain code.
@@ -179,6 +193,7 @@ pub(crate) struct Portable([f32; 16]);
 impl Lanes for Portable {
     type Ints = [i32; 16];
     type Bytes = [u8; 64];
+    type Signed = [[i8; 32]; 2];
     const TALL: bool = false;
 
     #[inline(always)]
@@ -298,6 +313,24 @@ impl Lanes for Portable {
             let at = lane * 4;
             sum[lane] + w(at) * x[0] + w(at + 1) * x[1] + w(at + 2) * x[2] + w(at + 3) * x[3]
         })
+    }
+    #[inline(always)]
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> [[i8; 32]; 2] {
+        // SAFETY: the caller vouches for the memory.
+        [Some(low), high]
+            .map(|half| half.map_or([0; 32], |x| unsafe { x.cast::<[i8; 32]>().read_unaligned() }))
+    }
+    #[inline(always)]
+    unsafe fn signed_dot(from: *const i8, x: [[i8; 32]; 2]) -> [i32; 16] {
+        // SAFETY: the caller vouches for the memory.
+        let w = unsafe { from.cast::<[i8; 64]>().read_unaligned() };
+        std::array::from_fn(|lane| {
+            (0..4).map(|i| i32::from(w[lane * 4 + i]) * i32::from(x[lane / 8][lane % 8 * 4 + i])).sum()
+        })
+    }
+    #[inline(always)]
+    fn halves(low: f32, high: f32) -> Self {
+        Self(std::array::from_fn(|lane| if lane < 8 { low } else { high }))
     }
 }
 

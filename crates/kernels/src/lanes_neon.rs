@@ -31,6 +31,7 @@ macro_rules! neon_lanes {
         impl Lanes for $name {
             type Ints = Four<int32x4_t>;
             type Bytes = Four<uint8x16_t>;
+            type Signed = Four<int8x16_t>;
             const TALL: bool = false;
 
             #[inline(always)]
@@ -210,6 +211,25 @@ macro_rules! neon_lanes {
                         all!(|I| $dot(sum[I], vreinterpretq_s8_u8(weights[I]), x))
                     }
                 }
+            }
+            #[inline(always)]
+            unsafe fn signed(low: *const i8, high: Option<*const i8>) -> Four<int8x16_t> {
+                // SAFETY: the caller vouches for the memory.
+                unsafe {
+                    let zero = vdupq_n_s8(0);
+                    let high = high.map_or([zero; 2], |high| [vld1q_s8(high), vld1q_s8(high.add(16))]);
+                    [vld1q_s8(low), vld1q_s8(low.add(16)), high[0], high[1]]
+                }
+            }
+            #[inline(always)]
+            unsafe fn signed_dot(from: *const i8, x: Four<int8x16_t>) -> Four<int32x4_t> {
+                // SAFETY: the caller vouches for the memory.
+                all!(|I| unsafe { $dot(vdupq_n_s32(0), vld1q_s8(from.add(16 * I)), x[I]) })
+            }
+            #[inline(always)]
+            fn halves(low: f32, high: f32) -> Self {
+                let (Self([low, ..]), Self([high, ..])) = (Self::splat(low), Self::splat(high));
+                Self([low, low, high, high])
             }
         }
     };

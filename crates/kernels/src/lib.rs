@@ -36,7 +36,7 @@ pub use input::Input;
 pub use lanes::{Isa, f32_to_brain as to_bf16, isa, isas};
 pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
 pub use linear_grad::linear_transposed;
-pub use low_rank::{LowRank, Numbers, adapt, pack_b};
+pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b, quantise_low_rank};
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
 pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};

@@ -8,7 +8,7 @@
 
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::low_rank::{LowRank, Route, expand};
+use crate::low_rank::{Kept, LowRank, Route, expand};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
@@ -31,6 +31,9 @@ pub trait Routing: Sync {
 
     /// The largest rank at this site; 0 if no row has an adapter.
     fn max_rank(&self) -> usize;
+
+    /// Whether an adapter is kept in eight bits here, and the rows must be quantised for it.
+    fn coded(&self) -> bool;
 }
 
 /// No adapters.
@@ -44,6 +47,10 @@ impl Routing for NoAdapters {
 
     fn max_rank(&self) -> usize {
         0
+    }
+
+    fn coded(&self) -> bool {
+        false
     }
 }
 
@@ -117,6 +124,10 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
         assert_eq!(layer.y.len(), rows * n, "y is not {rows} x {n}");
         assert!(layer.bias.is_none_or(|bias| bias.len() == n), "the bias has not {n} values");
         fast |= means.precision == Precision::Fast && layer.weight.format().block_len() > 1;
+        if layer.adapters.coded() {
+            assert_eq!(means.precision, Precision::Fast, "adapters in eight bits need quantised activations");
+            fast = true;
+        }
     }
     let prepared = buffers(scratch, input, layers, rows, cols, fast);
     let low_rank = prepared.sites > 0;
@@ -165,9 +176,9 @@ fn buffers(
                 let route = layer.adapters.at(row).map_or(Route::NONE, |update| {
                     let rank = update.rank;
                     assert!(rank >= 1 && rank <= rank_stride, "rank {rank} beyond {rank_stride}");
-                    assert_eq!(update.a.len(), rank * cols, "A is not {rank} x {cols}");
-                    assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
-                    Route::new(&update)
+                    let route = Route::new(&update, n, cols);
+                    assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
+                    route
                 });
                 scratch.routes.push(route);
             }

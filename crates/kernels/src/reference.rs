@@ -37,7 +37,9 @@ pub fn add_adapters(n: usize, k: usize, x: &[f32], adapters: &dyn Routing, y: &m
     for (i, x) in x.chunks_exact(k).enumerate() {
         let Some(update) = adapters.at(i) else { continue };
         let (a, b) = (values(update.a), values(update.b));
-        let u: Vec<f64> = a.chunks_exact(k).map(|a| dot(a, x)).collect();
+        let scale = |rank: usize| update.scales.get(rank).map_or(1.0, |&scale| f64::from(scale));
+        let rows = a.chunks_exact(a.len() / update.rank).enumerate();
+        let u: Vec<f64> = rows.map(|(rank, a)| dot(&a[..k], x) * scale(rank)).collect();
         for j in 0..n {
             let b = |r: usize| f64::from(b[(j / 16 * update.rank + r) * 16 + j % 16]);
             y[i * n + j] += u.iter().enumerate().map(|(r, u)| b(r) * u).sum::<f64>() as f32;
@@ -49,6 +51,7 @@ fn values(numbers: Numbers<'_>) -> Vec<f32> {
     match numbers {
         Numbers::F32(values) => values.to_vec(),
         Numbers::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
+        Numbers::I8(codes) => codes.iter().map(|&code| f32::from(code)).collect(),
     }
 }
 

@@ -6,8 +6,9 @@ use candle_core::{Device, Tensor};
 use kernels::{
     Format, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, LowRank, Means, NoAdapters, Numbers,
     PagedSequence, Pages, Precision, Rayon, RopeTable, Rotary, Routing, Scratch, Span, SpanAttention, Team,
-    Weight, fused_linear, isas, linear_transposed, pack_b, paged_attention, reference, rms_norm,
-    rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
+    Weight, fused_linear, isas, linear_transposed, pack_b, paged_attention, quantise_low_rank, reference,
+    rms_norm, rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu,
+    swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -62,13 +63,16 @@ struct Update {
     a: Vec<f32>,
     b: Vec<f32>,
     brain: Option<(Vec<u16>, Vec<u16>)>,
+    codes: Option<(Vec<i8>, Vec<i8>, Vec<f32>)>,
 }
 
 impl Update {
     fn low_rank(&self) -> LowRank<'_> {
-        match &self.brain {
-            Some((a, b)) => LowRank { rank: self.rank, a: Numbers::Bf16(a), b: Numbers::Bf16(b) },
-            None => LowRank { rank: self.rank, a: Numbers::F32(&self.a), b: Numbers::F32(&self.b) },
+        let rank = self.rank;
+        match (&self.codes, &self.brain) {
+            (Some((a, b, scales)), _) => LowRank { rank, a: Numbers::I8(a), b: Numbers::I8(b), scales },
+            (_, Some((a, b))) => LowRank { rank, a: Numbers::Bf16(a), b: Numbers::Bf16(b), scales: &[] },
+            _ => LowRank { rank, a: Numbers::F32(&self.a), b: Numbers::F32(&self.b), scales: &[] },
         }
     }
 }
@@ -83,6 +87,10 @@ impl Routing for Updates {
     fn max_rank(&self) -> usize {
         self.0.iter().map(|update| update.rank).max().unwrap_or(0)
     }
+
+    fn coded(&self) -> bool {
+        self.0.iter().any(|update| update.codes.is_some())
+    }
 }
 
 /// The adapter of one row of a larger batch.
@@ -95,6 +103,10 @@ impl Routing for Only<'_> {
 
     fn max_rank(&self) -> usize {
         self.0.map_or(0, |update| update.rank)
+    }
+
+    fn coded(&self) -> bool {
+        self.0.is_some_and(|update| matches!(update.a, Numbers::I8(_)))
     }
 }
 
@@ -115,7 +127,7 @@ impl Case {
             let rows = (0..m).filter(|row| row % 4 == which + 1).collect();
             let (a, b) = (random(rng, rank * k), pack_b(&random(rng, n * rank), rank));
             let brain = (which == 1).then(|| (brain(&a), brain(&b)));
-            Update { rows, rank, a, b, brain }
+            Update { rows, rank, a, b, brain, codes: None }
         });
         let adapters = Updates(updates.collect());
         Self { weight, x: random(rng, m * k), bias: random(rng, n), adapters, m }
@@ -139,11 +151,16 @@ impl Case {
     /// What the plain kernel gives, activations quantised where the precision and the format say so.
     fn expected(&self, precision: Precision) -> Vec<f32> {
         let (n, k) = (self.weight.rows(), self.weight.cols());
-        let mut y = vec![0.0; self.m * n];
+        let mut y = self.product(precision);
+        reference::add_adapters(n, k, &self.x, &self.adapters, &mut y);
+        y
+    }
+
+    fn product(&self, precision: Precision) -> Vec<f32> {
+        let mut y = vec![0.0; self.m * self.weight.rows()];
         let fast = precision == Precision::Fast && self.weight.format().block_len() > 1;
         let x = if fast { reference::quantised(&self.x) } else { self.x.clone() };
         reference::linear_adapted(&self.weight, Some(&self.bias), &x, &NoAdapters, &mut y);
-        reference::add_adapters(n, k, &self.x, &self.adapters, &mut y);
         y
     }
 }
@@ -166,6 +183,67 @@ fn fused_linear_equals_the_reference_on_every_unit() {
             }
         }
     }
+}
+
+/// Rows in runs of one to five, of three adapters in eight bits and one in bfloat16.
+fn coded_case(rng: &mut StdRng, format: Format, m: usize, n: usize, k: usize) -> Case {
+    let mut case = Case::new(rng, format, m, n, k);
+    for (which, rank) in [3usize, 8, 21].into_iter().enumerate() {
+        let rows = (0..m).filter(|row| row / (1 + which) % 4 == which && row % 9 != 5).collect();
+        let (a, b) = (random(rng, rank * k), random(rng, n * rank));
+        let codes = Some(quantise_low_rank(&a, &b, rank));
+        case.adapters.0.insert(0, Update { rows, rank, a, b, brain: None, codes });
+    }
+    case
+}
+
+#[test]
+fn adapters_in_eight_bits_equal_the_reference_on_every_unit() {
+    let mut rng = StdRng::seed_from_u64(21);
+    for format in [Format::Q4_1, Format::Q8_0, Format::F32] {
+        for (m, n, k) in [(1, 7, 256), (9, 64, 544), (33, 130, 512)] {
+            let case = coded_case(&mut rng, format, m, n, k);
+            let (coded, plain): (Vec<usize>, Vec<usize>) = (0..m)
+                .partition(|row| matches!(case.adapters.at(*row), Some(u) if matches!(u.a, Numbers::I8(_))));
+            let x = reference::quantised(&case.x);
+            let (mut expected, mut of_quantised) =
+                (case.product(Precision::Fast), case.product(Precision::Fast));
+            reference::add_adapters(n, k, &case.x, &case.adapters, &mut expected);
+            reference::add_adapters(n, k, &x, &case.adapters, &mut of_quantised);
+            let first = case.run(isas()[0], Precision::Fast);
+            for isa in isas() {
+                let y = case.run(isa, Precision::Fast);
+                for (rows, expected) in [(&plain, &expected), (&coded, &of_quantised)] {
+                    for &row in rows {
+                        let error = worst(&y[row * n..][..n], &expected[row * n..][..n]);
+                        assert!(error < 2e-3, "{format:?} {m}x{n}x{k} row {row} on {isa:?}: {error}");
+                    }
+                }
+                if isa != Isa::Portable {
+                    assert!(y.iter().zip(&first).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa:?}");
+                }
+            }
+            assert!(!coded.is_empty() || m == 1);
+        }
+    }
+}
+
+#[test]
+fn codes_of_low_rank_factors_lose_little() {
+    let mut rng = StdRng::seed_from_u64(22);
+    let (rank, k, n) = (8, 96, 40);
+    let (a, b) = (random(&mut rng, rank * k), random(&mut rng, n * rank));
+    let (codes_a, codes_b, scales) = quantise_low_rank(&a, &b, rank);
+    let routing = |update| Only(Some(update));
+    let (mut exact, mut coded) = (vec![0.0; n], vec![0.0; n]);
+    let x = random(&mut rng, k);
+    let packed = pack_b(&b, rank);
+    let plain = LowRank { rank, a: Numbers::F32(&a), b: Numbers::F32(&packed), scales: &[] };
+    let eight = LowRank { rank, a: Numbers::I8(&codes_a), b: Numbers::I8(&codes_b), scales: &scales };
+    reference::add_adapters(n, k, &x, &routing(plain), &mut exact);
+    reference::add_adapters(n, k, &x, &routing(eight), &mut coded);
+    let (size, error) = (worst(&exact, &vec![0.0; n]), worst(&exact, &coded));
+    assert!(error < 0.02 * size && error > 0.0, "{error} of {size}");
 }
 
 #[test]
