@@ -63,6 +63,7 @@ fn mark(lease: &peft::Lease) -> f32 {
     match lease.adapter.site(q).unwrap().a {
         Numbers::F32(a) => a[0],
         Numbers::Bf16(a) => f32::from_bits(u32::from(a[0]) << 16),
+        Numbers::I8(_) => panic!("not in eight bits"),
     }
 }
 

@@ -30,6 +30,16 @@ impl Numbers<'_> {
         }
     }
 
+    /// In float32; codes as they are.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values.to_vec(),
+            Self::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
+            Self::I8(codes) => codes.iter().map(|&code| f32::from(code)).collect(),
+        }
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -98,22 +108,23 @@ impl Route {
         scales: std::ptr::null(),
     };
 
-    /// The route of an update of a matrix of this shape.
+    /// The route of an update of a layer of `n` outputs and `k` inputs.
     ///
     /// # Panics
     /// When the factors do not fit.
-    pub(crate) fn new(update: &LowRank<'_>, rows: usize, cols: usize) -> Self {
+    pub(crate) fn new(update: &LowRank<'_>, n: usize, k: usize) -> Self {
         let rank = update.rank;
+        assert!(rank >= 1, "an update of rank 0");
         let (kept, a, b) = match (update.a, update.b) {
             (Numbers::F32(a), Numbers::F32(b)) => (Kept::Single, a.as_ptr().cast(), b.as_ptr().cast()),
             (Numbers::Bf16(a), Numbers::Bf16(b)) => (Kept::Brain, a.as_ptr().cast(), b.as_ptr().cast()),
             (Numbers::I8(a), Numbers::I8(b)) => (Kept::Codes, a.as_ptr().cast(), b.as_ptr().cast()),
             _ => panic!("A and B are kept in different precisions"),
         };
-        let (stride, scales) = if kept == Kept::Codes { (codes_stride(cols), rank) } else { (cols, 0) };
-        assert!(kept != Kept::Codes || cols.is_multiple_of(32), "{cols} columns are no whole blocks");
-        assert_eq!(update.a.len(), rank * stride, "A is not {rank} x {cols}");
-        assert_eq!(update.b.len(), rows.div_ceil(PANEL) * PANEL * rank, "B is not {rows} x {rank}");
+        let (stride, scales) = if kept == Kept::Codes { (codes_stride(k), rank) } else { (k, 0) };
+        assert!(kept != Kept::Codes || k.is_multiple_of(32), "{k} columns are no whole blocks");
+        assert_eq!(update.a.len(), rank * stride, "A is not {rank} x {k}");
+        assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
         assert_eq!(update.scales.len(), scales, "there are not {scales} scales");
         Self { rank, kept, a, b, scales: update.scales.as_ptr() }
     }
@@ -244,6 +255,54 @@ unsafe fn dots_of_codes<L: Lanes, const M: usize>(
     }
 }
 
+/// `B u` for the columns of a panel, of `M` rows whose `u` are `stride` apart.
+///
+/// # Safety
+/// The route's B has a panel of (rank, 16) there; every row's `u` has `rank` values.
+#[inline(always)]
+pub(crate) unsafe fn up<L: Lanes, const M: usize>(
+    route: &Route,
+    panel: usize,
+    u: *const f32,
+    stride: usize,
+) -> [L; M] {
+    // SAFETY: the caller vouches for B and `u`.
+    unsafe {
+        let b = route.b.add(panel * route.rank * PANEL * route.kept.width());
+        match route.kept {
+            Kept::Single => sums_of(b, route.rank, u, stride, |b| L::load(b.cast()), 64),
+            Kept::Brain => sums_of(b, route.rank, u, stride, |b| L::load_brain(b), 32),
+            Kept::Codes => sums_of(b, route.rank, u, stride, |b| L::load_i8(b), 16),
+        }
+    }
+}
+
+/// As [`up`] of one panel's B, of which `load` reads sixteen values, which take `bytes`.
+///
+/// # Safety
+/// As for [`up`].
+#[inline(always)]
+unsafe fn sums_of<L: Lanes, const M: usize>(
+    b: *const u8,
+    rank: usize,
+    u: *const f32,
+    stride: usize,
+    load: impl Fn(*const u8) -> L,
+    bytes: usize,
+) -> [L; M] {
+    let mut sums = [L::zero(); M];
+    for rank in 0..rank {
+        // SAFETY: the caller vouches for B and `u`.
+        unsafe {
+            let b = load(b.add(rank * bytes));
+            for i in 0..M {
+                sums[i] = sums[i].fma(b, L::splat(*u.add(i * stride + rank)));
+            }
+        }
+    }
+    sums
+}
+
 /// Adds `B u` to a panel's columns of the rows that have an adapter.
 ///
 /// # Safety
@@ -273,77 +332,40 @@ pub(crate) unsafe fn expand<L: Lanes>(
                 alike += 1;
             }
             let alike = if alike == ABREAST { ABREAST } else { 1 };
-            let at = panel * route.rank * PANEL * route.kept.width();
+            let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
             if rows <= PREFETCHED {
                 // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
                 let bytes = route.rank * PANEL * route.kept.width();
-                let next = route.b.wrapping_add(at + bytes);
+                let next = route.b.wrapping_add((panel + 1) * bytes);
                 for line in 0..bytes.div_ceil(64) {
                     L::prefetch(next.wrapping_add(line * 64));
                 }
             }
-            let rise = Rise {
-                b: route.b.add(at),
-                rank: route.rank,
-                u: prepared.shrunk.add((site * rows + row) * prepared.rank_stride),
-                u_stride: prepared.rank_stride,
-                target,
-                row,
-                column: panel * PANEL,
-                width,
-            };
-            match (route.kept, alike) {
-                (Kept::Single, ABREAST) => rise.run::<L, ABREAST>(|b| L::load(b.cast()), 64),
-                (Kept::Single, _) => rise.run::<L, 1>(|b| L::load(b.cast()), 64),
-                (Kept::Brain, ABREAST) => rise.run::<L, ABREAST>(|b| L::load_brain(b), 32),
-                (Kept::Brain, _) => rise.run::<L, 1>(|b| L::load_brain(b), 32),
-                (Kept::Codes, ABREAST) => rise.run::<L, ABREAST>(|b| L::load_i8(b), 16),
-                (Kept::Codes, _) => rise.run::<L, 1>(|b| L::load_i8(b), 16),
+            if alike == ABREAST {
+                let sums: [L; ABREAST] = up(&route, panel, u, prepared.rank_stride);
+                for (i, sums) in sums.into_iter().enumerate() {
+                    add_to::<L>(target, row + i, panel, width, sums);
+                }
+            } else {
+                let [sums] = up(&route, panel, u, 0);
+                add_to::<L>(target, row, panel, width, sums);
             }
             row += alike;
         }
     }
 }
 
-/// One panel's part of the way up, for some rows of one adapter.
-#[derive(Clone, Copy)]
-struct Rise<'a> {
-    /// (rank, 16).
-    b: *const u8,
-    rank: usize,
-    u: *const f32,
-    /// From one row's `u` to the next one's.
-    u_stride: usize,
-    target: Target<'a>,
-    row: usize,
-    column: usize,
-    width: usize,
-}
-
-impl Rise<'_> {
-    /// Adds to `M` rows; `load` reads sixteen values, which take `bytes`.
-    ///
-    /// # Safety
-    /// As for [`expand`].
-    #[inline(always)]
-    unsafe fn run<L: Lanes, const M: usize>(self, load: impl Fn(*const u8) -> L, bytes: usize) {
-        let mut sums = [L::zero(); M];
-        // SAFETY: the caller vouches for the buffers.
-        unsafe {
-            for rank in 0..self.rank {
-                let b = load(self.b.add(rank * bytes));
-                for i in 0..M {
-                    sums[i] = sums[i].fma(b, L::splat(*self.u.add(i * self.u_stride + rank)));
-                }
-            }
-            for (i, sums) in sums.into_iter().enumerate() {
-                let y = self.target.y.part((self.row + i) * self.target.n + self.column, self.width);
-                if self.width == PANEL {
-                    L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
-                } else {
-                    y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
-                }
-            }
+/// # Safety
+/// The columns of the panel in this row belong to this task.
+#[inline(always)]
+unsafe fn add_to<L: Lanes>(target: Target<'_>, row: usize, panel: usize, width: usize, sums: L) {
+    // SAFETY: the caller vouches for the columns.
+    unsafe {
+        let y = target.y.part(row * target.n + panel * PANEL, width);
+        if width == PANEL {
+            L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
+        } else {
+            y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
         }
     }
 }

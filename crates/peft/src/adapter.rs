@@ -1,18 +1,27 @@
-//! An adapter as it is served: read-only weights by site, and the lease that pins it.
+//! An adapter as it is served: read-only numbers by site, and the lease that pins it.
 
 use std::sync::Arc;
 
-use kernels::{LowRank, Numbers, Precision, pack_b};
+use kernels::{LowRank, Numbers, Precision, Vectors, pack_b, row_norms};
 use types::{AdapterId, GenerationId, SiteId};
 
 use crate::base::FrozenBase;
 use crate::error::PeftError;
-use crate::weights::{AdapterWeights, LoraWeights};
+use crate::weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
 
-/// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
-/// panels.
-#[derive(Debug)]
+/// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
+#[derive(Debug, Default)]
 struct AdapterSite {
+    low_rank: Option<Factors>,
+    /// The vectors are float32 in either precision: they are few, and the product is multiplied by them.
+    input: Option<Values>,
+    output: Option<Values>,
+    bias: Option<Values>,
+}
+
+/// A as (rank, input features), B with everything that scales it folded in, in the kernels' panels.
+#[derive(Debug)]
+struct Factors {
     rank: usize,
     a: Values,
     b: Values,
@@ -25,6 +34,7 @@ enum Values {
 }
 
 impl Values {
+    /// The only place where an adapter's numbers get memory.
     fn new(values: &[f32], precision: Precision) -> Self {
         match precision {
             Precision::Exact => Self::F32(values.into()),
@@ -32,10 +42,22 @@ impl Values {
         }
     }
 
+    fn vector(values: &[f32]) -> Self {
+        Self::new(values, Precision::Exact)
+    }
+
     fn numbers(&self) -> Numbers<'_> {
         match self {
             Self::F32(values) => Numbers::F32(values),
             Self::Bf16(values) => Numbers::Bf16(values),
+        }
+    }
+
+    /// The values of a [`Values::vector`].
+    fn floats(&self) -> Option<&[f32]> {
+        match self {
+            Self::F32(values) => Some(values),
+            Self::Bf16(_) => None,
         }
     }
 
@@ -47,10 +69,19 @@ impl Values {
     }
 }
 
+/// The embeddings of virtual tokens, shape (tokens, width).
+#[derive(Debug)]
+struct Prompt {
+    tokens: usize,
+    width: usize,
+    values: Values,
+}
+
 /// One immutable generation of an adapter in memory.
 #[derive(Debug)]
 pub struct Adapter {
     sites: Vec<Option<AdapterSite>>,
+    prompt: Option<Prompt>,
     bytes: usize,
 }
 
@@ -61,40 +92,159 @@ impl Adapter {
     /// When the weights do not fit the base.
     pub fn build(
         weights: &AdapterWeights,
-        _base: &dyn FrozenBase,
+        base: &dyn FrozenBase,
         precision: Precision,
     ) -> Result<Self, PeftError> {
         match weights {
-            AdapterWeights::Lora(lora) => Ok(Self::new(lora, precision)),
-            AdapterWeights::Ia3(_) | AdapterWeights::Prompt(_) => {
-                Err(PeftError::field("peft_type", "is not served yet"))
-            }
+            AdapterWeights::Lora(lora) => Self::of_lora(lora, base, precision),
+            AdapterWeights::Ia3(ia3) => Self::of_ia3(ia3, base),
+            AdapterWeights::Prompt(prompt) => Self::of_prompt(prompt, base, precision),
         }
     }
 
-    /// Folds each site's scale into B. Fast precision keeps bfloat16, exact precision float32.
+    /// A LoRA adapter without DoRA, which needs nothing of its base. Folds each site's scale into B. Fast precision keeps
+    /// bfloat16, exact precision float32.
+    ///
+    /// # Panics
+    /// With DoRA: see [`Adapter::build`].
     #[must_use]
     pub fn new(weights: &LoraWeights, precision: Precision) -> Self {
-        let site = |rank: usize, scale: f32, a: &[f32], b: &[f32]| {
-            let scaled: Vec<f32> = b.iter().map(|v| v * scale).collect();
-            let (a, b) = (Values::new(a, precision), Values::new(&pack_b(&scaled, rank), precision));
-            AdapterSite { rank, a, b }
+        let site = |site: &LoraTensors| {
+            assert!(site.magnitude.is_none(), "DoRA needs the base");
+            lora_site(site, precision)
         };
-        let sites: Vec<Option<AdapterSite>> = weights
-            .sites
-            .iter()
-            .map(|at| at.as_ref().map(|t| site(t.rank, t.scale as f32, &t.a, &t.b)))
-            .collect();
-        let values: usize = sites.iter().flatten().map(|site| site.a.bytes() + site.b.bytes()).sum();
-        let bytes = values + size_of_val(sites.as_slice());
-        Self { sites, bytes }
+        Self::finish(weights.sites.iter().map(|at| at.as_ref().map(site)).collect(), None)
     }
 
-    /// The update at a site, if the adapter acts there.
+    fn of_lora(
+        weights: &LoraWeights,
+        base: &dyn FrozenBase,
+        precision: Precision,
+    ) -> Result<Self, PeftError> {
+        let site = |id: SiteId, site: &LoraTensors| {
+            let name = format!("{}.lora", id.module_path());
+            let (out, input) = base.shape().dims(id.site);
+            let vector = |values: &Option<Vec<f32>>| values.as_ref().is_none_or(|values| values.len() == out);
+            let fits = site.rank > 0
+                && site.a.len() == site.rank * input
+                && site.b.len() == out * site.rank
+                && vector(&site.bias)
+                && vector(&site.magnitude);
+            if !fits {
+                return Err(PeftError::tensor(name, format!("does not fit a layer of {input} to {out}")));
+            }
+            match &site.magnitude {
+                None => Ok(lora_site(site, precision)),
+                Some(magnitude) => dora_site(id, site, magnitude, base, precision),
+            }
+        };
+        by_site(base, &weights.sites, site)
+    }
+
+    fn of_ia3(weights: &Ia3Weights, base: &dyn FrozenBase) -> Result<Self, PeftError> {
+        let site = |id: SiteId, scale: &Ia3Scale| {
+            let (out, input) = base.shape().dims(id.site);
+            let (values, len) = match scale {
+                Ia3Scale::Output(values) => (values, out),
+                Ia3Scale::Input(values) => (values, input),
+            };
+            if values.len() != len {
+                let problem = format!("does not fit a layer of {input} to {out}");
+                return Err(PeftError::tensor(format!("{}.ia3_l", id.module_path()), problem));
+            }
+            let vector = Some(Values::vector(values));
+            if matches!(scale, Ia3Scale::Input(_)) {
+                return Ok(AdapterSite { input: vector, ..AdapterSite::default() });
+            }
+            // It scales the base's bias as well.
+            let bias = base.linear(id).1.map(|bias| {
+                let more: Vec<f32> =
+                    values.iter().zip(bias).map(|(scale, bias)| (scale - 1.0) * bias).collect();
+                Values::vector(&more)
+            });
+            Ok(AdapterSite { output: vector, bias, ..AdapterSite::default() })
+        };
+        by_site(base, &weights.sites, site)
+    }
+
+    fn of_prompt(
+        weights: &PromptWeights,
+        base: &dyn FrozenBase,
+        precision: Precision,
+    ) -> Result<Self, PeftError> {
+        let (tokens, width) = (weights.config.virtual_tokens, base.shape().width());
+        if tokens == 0 || weights.width != width || weights.embeddings.len() != tokens * width {
+            let problem = format!("does not fit {tokens} embeddings of {width}");
+            return Err(PeftError::tensor("prompt_embeddings", problem));
+        }
+        let values = Values::new(&weights.embeddings, precision);
+        Ok(Self::finish(Vec::new(), Some(Prompt { tokens, width, values })))
+    }
+
+    fn finish(sites: Vec<Option<AdapterSite>>, prompt: Option<Prompt>) -> Self {
+        let of_site = |site: &AdapterSite| {
+            let factors = site.low_rank.as_ref().map_or(0, |factors| factors.a.bytes() + factors.b.bytes());
+            let vectors = [&site.input, &site.output, &site.bias].into_iter().flatten();
+            factors + vectors.map(Values::bytes).sum::<usize>()
+        };
+        let values: usize = sites.iter().flatten().map(of_site).sum();
+        let embeddings = prompt.as_ref().map_or(0, |prompt| prompt.values.bytes());
+        let bytes = values + embeddings + size_of_val(sites.as_slice());
+        Self { sites, prompt, bytes }
+    }
+
+    fn at(&self, id: SiteId) -> Option<&AdapterSite> {
+        self.sites.get(id.index())?.as_ref()
+    }
+
+    /// The low-rank update at a site, if the adapter has one there.
     #[must_use]
     pub fn site(&self, id: SiteId) -> Option<LowRank<'_>> {
-        let site = self.sites.get(id.index())?.as_ref()?;
-        Some(LowRank { rank: site.rank, a: site.a.numbers(), b: site.b.numbers() })
+        let factors = self.at(id)?.low_rank.as_ref()?;
+        Some(LowRank { rank: factors.rank, a: factors.a.numbers(), b: factors.b.numbers(), scales: &[] })
+    }
+
+    /// What else it does at a site.
+    #[must_use]
+    pub fn vectors(&self, id: SiteId) -> Vectors<'_> {
+        let Some(site) = self.at(id) else { return Vectors::default() };
+        Vectors {
+            input: site.input.as_ref().and_then(Values::floats),
+            output: site.output.as_ref().and_then(Values::floats),
+            bias: site.bias.as_ref().and_then(Values::floats),
+        }
+    }
+
+    /// Whether it does anything else at a site.
+    #[must_use]
+    pub fn has_vectors(&self, id: SiteId) -> bool {
+        self.at(id).is_some_and(|site| site.input.is_some() || site.output.is_some() || site.bias.is_some())
+    }
+
+    /// Tokens of its own that stand before a prompt (prompt tuning); in a sequence they have the ids from the size of the
+    /// vocabulary on.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> usize {
+        self.prompt.as_ref().map_or(0, |prompt| prompt.tokens)
+    }
+
+    /// Writes the embedding of a virtual token to `out`; false if there is none of that width.
+    #[must_use]
+    pub fn embed(&self, index: usize, out: &mut [f32]) -> bool {
+        let Some(prompt) = self.prompt.as_ref().filter(|prompt| prompt.width == out.len()) else {
+            return false;
+        };
+        if index >= prompt.tokens {
+            return false;
+        }
+        let range = index * prompt.width..(index + 1) * prompt.width;
+        match &prompt.values {
+            Values::F32(values) => out.copy_from_slice(&values[range]),
+            Values::Bf16(values) => {
+                out.iter_mut().zip(&values[range]).for_each(|(out, &value)| *out = kernels::from_bf16(value));
+            }
+        }
+        true
     }
 
     /// Bytes it holds in memory.
@@ -102,6 +252,67 @@ impl Adapter {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+}
+
+/// An adapter with what `build` makes of each site.
+fn by_site<T>(
+    base: &dyn FrozenBase,
+    sites: &[Option<T>],
+    build: impl Fn(SiteId, &T) -> Result<AdapterSite, PeftError>,
+) -> Result<Adapter, PeftError> {
+    let shape = base.shape();
+    if sites.len() != shape.sites() {
+        let problem = format!("has {} sites; this base has {}", sites.len(), shape.sites());
+        return Err(PeftError::tensor("the adapter", problem));
+    }
+    let site = |(id, site): (SiteId, &Option<T>)| site.as_ref().map(|site| build(id, site)).transpose();
+    let sites = shape.site_ids().zip(sites).map(site).collect::<Result<_, _>>()?;
+    Ok(Adapter::finish(sites, None))
+}
+
+fn scaled(values: &[f32], scale: f32) -> Vec<f32> {
+    values.iter().map(|value| value * scale).collect()
+}
+
+fn lora_site(site: &LoraTensors, precision: Precision) -> AdapterSite {
+    let scale = site.scale as f32;
+    let b = pack_b(&scaled(&site.b, scale), site.rank);
+    let factors =
+        Factors { rank: site.rank, a: Values::new(&site.a, precision), b: Values::new(&b, precision) };
+    let bias = site.bias.as_ref().map(|bias| Values::vector(&scaled(bias, scale)));
+    AdapterSite { low_rank: Some(factors), bias, ..AdapterSite::default() }
+}
+
+/// `y = m / n * (W x + s B A x)` with n the row norms of W + s B A: an output scale, and B times s m / n.
+fn dora_site(
+    id: SiteId,
+    site: &LoraTensors,
+    magnitude: &[f32],
+    base: &dyn FrozenBase,
+    precision: Precision,
+) -> Result<AdapterSite, PeftError> {
+    let rank = site.rank;
+    let mut b = scaled(&site.b, site.scale as f32);
+    let packed = pack_b(&b, rank);
+    let own = LowRank { rank, a: Numbers::F32(&site.a), b: Numbers::F32(&packed), scales: &[] };
+    let updates: Vec<LowRank<'_>> = base.under(id).into_iter().chain([own]).collect();
+    let norms = row_norms(base.linear(id).0, &updates);
+    let output: Vec<f32> = magnitude.iter().zip(&norms).map(|(m, n)| m / n).collect();
+    if !output.iter().all(|scale| scale.is_finite()) {
+        let name = format!("{}.lora_magnitude_vector", id.module_path());
+        return Err(PeftError::tensor(name, "belongs to a row of the matrix that has no length"));
+    }
+    for (row, output) in b.chunks_exact_mut(rank).zip(&output) {
+        row.iter_mut().for_each(|value| *value *= output);
+    }
+    let b = Values::new(&pack_b(&b, rank), precision);
+    let low_rank = Some(Factors { rank, a: Values::new(&site.a, precision), b });
+    let bias = site.bias.as_ref().map(|bias| {
+        let scale = site.scale as f32;
+        let scaled: Vec<f32> = bias.iter().zip(&output).map(|(bias, output)| bias * scale * output).collect();
+        Values::vector(&scaled)
+    });
+    Ok(AdapterSite { low_rank, output: Some(Values::vector(&output)), bias, ..AdapterSite::default() })
 }
 
 /// Pins a generation while a sequence uses it: as long as a clone lives, the weights stay.
