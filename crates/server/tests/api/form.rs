@@ -14,8 +14,11 @@ pub(crate) fn files(adapter: &str) -> (Vec<u8>, Vec<u8>) {
     (read("adapter_config.json"), read("adapter_model.safetensors"))
 }
 
+/// Names and contents.
+pub(crate) type Parts<'a> = &'a [(&'a str, &'a [u8])];
+
 /// A form with these parts.
-pub(crate) fn body(parts: &[(&str, &[u8])]) -> Vec<u8> {
+pub(crate) fn body(parts: Parts<'_>) -> Vec<u8> {
     let mut body = Vec::new();
     for (name, content) in parts {
         let head = format!(
@@ -30,12 +33,7 @@ pub(crate) fn body(parts: &[(&str, &[u8])]) -> Vec<u8> {
 }
 
 /// Uploads a form, with headers.
-pub(crate) async fn put(
-    server: &Server,
-    path: &str,
-    parts: &[(&str, &[u8])],
-    headers: &[(&str, &str)],
-) -> Answer {
+pub(crate) async fn put(server: &Server, path: &str, parts: Parts<'_>, headers: &[(&str, &str)]) -> Answer {
     let media = format!("multipart/form-data; boundary={BOUNDARY}");
     let request = Request::put(path).header("content-type", media);
     let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));

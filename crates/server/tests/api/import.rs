@@ -5,7 +5,7 @@ use axum::http::Request;
 use serde_json::{Value, json};
 use server::{Auth, Limits};
 
-use crate::form::{files, import, put};
+use crate::form::{Parts, files, import, put};
 use crate::{Server, chat, text_of, with};
 
 const ADAPTER: &str = "/v1/users/ann/adapter";
@@ -87,8 +87,8 @@ async fn a_form_must_be_what_is_expected() {
     let mut infinite = weights.clone();
     let end = infinite.len();
     infinite[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-    let no_name: &[(&str, &[u8])] = &[("", c)];
-    let cases: &[(&[(&str, &[u8])], u16, &str, &str)] = &[
+    let no_name: Parts<'_> = &[("", c)];
+    let cases: &[(Parts<'_>, u16, &str, &str)] = &[
         (&[], 400, "missing_required_parameter", CONFIG),
         (&[(CONFIG, c)], 400, "missing_required_parameter", WEIGHTS),
         (&[(WEIGHTS, w)], 400, "missing_required_parameter", CONFIG),
