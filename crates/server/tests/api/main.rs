@@ -2,10 +2,15 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod bad_input;
+mod failures;
 mod faults;
+mod form;
 mod generate;
+mod import;
 mod learn;
+mod lineage;
 mod openapi;
+mod shared;
 
 use std::sync::Arc;
 
@@ -19,7 +24,7 @@ use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest as _, Sha256};
 use store::{NewGeneration, Store};
 use telemetry::Metrics;
-use testkit::{fixture, tiny_model};
+use testkit::tiny_model;
 use tokio::sync::Notify;
 use tower::ServiceExt as _;
 use types::{AdapterId, SystemClock};
@@ -82,9 +87,9 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model, Precision::Fast, 1 << 20),
+            adapters: AdapterCache::new(store.clone(), model.clone(), Precision::Fast, 1 << 20),
             model_name: "base".into(),
-            base_hash: base,
+            base: model.clone(),
             limits,
             auth,
             clock: Arc::new(SystemClock),
@@ -122,9 +127,7 @@ impl Server {
 
     /// Gives a user the fixture's adapter.
     async fn adopt(&self, tenant: &str, user: &str) -> String {
-        let folder = fixture("tiny-llama/lora-all");
-        let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
-        let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
+        let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
         let generation = NewGeneration {
             id,
@@ -134,14 +137,23 @@ impl Server {
             weights,
             meta: json!({ "gate": null }),
         };
-        let adapter = AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap());
-        self.store.publish(&adapter, generation, None, None).await.unwrap();
+        self.store.publish(&adapter(tenant, user), generation, None, None).await.unwrap();
         id.to_string()
     }
 }
 
+fn adapter(tenant: &str, user: &str) -> AdapterId {
+    AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap())
+}
+
 fn key(text: &str, tenant: &str) -> ApiKey {
     ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().unwrap() }
+}
+
+/// The text of a chat's answer.
+fn text_of(answer: &Answer) -> String {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
 }
 
 /// A chat request that the tiny model answers.
