@@ -127,8 +127,8 @@ fn adapter_logits_equal_peft() {
             let adapter = adapter(&folder, &base);
             let with = difference(&base, &folder, Some(&adapter));
             println!("{model} {kind}: {with:.2e} from peft");
-            // The logits reach 15; float32 sums of another order differ in their last digits.
-            assert!(with < 3e-5, "{model} {kind}: {with}");
+            // The logits reach 15, and float32 sums in another order move them by 5e-6.
+            assert!(with < 1e-5, "{model} {kind}: {with}");
             // Negative control: without the adapter the same comparison must fail.
             let without = difference(&base, &folder, None);
             assert!(without > 1e-2, "{model} {kind} makes no difference: {without}");
