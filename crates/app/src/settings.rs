@@ -78,9 +78,15 @@ pub struct ServiceArgs {
     /// Compute every prompt anew, even where it begins like an earlier one.
     #[arg(long, env = "ATELIER_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
-    /// Memory for adapters, in MiB, beyond those in use.
-    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
-    pub adapter_mib: u32,
+    /// Host memory for adapters, in MiB: those of users who were here lately.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_HOST_MIB")]
+    pub adapter_host_mib: u32,
+    /// Memory for adapters in use, in MiB, reserved at the start.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_DEVICE_MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub adapter_device_mib: u32,
+    /// How adapters are kept: `fast` in bfloat16, `exact` in float32. [default: as --precision]
+    #[arg(long, env = "ATELIER_ADAPTER_PRECISION")]
+    pub adapter_precision: Option<PrecisionArg>,
     /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
     #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
     pub precision: PrecisionArg,

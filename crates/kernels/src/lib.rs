@@ -9,6 +9,7 @@
 #![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
 mod attention;
+mod buffer;
 mod format;
 mod input;
 mod lanes;
@@ -29,6 +30,7 @@ mod team;
 mod weight;
 
 pub use attention::{KvStore, paged_attention};
+pub use buffer::PageBuffer;
 pub use format::{Format, WeightError};
 pub use input::Input;
 pub use lanes::{Isa, f32_to_brain as to_bf16, isa, isas};

@@ -1,5 +1,6 @@
 //! An adapter as it is served: read-only weights by site, and the lease that pins it.
 
+use std::fmt;
 use std::sync::Arc;
 
 use kernels::{LowRank, Numbers, Precision, pack_b};
@@ -7,6 +8,7 @@ use types::{AdapterId, GenerationId, SiteId};
 
 use crate::base::FrozenBase;
 use crate::error::PeftError;
+use crate::pages::{self, PagePool, Plan, Span};
 use crate::weights::{AdapterWeights, LoraWeights};
 
 /// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
@@ -18,10 +20,11 @@ struct AdapterSite {
     b: Values,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Values {
     F32(Box<[f32]>),
     Bf16(Box<[u16]>),
+    Paged(Span),
 }
 
 impl Values {
@@ -36,22 +39,39 @@ impl Values {
         match self {
             Self::F32(values) => Numbers::F32(values),
             Self::Bf16(values) => Numbers::Bf16(values),
+            Self::Paged(span) => span.numbers(),
         }
     }
 
     fn bytes(&self) -> usize {
-        match self {
-            Self::F32(values) => size_of_val::<[f32]>(values),
-            Self::Bf16(values) => size_of_val::<[u16]>(values),
-        }
+        pages::bytes(&self.numbers())
     }
 }
 
 /// One immutable generation of an adapter in memory.
 #[derive(Debug)]
 pub struct Adapter {
-    sites: Vec<Option<AdapterSite>>,
+    // Dropped in this order: who watches is told when the memory is free.
+    sites: Arc<[Option<AdapterSite>]>,
     bytes: usize,
+    _watch: Option<Watch>,
+}
+
+/// Called when the adapter it belongs to is dropped.
+struct Watch(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.0.take() {
+            dropped();
+        }
+    }
 }
 
 impl Adapter {
@@ -87,7 +107,36 @@ impl Adapter {
             .collect();
         let values: usize = sites.iter().flatten().map(|site| site.a.bytes() + site.b.bytes()).sum();
         let bytes = values + size_of_val(sites.as_slice());
-        Self { sites, bytes }
+        Self { sites: sites.into(), bytes, _watch: None }
+    }
+
+    /// Its tensors, in a fixed order.
+    fn tensors(&self) -> impl Iterator<Item = &Values> {
+        self.sites.iter().flatten().flat_map(|site| [&site.a, &site.b])
+    }
+
+    /// Pages of `page_bytes` that it takes; `None` if a tensor is larger than a page.
+    #[must_use]
+    pub fn pages(&self, page_bytes: usize) -> Option<usize> {
+        Plan::new(page_bytes, self.tensors().map(Values::bytes)).map(|plan| plan.pages())
+    }
+
+    /// The same adapter with its tensors in pages of a pool; `None` if there are too few free ones.
+    #[must_use]
+    pub fn upload(&self, pool: &PagePool) -> Option<Self> {
+        let tensors: Vec<Numbers<'_>> = self.tensors().map(Values::numbers).collect();
+        let mut spans = pool.store(&tensors)?.into_iter().map(Values::Paged);
+        let mut site =
+            |site: &AdapterSite| Some(AdapterSite { rank: site.rank, a: spans.next()?, b: spans.next()? });
+        let sites = self.sites.iter().map(|at| at.as_ref().and_then(&mut site)).collect();
+        Some(Self { sites, bytes: self.bytes, _watch: None })
+    }
+
+    /// Another handle on the same weights that calls `dropped` when it goes, after what it alone held is free.
+    #[must_use]
+    pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
+        let _watch = Some(Watch(Some(Box::new(dropped))));
+        Self { sites: Arc::clone(&self.sites), bytes: self.bytes, _watch }
     }
 
     /// The update at a site, if the adapter acts there.

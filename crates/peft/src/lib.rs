@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod files;
 mod kind;
+mod pages;
 mod shape;
 mod weights;
 
@@ -20,5 +21,6 @@ pub use error::PeftError;
 pub use files::generation_id;
 pub use kernels::{Numbers, Precision};
 pub use kind::{AdapterConfig, Ia3Config, PromptConfig};
+pub use pages::PagePool;
 pub use shape::BaseShape;
 pub use weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PeftFiles, PromptWeights};

@@ -61,6 +61,14 @@ impl From<AcquireError> for ApiError {
                 let message = "this user's adapter was trained for another base model: upload history to train a new one";
                 Self::new(Code::AdapterIncompatible, message).cause(&error)
             }
+            AcquireError::TooLarge { .. } => {
+                let message = "this user's adapter is larger than this server's memory for adapters in use";
+                Self::new(Code::AdapterIncompatible, message).cause(&error)
+            }
+            AcquireError::Full { .. } => {
+                overloaded("the memory for adapters in use is full: try again").cause(&error)
+            }
+            AcquireError::Late => deadline("the adapter was not loaded in time"),
             AcquireError::Stopped => unavailable(&error),
             AcquireError::Store(_) | AcquireError::Invalid(_) => {
                 Self::new(Code::Internal, "this user's adapter cannot be read").cause(&error)

@@ -6,7 +6,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::routes::{adapter, chat, completions, history, jobs, metrics, models, operation, tgi, users};
+use crate::routes::{
+    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, tgi, users,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -46,6 +48,7 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(users::list))
         .routes(routes!(users::read, users::erase))
         .routes(routes!(history::upload, history::read, history::erase))
+        .routes(routes!(adapters::list))
         .routes(routes!(adapter::read))
         .routes(routes!(adapter::config))
         .routes(routes!(adapter::weights))

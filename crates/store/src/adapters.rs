@@ -111,6 +111,7 @@ impl Store {
         };
         self.blobs().write(folder, [(CONFIG, new_config), (WEIGHTS, new_weights)]).await?;
 
+        let _moving = self.moving(&target.adapter);
         let mut tx = self.write().await?;
         // `announce` has seen that the job is this user's.
         if let Some((fence, outcome)) = &target.finish
@@ -154,16 +155,22 @@ impl Store {
         if let Some(to) = &to {
             self.fetch(adapter, to).await?;
         }
-        let mut tx = self.write().await?;
-        let user = find_user(&mut tx, adapter).await?;
-        if let Some(to) = &to
-            && sql::generations::find(&mut tx, user, to).await?.is_none()
-        {
-            return Err(StoreError::not_found("generation", to));
-        }
-        move_head(&mut tx, adapter, expected_head, to).await?;
-        tx.commit().await?;
-        Ok(())
+        let (store, adapter) = (self.clone(), adapter.clone());
+        // A commit whose caller has gone must be counted too.
+        Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
+            let mut tx = store.write().await?;
+            let user = find_user(&mut tx, &adapter).await?;
+            if let Some(to) = &to
+                && sql::generations::find(&mut tx, user, to).await?.is_none()
+            {
+                return Err(StoreError::not_found("generation", to));
+            }
+            move_head(&mut tx, &adapter, expected_head, to).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// The generation that new requests get; `None` if there is none, or no such user.

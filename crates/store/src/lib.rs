@@ -17,6 +17,7 @@ mod disk;
 mod error;
 mod history;
 mod jobs;
+mod moves;
 mod records;
 mod sql;
 mod store;

@@ -20,7 +20,6 @@ use self::meter::Meter;
 use crate::admission::Permit;
 use crate::app::App;
 use crate::error::{ApiError, Code};
-use crate::fault::deadline;
 use crate::wanted::{Wanted, model_of, unknown_model};
 
 /// How much longer than its deadline an answer is waited for: the engine is the one to give it up.
@@ -132,8 +131,10 @@ impl App {
         let meter = Meter::new(self.metrics.clone(), ask.prompts.len() * ask.n);
         let until = Instant::now() + self.limits.generation_timeout;
         let who = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
+        // While it waits for its turn, its adapter comes nearer.
+        who.iter().for_each(|who| self.adapters.prefetch(who));
         let permit = self.admission().enter(who.clone(), ask.prompts.len() * ask.n).await?;
-        let lease = self.lease(&ask.wanted, who.as_ref()).await?;
+        let lease = self.lease(&ask.wanted, who.as_ref(), until).await?;
         let mut choices = Vec::with_capacity(ask.prompts.len() * ask.n);
         for prompt in &ask.prompts {
             let group = (ask.n > 1).then(|| self.new_group());
@@ -162,10 +163,15 @@ impl App {
         Ok(Generation { served: Served(lease), choices, meter: meter.submitted(), permit })
     }
 
-    async fn lease(&self, wanted: &Wanted, who: Option<&AdapterId>) -> Result<Option<Lease>, ApiError> {
+    async fn lease(
+        &self,
+        wanted: &Wanted,
+        who: Option<&AdapterId>,
+        until: Instant,
+    ) -> Result<Option<Lease>, ApiError> {
         let Some(who) = who else { return Ok(None) };
-        let lease = tokio::time::timeout(self.limits.adapter_timeout, self.adapters.acquire(who)).await;
-        match (lease.map_err(|_| deadline("the adapter was not loaded in time"))??, wanted) {
+        let patience = self.limits.adapter_timeout.min(until.saturating_duration_since(Instant::now()));
+        match (self.adapters.acquire_within(who, patience).await?, wanted) {
             (None, Wanted::Named(user)) => Err(unknown_model(&model_of(&self.model_name, user))),
             (lease, _) => Ok(lease),
         }

@@ -9,7 +9,7 @@ mod openapi;
 
 use std::sync::Arc;
 
-use adapters::AdapterCache;
+use adapters::{AdapterCache, CacheSettings};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
@@ -82,7 +82,7 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model, Precision::Fast, 1 << 20),
+            adapters: AdapterCache::new(store.clone(), model, CacheSettings::new(Precision::Fast, 4 << 20)),
             model_name: "base".into(),
             base_hash: base,
             limits,
