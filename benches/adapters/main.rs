@@ -20,7 +20,7 @@ use anyhow::Context;
 use atelier::fetch;
 use engine::{ModelEngine, Settings};
 use model::{BaseModel, LoadOptions};
-use peft::{FrozenBase, PagePool, Precision};
+use peft::{PagePool, Precision};
 use store::Store;
 use types::SystemClock;
 

@@ -2,9 +2,7 @@
 
 use anyhow::Context;
 use model::BaseModel;
-use peft::{
-    Adapter, AdapterWeights, FrozenBase, LoraConfig, LoraTensors, LoraWeights, Precision, generation_id,
-};
+use peft::{Adapter, AdapterWeights, LoraConfig, LoraTensors, LoraWeights, Precision, generation_id};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;

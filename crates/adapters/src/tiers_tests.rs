@@ -1,6 +1,6 @@
 //! The rules of the tiers against a plain model of them, and over many schedules of threads.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use proptest::prelude::*;
@@ -70,8 +70,6 @@ struct World {
     leases: Vec<(u64, u8)>,
     /// Adapter of every waiting ticket.
     tickets: HashMap<u64, u8>,
-    /// Tickets of adapters that are in host memory, as far as has been told.
-    ready: HashSet<u8>,
 }
 
 macro_rules! ensure {
@@ -93,7 +91,6 @@ impl World {
             placements: Vec::new(),
             leases: Vec::new(),
             tickets: HashMap::new(),
-            ready: HashSet::new(),
         }
     }
 
@@ -317,8 +314,7 @@ fn seeded_bugs_break_the_rules() {
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
         let mut runner = TestRunner::new_with_rng(config, rng);
-        let found = runner
-            .run(&sequences(), |ops| run(&ops, Some(fault)).map_err(|problem| TestCaseError::fail(problem)));
+        let found = runner.run(&sequences(), |ops| run(&ops, Some(fault)).map_err(TestCaseError::fail));
         assert!(found.is_err(), "{fault:?} was not noticed");
     }
 }

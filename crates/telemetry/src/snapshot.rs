@@ -157,7 +157,8 @@ impl EngineSnapshot {
 impl CacheSnapshot {
     fn write(&self, out: &mut Writer<'_>) -> Result<(), fmt::Error> {
         let tiers = [("host", &self.host), ("device", &self.device)];
-        let gauges: [(&str, &str, fn(&TierSnapshot) -> usize); 3] = [
+        type Value = fn(&TierSnapshot) -> usize;
+        let gauges: [(&str, &str, Value); 3] = [
             ("atelier_adapter_cache_adapters", "Adapters in memory, by tier", |tier| tier.adapters),
             ("atelier_adapter_cache_bytes", "Bytes of adapters in memory, by tier", |tier| tier.bytes),
             ("atelier_adapter_cache_budget_bytes", "Bytes that adapters may have, by tier", |tier| {

@@ -170,11 +170,6 @@ async fn no_token_of_another_adapter_or_generation() {
     let world = World::new(false).await;
     world.run(100_000).await;
     let residency = world.cache.residency();
-    println!(
-        "{residency:?}, {} answers, {} cancelled",
-        world.answers.load(Ordering::Relaxed),
-        world.cancelled.load(Ordering::Relaxed)
-    );
     assert_eq!(world.foreign.load(Ordering::Relaxed), 0);
     assert!(world.generated.load(Ordering::Relaxed) >= 100_000);
     assert!(world.answers.load(Ordering::Relaxed) > 1000 && world.cancelled.load(Ordering::Relaxed) > 100);

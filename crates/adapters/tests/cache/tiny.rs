@@ -5,8 +5,7 @@ use std::sync::{Arc, OnceLock};
 use engine::{Engine, Event, Generate, ModelEngine, Settings, SubmitError, TokenStream};
 use model::{BaseModel, KvPool};
 use peft::{
-    AdapterWeights, FrozenBase, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules,
-    generation_id,
+    AdapterWeights, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules, generation_id,
 };
 use safetensors::SafeTensors;
 use serde_json::json;

@@ -1,6 +1,7 @@
 //! The HTTP role over a tiny random model and a store in memory.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod adapters;
 mod bad_input;
 mod faults;
 mod generate;
@@ -9,7 +10,7 @@ mod openapi;
 
 use std::sync::Arc;
 
-use adapters::{AdapterCache, CacheSettings};
+use ::adapters::{AdapterCache, CacheSettings};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
