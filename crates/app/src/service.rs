@@ -22,7 +22,7 @@ use types::SystemClock;
 use worker::Worker;
 
 use crate::settings::{ServiceArgs, TrainingArgs};
-use crate::{fetch, model_path};
+use crate::{fetch, model_path, task_adapter};
 
 const MIB: usize = 1 << 20;
 
@@ -62,8 +62,13 @@ impl Service {
         let path = model_path::find(args.model.as_deref(), &cache).await?;
         let options = LoadOptions { max_context: args.max_context };
         let model_file = path.clone();
-        let Loaded { model, tokenizer } =
-            tokio::task::spawn_blocking(move || model::load(&model_file, options)).await??;
+        let (task, mode) = (args.task_adapter.clone(), args.task_adapter_mode.into());
+        let load = move || -> anyhow::Result<Loaded> {
+            let loaded = model::load(&model_file, options)?;
+            let Some(folder) = task else { return Ok(loaded) };
+            Ok(Loaded { model: task_adapter::apply(loaded.model, &folder, mode)?, ..loaded })
+        };
+        let Loaded { model, tokenizer } = tokio::task::spawn_blocking(load).await??;
         let Some(source) = tokenizer else {
             bail!(
                 "{}: there is no tokenizer (tokenizer.json, or the tokenizer.* keys of a GGUF file)",

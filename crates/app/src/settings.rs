@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::Precision;
+use model::{Precision, TaskMode};
 use train::Recipe;
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
@@ -51,6 +51,13 @@ pub struct ServiceArgs {
     /// A GGUF file, a folder in Hugging Face layout, or (feature `hub`) a hub id. [default: SmolLM2-135M-Instruct]
     #[arg(long, env = "ATELIER_MODEL")]
     pub model: Option<String>,
+    /// Folder of a LoRA adapter for the task that all users share (HF peft's two files); it becomes part of the base.
+    #[arg(long, env = "ATELIER_TASK_ADAPTER")]
+    pub task_adapter: Option<PathBuf>,
+    /// Where the task adapter goes: `merge` into the weights (quantised ones it acts on become 8-bit), `stack` under the
+    /// users' adapters (the weights stay as they are).
+    #[arg(long, default_value = "merge", env = "ATELIER_TASK_ADAPTER_MODE")]
+    pub task_adapter_mode: TaskModeArg,
     /// Name of the model in the API. [default: the model's own]
     #[arg(long, env = "ATELIER_MODEL_NAME")]
     pub model_name: Option<String>,
@@ -118,6 +125,24 @@ impl From<PrecisionArg> for Precision {
         match precision {
             PrecisionArg::Fast => Self::Fast,
             PrecisionArg::Exact => Self::Exact,
+        }
+    }
+}
+
+/// Where a task adapter goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TaskModeArg {
+    /// Into the weights.
+    Merge,
+    /// Under the users' adapters.
+    Stack,
+}
+
+impl From<TaskModeArg> for TaskMode {
+    fn from(mode: TaskModeArg) -> Self {
+        match mode {
+            TaskModeArg::Merge => Self::Merge,
+            TaskModeArg::Stack => Self::Stack,
         }
     }
 }

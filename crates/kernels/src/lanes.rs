@@ -292,7 +292,7 @@ impl Lanes for Portable {
 
 /// bfloat16 to single.
 #[inline(always)]
-pub(crate) fn brain_to_f32(brain: u16) -> f32 {
+pub fn brain_to_f32(brain: u16) -> f32 {
     f32::from_bits(u32::from(brain) << 16)
 }
 

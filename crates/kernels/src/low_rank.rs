@@ -26,6 +26,15 @@ impl Numbers<'_> {
         }
     }
 
+    /// In float32.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values.to_vec(),
+            Self::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
+        }
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -57,7 +66,13 @@ pub(crate) struct Route {
 impl Route {
     pub(crate) const NONE: Self = Self { rank: 0, brain: false, a: std::ptr::null(), b: std::ptr::null() };
 
-    pub(crate) fn new(update: &LowRank<'_>) -> Self {
+    /// # Panics
+    /// When A or B do not fit a layer of `n` outputs and `k` inputs.
+    pub(crate) fn new(update: &LowRank<'_>, n: usize, k: usize) -> Self {
+        let rank = update.rank;
+        assert!(rank >= 1, "an update of rank 0");
+        assert_eq!(update.a.len(), rank * k, "A is not {rank} x {k}");
+        assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
         let (brain, a, b) = match (update.a, update.b) {
             (Numbers::F32(a), Numbers::F32(b)) => (false, a.as_ptr().cast(), b.as_ptr().cast()),
             (Numbers::Bf16(a), Numbers::Bf16(b)) => (true, a.as_ptr().cast(), b.as_ptr().cast()),
@@ -113,6 +128,28 @@ fn dot_brain<L: Lanes>(a: &[u16], x: &[f32]) -> f32 {
     sum
 }
 
+/// `B u` for the columns of a panel.
+///
+/// # Safety
+/// The route's B has a panel of (rank, 16) there; `u` has `rank` values.
+#[inline(always)]
+pub(crate) unsafe fn up<L: Lanes>(route: &Route, panel: usize, u: *const f32) -> L {
+    let at = panel * route.rank * PANEL;
+    let mut sums = L::zero();
+    for rank in 0..route.rank {
+        // SAFETY: the caller vouches for B and `u`.
+        unsafe {
+            let b = if route.brain {
+                L::load_brain(route.b.add((at + rank * PANEL) * 2))
+            } else {
+                L::load(route.b.cast::<f32>().add(at + rank * PANEL))
+            };
+            sums = sums.fma(b, L::splat(*u.add(rank)));
+        }
+    }
+    sums
+}
+
 /// Adds `B u` to a panel's columns of the rows that have an adapter.
 ///
 /// # Safety
@@ -134,7 +171,6 @@ pub(crate) unsafe fn expand<L: Lanes>(
                 continue;
             }
             let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
-            let mut sums = L::zero();
             let at = panel * route.rank * PANEL;
             if rows <= PREFETCHED {
                 // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
@@ -144,14 +180,7 @@ pub(crate) unsafe fn expand<L: Lanes>(
                     L::prefetch(next.wrapping_add(line * 64));
                 }
             }
-            for rank in 0..route.rank {
-                let b = if route.brain {
-                    L::load_brain(route.b.add((at + rank * PANEL) * 2))
-                } else {
-                    L::load(route.b.cast::<f32>().add(at + rank * PANEL))
-                };
-                sums = sums.fma(b, L::splat(*u.add(rank)));
-            }
+            let sums: L = up(&route, panel, u);
             let y = target.y.part(row * target.n + panel * PANEL, width);
             if width == PANEL {
                 L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());

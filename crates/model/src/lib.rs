@@ -17,6 +17,7 @@ mod load;
 mod ops;
 mod packed;
 mod serve;
+mod task;
 mod tensors;
 
 pub use config::{ModelConfig, RopeScaling};
@@ -30,3 +31,4 @@ pub use load::{LoadOptions, Loaded, load};
 pub use ops::{FrozenLinear, SpanAttend, map, slice_of};
 pub use packed::PackedPass;
 pub use serve::{BatchInput, Logits, Runtime};
+pub use task::{TaskMode, Under};

@@ -64,7 +64,7 @@ pub fn map(
     first.contiguous()?.apply_op1_no_bwd(&Map { name, shape: shape.into(), run, rest: &rest })
 }
 
-/// `y = W x + bias` with W frozen: its gradient is that of `x` alone.
+/// `y = W x + bias` with W frozen, a stacked task adapter included: its gradient is that of `x` alone.
 pub struct FrozenLinear(pub Linear);
 
 impl CustomOp1 for FrozenLinear {
@@ -75,7 +75,7 @@ impl CustomOp1 for FrozenLinear {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let rows = layout.shape().dims2()?.0;
         let mut y = vec![0.0; rows * self.0.weight.rows()];
-        kernels::linear(&self.0.weight, self.0.bias.as_deref(), slice_of(storage, layout)?, &mut y);
+        self.0.forward(slice_of(storage, layout)?, &mut y);
         output(y, (rows, self.0.weight.rows()))
     }
 
@@ -83,7 +83,7 @@ impl CustomOp1 for FrozenLinear {
         let weight = &self.0.weight;
         let dx = map("frozen-linear-grad", dy, &[], x.shape(), |dy, _| {
             let mut dx = vec![0.0; dy.len() / weight.rows() * weight.cols()];
-            kernels::linear_transposed(weight, dy, &mut dx);
+            self.0.transposed(dy, &mut dx);
             dx
         })?;
         Ok(Some(dx))

@@ -48,7 +48,7 @@ impl CustomOp3 for AdaptedLinear {
         let (x, a, b) = (slice_of(s1, l1)?, slice_of(s2, l2)?, slice_of(s3, l3)?);
         let (rows, width) = (l1.shape().dims2()?.0, self.frozen.weight.rows());
         let mut y = vec![0.0; rows * width];
-        kernels::linear(&self.frozen.weight, self.frozen.bias.as_deref(), x, &mut y);
+        self.frozen.forward(x, &mut y);
         let scaled: Vec<f32> = b.iter().map(|b| b * self.scale).collect();
         let rank = l2.shape().dims2()?.0;
         match self.mask {
@@ -78,10 +78,9 @@ impl CustomOp3 for AdaptedLinear {
         let db = (dy.t()?.matmul(&u)? * f64::from(self.scale))?;
         let da = du.t()?.matmul(&dropped)?;
         let low_rank = du.matmul(&a)?;
-        let weight = &self.frozen.weight;
         let dx = map("adapted-linear-grad", &dy, &[&low_rank], x.shape(), |dy, rest| {
             let mut dx = vec![0.0; rest[0].len()];
-            kernels::linear_transposed(weight, dy, &mut dx);
+            self.frozen.transposed(dy, &mut dx);
             let low_rank = self.mask.map(|mask| mask.apply(rest[0]));
             let low_rank = low_rank.as_deref().unwrap_or(rest[0]);
             dx.iter_mut().zip(low_rank).for_each(|(dx, update)| *dx += update);

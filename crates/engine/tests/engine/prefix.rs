@@ -1,6 +1,6 @@
 //! Keys and values that sequences take over from earlier ones: equal to the bit, and nobody else's.
 
-use peft::{LoraConfig, LoraTensors};
+use peft::{LoraConfig, LoraTensors, LoraWeights};
 use types::TenantId;
 
 use super::*;

@@ -33,6 +33,8 @@ const GENERATION: HeaderName = HeaderName::from_static("x-atelier-generation");
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<u32>,
     pub(crate) max_tokens: u32,
+    /// `max_tokens` is the request's, not the default.
+    asked: bool,
 }
 
 impl Prompt {
@@ -59,7 +61,15 @@ impl Prompt {
             );
             return Err(ApiError::new(Code::ContextLengthExceeded, message).param(param));
         }
-        Ok(Self { tokens, max_tokens })
+        Ok(Self { tokens, max_tokens, asked: asked.is_some() })
+    }
+
+    /// The same beside the virtual tokens of an adapter: a default answer makes room for them.
+    fn beside(&self, virtual_tokens: usize, context: usize) -> Self {
+        let room = context.saturating_sub(self.tokens.len() + virtual_tokens);
+        let room = u32::try_from(room).unwrap_or(u32::MAX).max(1);
+        let max_tokens = if self.asked { self.max_tokens } else { self.max_tokens.min(room) };
+        Self { max_tokens, ..self.clone() }
     }
 }
 
@@ -135,8 +145,11 @@ impl App {
         who.iter().for_each(|who| self.adapters.prefetch(who));
         let permit = self.admission().enter(who.clone(), ask.prompts.len() * ask.n).await?;
         let lease = self.lease(&ask.wanted, who.as_ref(), until).await?;
+        let context = self.engine.limits().context;
+        let virtual_tokens = lease.as_ref().map_or(0, |lease| lease.adapter.virtual_tokens());
         let mut choices = Vec::with_capacity(ask.prompts.len() * ask.n);
         for prompt in &ask.prompts {
+            let prompt = &prompt.beside(virtual_tokens, context);
             let group = (ask.n > 1).then(|| self.new_group());
             for number in 0..ask.n {
                 let params = SamplingParams {
