@@ -91,7 +91,7 @@ pub(crate) async fn ask(engine: &ModelEngine, lease: &Lease, max_tokens: u32) ->
 impl Traffic {
     async fn request(&self, id: &AdapterId, max_tokens: u32) -> anyhow::Result<Answer> {
         let start = Instant::now();
-        let lease = self.cache.acquire(id).await?.with_context(|| format!("{} has no adapter", id.user))?;
+        let lease = self.cache.acquire(id).await?.with_context(|| format!("{} has no adapter", id.owner))?;
         let answer = ask(&self.engine, &lease, max_tokens).await?;
         Ok(Answer { start, ..answer })
     }

@@ -73,5 +73,5 @@ async fn publish_after(
         meta: json!({}),
     };
     let record = store.publish(id, generation, head, None).await;
-    Ok(record.with_context(|| format!("cannot publish {}", id.user))?.id)
+    Ok(record.with_context(|| format!("cannot publish {}", id.owner))?.id)
 }

@@ -52,7 +52,6 @@ impl Server {
 }
 
 fn app(ours: &Ours, store: Store) -> App {
-    let base = *ours.base.hash();
     App::new(AppState {
         engine: Arc::new(ours.engine.clone()),
         tokenizer: ours.tokenizer.clone(),
@@ -63,7 +62,7 @@ fn app(ours: &Ours, store: Store) -> App {
             CacheSettings::new(Precision::Fast, ADAPTER_BYTES),
         ),
         model_name: MODEL.to_owned(),
-        base_hash: base,
+        base: ours.base.clone(),
         // One user may be all sixteen clients here.
         limits: Limits { in_flight_per_user: 64, ..Limits::default() },
         auth: Auth::Open,

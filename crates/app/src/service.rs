@@ -105,7 +105,7 @@ impl Service {
             store: store.clone(),
             adapters,
             model_name: model_name.clone(),
-            base_hash: *base.hash(),
+            base: base.clone(),
             limits: Limits::default(),
             auth,
             clock: Arc::new(SystemClock),

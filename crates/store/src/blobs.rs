@@ -49,7 +49,7 @@ impl Blobs {
     /// The last part differs for every attempt to publish. So whoever fails may delete its folder
     /// without a thought for others that publish the same generation.
     pub(crate) fn new_folder(adapter: &AdapterId, generation: &GenerationId) -> String {
-        format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.user, Uuid::new_v4().simple())
+        format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.owner, Uuid::new_v4().simple())
     }
 
     /// Writes the files of a new folder. When this returns, files and folder names are on disk.

@@ -17,6 +17,7 @@ mod disk;
 mod error;
 mod history;
 mod jobs;
+mod lineage;
 mod moves;
 mod records;
 mod sql;
@@ -25,7 +26,7 @@ mod users;
 
 pub use error::StoreError;
 pub use records::{
-    AdapterFiles, Appended, Claimed, Fence, GenerationRecord, HistoryCursor, NewGeneration, Page, QueueStats,
-    UserRecord,
+    AdapterFiles, Appended, Claimed, Expected, Fence, Fingerprint, GenerationCursor, GenerationRecord,
+    HistoryCursor, NewGeneration, Origin, Page, QueueStats, SharedRecord, UserRecord,
 };
 pub use store::Store;

@@ -98,7 +98,7 @@ async fn work(store: Store) {
         };
         let published =
             store.publish(adapter, generation, head, Some((claimed.fence, outcome))).await.unwrap();
-        say(&format!("head {} {}", adapter.user, published.id));
+        say(&format!("head {} {}", adapter.owner, published.id));
     }
 }
 

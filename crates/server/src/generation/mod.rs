@@ -26,7 +26,7 @@ use crate::wanted::{Wanted, model_of, unknown_model};
 const ENGINE_GRACE: Duration = Duration::from_secs(5);
 
 const ADAPTER: HeaderName = HeaderName::from_static("x-atelier-adapter");
-const GENERATION: HeaderName = HeaderName::from_static("x-atelier-generation");
+pub(crate) const GENERATION: HeaderName = HeaderName::from_static("x-atelier-generation");
 
 /// One prompt and how long its answers may become; both checked against the context.
 #[derive(Debug, Clone)]
@@ -95,16 +95,16 @@ pub(crate) struct Ask {
 pub(crate) struct Served(Option<Lease>);
 
 impl Served {
-    /// The user whose adapter answers.
-    pub(crate) fn adapter(&self) -> Option<&str> {
-        self.0.as_ref().map(|lease| lease.id.user.as_str())
+    /// Whose adapter answers: a user, or an `@` and the name of a shared adapter.
+    pub(crate) fn adapter(&self) -> Option<String> {
+        self.0.as_ref().map(|lease| lease.id.owner.to_string())
     }
 
     /// The headers that name adapter and generation; `none` for the base.
     pub(crate) fn mark(&self, headers: &mut HeaderMap) {
         let generation = self.0.as_ref().map(|lease| lease.generation.to_string());
         let value = |text: Option<&str>| HeaderValue::from_str(text.unwrap_or("none")).ok();
-        headers.extend(value(self.adapter()).map(|value| (ADAPTER, value)));
+        headers.extend(value(self.adapter().as_deref()).map(|value| (ADAPTER, value)));
         headers.extend(value(generation.as_deref()).map(|value| (GENERATION, value)));
     }
 }
@@ -140,10 +140,11 @@ impl App {
         }
         let meter = Meter::new(self.metrics.clone(), ask.prompts.len() * ask.n);
         let until = Instant::now() + self.limits.generation_timeout;
-        let who = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
+        let user = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
+        let who = ask.wanted.owner().map(|owner| AdapterId { tenant: ask.tenant.clone(), owner });
         // While it waits for its turn, its adapter comes nearer.
         who.iter().for_each(|who| self.adapters.prefetch(who));
-        let permit = self.admission().enter(who.clone(), ask.prompts.len() * ask.n).await?;
+        let permit = self.admission().enter(user, ask.prompts.len() * ask.n).await?;
         let lease = self.lease(&ask.wanted, who.as_ref(), until).await?;
         let context = self.engine.limits().context;
         let virtual_tokens = lease.as_ref().map_or(0, |lease| lease.adapter.virtual_tokens());
@@ -185,7 +186,9 @@ impl App {
         let Some(who) = who else { return Ok(None) };
         let patience = self.limits.adapter_timeout.min(until.saturating_duration_since(Instant::now()));
         match (self.adapters.acquire_within(who, patience).await?, wanted) {
-            (None, Wanted::Named(user)) => Err(unknown_model(&model_of(&self.model_name, user))),
+            (None, Wanted::Named(_) | Wanted::Shared(..)) => {
+                Err(unknown_model(&model_of(&self.model_name, &who.owner)))
+            }
             (lease, _) => Ok(lease),
         }
     }

@@ -4,7 +4,8 @@ use adapters::Tier;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use types::UserId;
+use store::GenerationRecord;
+use types::{AdapterId, AdapterName, TenantId, UserId};
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -14,11 +15,14 @@ use crate::fault::invalid_id;
 use crate::routes::items::seconds;
 use crate::routes::{PageQuery, Paged};
 
-/// A user's adapter at a glance.
+/// What a shared adapter's name begins with.
+const SHARED: &str = "@";
+
+/// An adapter at a glance.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct WireResident {
-    /// The user it belongs to.
-    user: String,
+    /// The user it belongs to, or `@` and the name of a shared adapter.
+    owner: String,
     /// `adapter`.
     object: &'static str,
     /// The generation that answers new requests.
@@ -31,8 +35,8 @@ pub(crate) struct WireResident {
     tier: &'static str,
 }
 
-/// A page of adapters, by user. It may hold fewer than asked for before the last one: users without an adapter are
-/// passed over.
+/// A page of adapters, first the users' by name, then the shared ones. It may hold fewer than asked for before the last
+/// one: users without an adapter are passed over.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ResidentPage {
     /// `list`.
@@ -44,11 +48,11 @@ pub(crate) struct ResidentPage {
     next: Option<String>,
 }
 
-/// Lists the users' adapters with the tier that each is in.
+/// Lists all adapters with the tier that each is in.
 #[utoipa::path(
     get,
     path = "/v1/adapters",
-    tag = "users",
+    tag = "adapters",
     params(PageQuery),
     responses(
         (status = 200, description = "A page", body = ResidentPage),
@@ -60,29 +64,48 @@ pub(crate) async fn list(
     principal: Principal,
     Paged(query): Paged,
 ) -> Result<Json<ResidentPage>, ApiError> {
-    let after = query.after.as_deref().map(str::parse::<UserId>).transpose();
-    let after = after.map_err(|error| invalid_id("after", &error))?;
-    let page = app.store.users(&principal.tenant, after.as_ref(), query.limit(&app)?).await?;
-    let resident = |record: store::UserRecord| {
-        let head = record.head?;
-        let tier = match app.adapters.tier(&record.id) {
-            Tier::Device => "device",
-            Tier::Host => "host",
-            Tier::Store => "store",
-        };
-        Some(WireResident {
-            user: record.id.user.into(),
-            object: "adapter",
-            generation: head.id.to_string(),
-            bytes: head.bytes,
-            created_at: seconds(head.created_at),
-            tier,
-        })
+    let (tenant, limit) = (principal.tenant, query.limit(&app)?);
+    let after = query.after.as_deref().filter(|after| !after.is_empty());
+    let (data, next) = match after.and_then(|after| after.strip_prefix(SHARED)) {
+        None => users(&app, &tenant, after, limit).await?,
+        Some(after) => shared(&app, &tenant, after, limit).await?,
     };
-    Ok(Json(ResidentPage {
-        object: "list",
-        has_more: page.next.is_some(),
-        next: page.next.map(String::from),
-        data: page.entries.into_iter().filter_map(resident).collect(),
-    }))
+    Ok(Json(ResidentPage { object: "list", data, has_more: next.is_some(), next }))
+}
+
+type Entries = (Vec<WireResident>, Option<String>);
+
+/// Users' adapters, and where to go on: the shared ones begin a page of their own.
+async fn users(app: &App, tenant: &TenantId, after: Option<&str>, limit: u32) -> Result<Entries, ApiError> {
+    let after = after.map(str::parse::<UserId>).transpose().map_err(|error| invalid_id("after", &error))?;
+    let page = app.store.users(tenant, after.as_ref(), limit).await?;
+    let data = page.entries.into_iter().filter_map(|user| resident(app, user.id, user.head));
+    Ok((data.collect(), Some(page.next.map_or_else(|| SHARED.to_owned(), String::from))))
+}
+
+/// Shared adapters, and where to go on.
+async fn shared(app: &App, tenant: &TenantId, after: &str, limit: u32) -> Result<Entries, ApiError> {
+    let after = Some(after).filter(|after| !after.is_empty()).map(str::parse::<AdapterName>).transpose();
+    let after = after.map_err(|error| invalid_id("after", &error))?;
+    let page = app.store.shared_adapters(tenant, after.as_ref(), limit).await?;
+    let id = |name| AdapterId::shared(tenant.clone(), name);
+    let data = page.entries.into_iter().filter_map(|shared| resident(app, id(shared.name), shared.head));
+    Ok((data.collect(), page.next.map(|name| format!("{SHARED}{name}"))))
+}
+
+fn resident(app: &App, id: AdapterId, head: Option<GenerationRecord>) -> Option<WireResident> {
+    let head = head?;
+    let tier = match app.adapters.tier(&id) {
+        Tier::Device => "device",
+        Tier::Host => "host",
+        Tier::Store => "store",
+    };
+    Some(WireResident {
+        owner: id.owner.to_string(),
+        object: "adapter",
+        generation: head.id.to_string(),
+        bytes: head.bytes,
+        created_at: seconds(head.created_at),
+        tier,
+    })
 }

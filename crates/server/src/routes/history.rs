@@ -165,5 +165,5 @@ pub(crate) async fn read(
 )]
 pub(crate) async fn erase(State(app): State<App>, PathUser(id): PathUser) -> Result<Json<Erased>, ApiError> {
     let deleted_items = app.store.erase_history(&id).await?.ok_or_else(|| unknown_user(&id))?;
-    Ok(Json(Erased { user: id.user.into(), deleted_items }))
+    Ok(Json(Erased { user: id.owner.to_string(), deleted_items }))
 }

@@ -83,9 +83,13 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model, CacheSettings::new(Precision::Fast, 4 << 20)),
+            adapters: AdapterCache::new(
+                store.clone(),
+                model.clone(),
+                CacheSettings::new(Precision::Fast, 4 << 20),
+            ),
             model_name: "base".into(),
-            base_hash: base,
+            base: model.clone(),
             limits,
             auth,
             clock: Arc::new(SystemClock),
@@ -123,6 +127,11 @@ impl Server {
 
     /// Gives a user the fixture's adapter.
     async fn adopt(&self, tenant: &str, user: &str) -> String {
+        self.adopt_as(&AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap())).await
+    }
+
+    /// Publishes the fixture's adapter under an id.
+    async fn adopt_as(&self, adapter: &AdapterId) -> String {
         let folder = fixture("tiny-llama/lora-all");
         let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
         let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
@@ -135,8 +144,7 @@ impl Server {
             weights,
             meta: json!({ "gate": null }),
         };
-        let adapter = AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap());
-        self.store.publish(&adapter, generation, None, None).await.unwrap();
+        self.store.publish(adapter, generation, None, None).await.unwrap();
         id.to_string()
     }
 }
