@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::AdapterCache;
+use adapters::{AdapterCache, CacheSettings};
 use anyhow::{Context, bail};
 use engine::ModelEngine;
 use model::{BaseModel, LoadOptions, Loaded};
@@ -81,8 +81,8 @@ impl Service {
         let model_name = model_name(args.model_name.as_deref(), &path)?;
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
-        let (precision, budget) = (args.precision.into(), args.adapter_mib as usize * MIB);
-        let adapters = AdapterCache::new(store.clone(), base.clone(), precision, budget);
+        let metrics = Metrics::default();
+        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics));
         let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();
@@ -109,7 +109,7 @@ impl Service {
             limits: Limits::default(),
             auth,
             clock: Arc::new(SystemClock),
-            metrics: Metrics::default(),
+            metrics,
             on_upload,
         });
         let server = tokio::spawn(server::serve(listener, app, stop.clone()));
@@ -188,6 +188,16 @@ pub fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Set
         threads: args.threads.map_or_else(cores, usize::from),
         precision: args.precision.into(),
         eos: tokenizer.eos_ids().to_vec(),
+    }
+}
+
+fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> CacheSettings {
+    let metrics = metrics.clone();
+    let device_bytes = args.adapter_device_mib as usize * MIB;
+    CacheSettings {
+        host_bytes: args.adapter_host_mib as usize * MIB,
+        on_load: Arc::new(move |time| metrics.adapter_load(time.as_secs_f64())),
+        ..CacheSettings::new(args.adapter_storage(), device_bytes)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::{Precision, TaskMode};
+use peft::Storage;
 use train::Recipe;
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
@@ -85,9 +86,15 @@ pub struct ServiceArgs {
     /// Compute every prompt anew, even where it begins like an earlier one.
     #[arg(long, env = "ATELIER_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
-    /// Memory for adapters, in MiB, beyond those in use.
-    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
-    pub adapter_mib: u32,
+    /// Host memory for adapters, in MiB: those of users who were here lately.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_HOST_MIB")]
+    pub adapter_host_mib: u32,
+    /// Memory for adapters in use, in MiB, reserved at the start.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_DEVICE_MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub adapter_device_mib: u32,
+    /// How adapters are kept; `int8` wants `--precision fast`. [default: bf16, with `--precision exact` f32]
+    #[arg(long, env = "ATELIER_ADAPTER_STORAGE")]
+    pub adapter_storage: Option<StorageArg>,
     /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
     #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
     pub precision: PrecisionArg,
@@ -103,6 +110,30 @@ pub struct ServiceArgs {
     /// How adapters are trained.
     #[command(flatten)]
     pub training: TrainingArgs,
+}
+
+/// How adapters are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StorageArg {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Eight bits, with a scale for each rank: half the bytes.
+    Int8,
+}
+
+impl ServiceArgs {
+    /// How adapters are kept.
+    #[must_use]
+    pub fn adapter_storage(&self) -> Storage {
+        match self.adapter_storage {
+            None => Precision::from(self.precision).into(),
+            Some(StorageArg::F32) => Storage::F32,
+            Some(StorageArg::Bf16) => Storage::Bf16,
+            Some(StorageArg::Int8) => Storage::Int8,
+        }
+    }
 }
 
 /// How the model computes.

@@ -185,6 +185,8 @@ impl Runner {
             stats.steps += 1;
             stats.adapters_running = self.adapters.adapters();
         });
+        // An idle engine must not keep an adapter whose sequence has ended.
+        self.adapters.clear();
         match result {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),

@@ -9,6 +9,7 @@
 #![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
 mod attention;
+mod buffer;
 mod format;
 mod input;
 mod lanes;
@@ -33,6 +34,7 @@ mod vectors;
 mod weight;
 
 pub use attention::{KvStore, paged_attention};
+pub use buffer::PageBuffer;
 pub use format::{Format, WeightError};
 pub use input::Input;
 pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};

@@ -1,12 +1,15 @@
 //! An adapter as it is served: read-only numbers by site, and the lease that pins it.
 
+use std::fmt;
 use std::sync::Arc;
 
-use kernels::{LowRank, Numbers, Precision, Vectors, pack_b, row_norms};
+use kernels::{LowRank, Numbers, Vectors, pack_b, quantise_low_rank, row_norms};
 use types::{AdapterId, GenerationId, SiteId};
 
 use crate::base::FrozenBase;
 use crate::error::PeftError;
+use crate::pages::{self, PagePool, Plan, Span};
+use crate::storage::Storage;
 use crate::weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
 
 /// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
@@ -25,64 +28,131 @@ struct Factors {
     rank: usize,
     a: Values,
     b: Values,
+    /// One for each rank, of factors in eight bits.
+    scales: Option<Values>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Values {
     F32(Box<[f32]>),
     Bf16(Box<[u16]>),
+    I8(Box<[i8]>),
+    /// In pages of a pool.
+    Paged(Span),
 }
 
 impl Values {
-    /// The only place where an adapter's numbers get memory.
-    fn new(values: &[f32], precision: Precision) -> Self {
-        match precision {
-            Precision::Exact => Self::F32(values.into()),
-            Precision::Fast => Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect()),
+    fn new(values: &[f32], storage: Storage) -> Self {
+        match storage {
+            Storage::F32 => Self::vector(values),
+            Storage::Bf16 | Storage::Int8 => {
+                Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect())
+            }
         }
     }
 
     fn vector(values: &[f32]) -> Self {
-        Self::new(values, Precision::Exact)
+        Self::F32(values.into())
     }
 
     fn numbers(&self) -> Numbers<'_> {
         match self {
             Self::F32(values) => Numbers::F32(values),
             Self::Bf16(values) => Numbers::Bf16(values),
+            Self::I8(codes) => Numbers::I8(codes),
+            Self::Paged(span) => span.numbers(),
         }
     }
 
     /// The values of a [`Values::vector`].
     fn floats(&self) -> Option<&[f32]> {
-        match self {
-            Self::F32(values) => Some(values),
-            Self::Bf16(_) => None,
+        match self.numbers() {
+            Numbers::F32(values) => Some(values),
+            Numbers::Bf16(_) | Numbers::I8(_) => None,
         }
     }
 
     fn bytes(&self) -> usize {
-        match self {
-            Self::F32(values) => size_of_val::<[f32]>(values),
-            Self::Bf16(values) => size_of_val::<[u16]>(values),
-        }
+        pages::bytes(&self.numbers())
     }
 }
 
-/// The embeddings of virtual tokens, shape (tokens, width).
+/// All tensors of an adapter.
 #[derive(Debug)]
-struct Prompt {
-    tokens: usize,
-    width: usize,
-    values: Values,
+struct Tensors {
+    /// By [`SiteId::index`].
+    sites: Vec<Option<AdapterSite>>,
+    /// The embeddings of virtual tokens, each a tensor of its own.
+    prompt: Vec<Values>,
+    bytes: usize,
 }
 
 /// One immutable generation of an adapter in memory.
 #[derive(Debug)]
 pub struct Adapter {
-    sites: Vec<Option<AdapterSite>>,
-    prompt: Option<Prompt>,
-    bytes: usize,
+    // Dropped in this order: who watches is told when the memory is free.
+    tensors: Arc<Tensors>,
+    _watch: Option<Watch>,
+}
+
+/// Called when the adapter it belongs to is dropped.
+struct Watch(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.0.take() {
+            dropped();
+        }
+    }
+}
+
+impl AdapterSite {
+    fn values(&self) -> impl Iterator<Item = &Values> {
+        let factors = self.low_rank.iter().flat_map(|f| [Some(&f.a), Some(&f.b), f.scales.as_ref()]);
+        factors.chain([self.input.as_ref(), self.output.as_ref(), self.bias.as_ref()]).flatten()
+    }
+
+    /// The same with other values for each, in the order of [`AdapterSite::values`].
+    fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
+        let factors = self.low_rank.as_ref();
+        Self {
+            low_rank: factors.map(|Factors { rank, a, b, scales }| Factors {
+                rank: *rank,
+                a: other(a),
+                b: other(b),
+                scales: scales.as_ref().map(&mut other),
+            }),
+            input: self.input.as_ref().map(&mut other),
+            output: self.output.as_ref().map(&mut other),
+            bias: self.bias.as_ref().map(&mut other),
+        }
+    }
+}
+
+impl Tensors {
+    fn new(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
+        let mut tensors = Self { sites, prompt, bytes: 0 };
+        let lists = size_of_val(tensors.sites.as_slice()) + size_of_val(tensors.prompt.as_slice());
+        tensors.bytes = tensors.values().map(Values::bytes).sum::<usize>() + lists;
+        tensors
+    }
+
+    /// All of them, in a fixed order.
+    fn values(&self) -> impl Iterator<Item = &Values> {
+        self.sites.iter().flatten().flat_map(AdapterSite::values).chain(&self.prompt)
+    }
+
+    /// The same with other values for each, in the order of [`Tensors::values`].
+    fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
+        let sites = self.sites.iter().map(|site| site.as_ref().map(|site| site.map(&mut other))).collect();
+        Self { sites, prompt: self.prompt.iter().map(&mut other).collect(), bytes: self.bytes }
+    }
 }
 
 impl Adapter {
@@ -93,34 +163,31 @@ impl Adapter {
     pub fn build(
         weights: &AdapterWeights,
         base: &dyn FrozenBase,
-        precision: Precision,
+        storage: impl Into<Storage>,
     ) -> Result<Self, PeftError> {
+        let storage = storage.into();
         match weights {
-            AdapterWeights::Lora(lora) => Self::of_lora(lora, base, precision),
+            AdapterWeights::Lora(lora) => Self::of_lora(lora, base, storage),
             AdapterWeights::Ia3(ia3) => Self::of_ia3(ia3, base),
-            AdapterWeights::Prompt(prompt) => Self::of_prompt(prompt, base, precision),
+            AdapterWeights::Prompt(prompt) => Self::of_prompt(prompt, base, storage),
         }
     }
 
-    /// A LoRA adapter without DoRA, which needs nothing of its base. Folds each site's scale into B. Fast precision keeps
-    /// bfloat16, exact precision float32.
+    /// A LoRA adapter without DoRA, which needs nothing of its base. Folds each site's scale into B.
     ///
     /// # Panics
     /// With DoRA: see [`Adapter::build`].
     #[must_use]
-    pub fn new(weights: &LoraWeights, precision: Precision) -> Self {
+    pub fn new(weights: &LoraWeights, storage: impl Into<Storage>) -> Self {
+        let storage = storage.into();
         let site = |site: &LoraTensors| {
             assert!(site.magnitude.is_none(), "DoRA needs the base");
-            lora_site(site, precision)
+            lora_site(site, storage)
         };
-        Self::finish(weights.sites.iter().map(|at| at.as_ref().map(site)).collect(), None)
+        Self::of(weights.sites.iter().map(|at| at.as_ref().map(site)).collect(), Vec::new())
     }
 
-    fn of_lora(
-        weights: &LoraWeights,
-        base: &dyn FrozenBase,
-        precision: Precision,
-    ) -> Result<Self, PeftError> {
+    fn of_lora(weights: &LoraWeights, base: &dyn FrozenBase, storage: Storage) -> Result<Self, PeftError> {
         let site = |id: SiteId, site: &LoraTensors| {
             let name = format!("{}.lora", id.module_path());
             let (out, input) = base.shape().dims(id.site);
@@ -134,8 +201,8 @@ impl Adapter {
                 return Err(PeftError::tensor(name, format!("does not fit a layer of {input} to {out}")));
             }
             match &site.magnitude {
-                None => Ok(lora_site(site, precision)),
-                Some(magnitude) => dora_site(id, site, magnitude, base, precision),
+                None => Ok(lora_site(site, storage)),
+                Some(magnitude) => dora_site(id, site, magnitude, base, storage),
             }
         };
         by_site(base, &weights.sites, site)
@@ -170,38 +237,52 @@ impl Adapter {
     fn of_prompt(
         weights: &PromptWeights,
         base: &dyn FrozenBase,
-        precision: Precision,
+        storage: Storage,
     ) -> Result<Self, PeftError> {
         let (tokens, width) = (weights.config.virtual_tokens, base.shape().width());
         if tokens == 0 || weights.width != width || weights.embeddings.len() != tokens * width {
             let problem = format!("does not fit {tokens} embeddings of {width}");
             return Err(PeftError::tensor("prompt_embeddings", problem));
         }
-        let values = Values::new(&weights.embeddings, precision);
-        Ok(Self::finish(Vec::new(), Some(Prompt { tokens, width, values })))
+        let embeddings = weights.embeddings.chunks_exact(width);
+        Ok(Self::of(Vec::new(), embeddings.map(|values| Values::new(values, storage)).collect()))
     }
 
-    fn finish(sites: Vec<Option<AdapterSite>>, prompt: Option<Prompt>) -> Self {
-        let of_site = |site: &AdapterSite| {
-            let factors = site.low_rank.as_ref().map_or(0, |factors| factors.a.bytes() + factors.b.bytes());
-            let vectors = [&site.input, &site.output, &site.bias].into_iter().flatten();
-            factors + vectors.map(Values::bytes).sum::<usize>()
-        };
-        let values: usize = sites.iter().flatten().map(of_site).sum();
-        let embeddings = prompt.as_ref().map_or(0, |prompt| prompt.values.bytes());
-        let bytes = values + embeddings + size_of_val(sites.as_slice());
-        Self { sites, prompt, bytes }
+    fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
+        Self { tensors: Arc::new(Tensors::new(sites, prompt)), _watch: None }
+    }
+
+    /// Pages of `page_bytes` that it takes; `None` if a tensor is larger than a page.
+    #[must_use]
+    pub fn pages(&self, page_bytes: usize) -> Option<usize> {
+        Plan::new(page_bytes, self.tensors.values().map(Values::bytes)).map(|plan| plan.pages())
+    }
+
+    /// The same adapter with its tensors in pages of a pool; `None` if there are too few free ones.
+    #[must_use]
+    pub fn upload(&self, pool: &PagePool) -> Option<Self> {
+        let values: Vec<Numbers<'_>> = self.tensors.values().map(Values::numbers).collect();
+        let mut spans = pool.store(&values)?.into_iter();
+        let paged = self.tensors.map(|own| spans.next().map_or_else(|| own.clone(), Values::Paged));
+        Some(Self { tensors: Arc::new(paged), _watch: None })
+    }
+
+    /// Another handle on the same weights that calls `dropped` when it goes, after what it alone held is free.
+    #[must_use]
+    pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self { tensors: Arc::clone(&self.tensors), _watch: Some(Watch(Some(Box::new(dropped)))) }
     }
 
     fn at(&self, id: SiteId) -> Option<&AdapterSite> {
-        self.sites.get(id.index())?.as_ref()
+        self.tensors.sites.get(id.index())?.as_ref()
     }
 
     /// The low-rank update at a site, if the adapter has one there.
     #[must_use]
     pub fn site(&self, id: SiteId) -> Option<LowRank<'_>> {
         let factors = self.at(id)?.low_rank.as_ref()?;
-        Some(LowRank { rank: factors.rank, a: factors.a.numbers(), b: factors.b.numbers(), scales: &[] })
+        let scales = factors.scales.as_ref().and_then(Values::floats).unwrap_or_default();
+        Some(LowRank { rank: factors.rank, a: factors.a.numbers(), b: factors.b.numbers(), scales })
     }
 
     /// What else it does at a site.
@@ -225,32 +306,33 @@ impl Adapter {
     /// vocabulary on.
     #[must_use]
     pub fn virtual_tokens(&self) -> usize {
-        self.prompt.as_ref().map_or(0, |prompt| prompt.tokens)
+        self.tensors.prompt.len()
     }
 
     /// Writes the embedding of a virtual token to `out`; false if there is none of that width.
     #[must_use]
     pub fn embed(&self, index: usize, out: &mut [f32]) -> bool {
-        let Some(prompt) = self.prompt.as_ref().filter(|prompt| prompt.width == out.len()) else {
-            return false;
-        };
-        if index >= prompt.tokens {
-            return false;
-        }
-        let range = index * prompt.width..(index + 1) * prompt.width;
-        match &prompt.values {
-            Values::F32(values) => out.copy_from_slice(&values[range]),
-            Values::Bf16(values) => {
-                out.iter_mut().zip(&values[range]).for_each(|(out, &value)| *out = kernels::from_bf16(value));
+        match self.tensors.prompt.get(index).map(Values::numbers) {
+            Some(Numbers::F32(values)) if values.len() == out.len() => out.copy_from_slice(values),
+            Some(Numbers::Bf16(values)) if values.len() == out.len() => {
+                out.iter_mut().zip(values).for_each(|(out, &value)| *out = kernels::from_bf16(value));
             }
+            _ => return false,
         }
         true
+    }
+
+    /// Whether its factors at a site are kept in eight bits.
+    #[must_use]
+    pub fn is_coded(&self, id: SiteId) -> bool {
+        let factors = self.at(id).and_then(|site| site.low_rank.as_ref());
+        factors.is_some_and(|factors| factors.scales.is_some())
     }
 
     /// Bytes it holds in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.tensors.bytes
     }
 }
 
@@ -267,20 +349,29 @@ fn by_site<T>(
     }
     let site = |(id, site): (SiteId, &Option<T>)| site.as_ref().map(|site| build(id, site)).transpose();
     let sites = shape.site_ids().zip(sites).map(site).collect::<Result<_, _>>()?;
-    Ok(Adapter::finish(sites, None))
+    Ok(Adapter::of(sites, Vec::new()))
 }
 
 fn scaled(values: &[f32], scale: f32) -> Vec<f32> {
     values.iter().map(|value| value * scale).collect()
 }
 
-fn lora_site(site: &LoraTensors, precision: Precision) -> AdapterSite {
+/// A (rank, input features) and B (output features, rank), what scales it folded in.
+fn factors(rank: usize, a: &[f32], b: &[f32], storage: Storage) -> Factors {
+    if storage == Storage::Int8 && (a.len() / rank).is_multiple_of(32) {
+        let (a, b, scales) = quantise_low_rank(a, b, rank);
+        let (a, b) = (Values::I8(a.into()), Values::I8(b.into()));
+        return Factors { rank, a, b, scales: Some(Values::vector(&scales)) };
+    }
+    let (a, b) = (Values::new(a, storage), Values::new(&pack_b(b, rank), storage));
+    Factors { rank, a, b, scales: None }
+}
+
+fn lora_site(site: &LoraTensors, storage: Storage) -> AdapterSite {
     let scale = site.scale as f32;
-    let b = pack_b(&scaled(&site.b, scale), site.rank);
-    let factors =
-        Factors { rank: site.rank, a: Values::new(&site.a, precision), b: Values::new(&b, precision) };
+    let low_rank = Some(factors(site.rank, &site.a, &scaled(&site.b, scale), storage));
     let bias = site.bias.as_ref().map(|bias| Values::vector(&scaled(bias, scale)));
-    AdapterSite { low_rank: Some(factors), bias, ..AdapterSite::default() }
+    AdapterSite { low_rank, bias, ..AdapterSite::default() }
 }
 
 /// `y = m / n * (W x + s B A x)` with n the row norms of W + s B A: an output scale, and B times s m / n.
@@ -289,7 +380,7 @@ fn dora_site(
     site: &LoraTensors,
     magnitude: &[f32],
     base: &dyn FrozenBase,
-    precision: Precision,
+    storage: Storage,
 ) -> Result<AdapterSite, PeftError> {
     let rank = site.rank;
     let mut b = scaled(&site.b, site.scale as f32);
@@ -305,8 +396,7 @@ fn dora_site(
     for (row, output) in b.chunks_exact_mut(rank).zip(&output) {
         row.iter_mut().for_each(|value| *value *= output);
     }
-    let b = Values::new(&pack_b(&b, rank), precision);
-    let low_rank = Some(Factors { rank, a: Values::new(&site.a, precision), b });
+    let low_rank = Some(factors(rank, &site.a, &b, storage));
     let bias = site.bias.as_ref().map(|bias| {
         let scale = site.scale as f32;
         let scaled: Vec<f32> = bias.iter().zip(&output).map(|(bias, output)| bias * scale * output).collect();

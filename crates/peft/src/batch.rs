@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::{LowRank, Routing, Vectors};
+use kernels::{LowRank, Numbers, Routing, Vectors};
 use types::SiteId;
 
 use crate::adapter::Adapter;
@@ -86,6 +86,11 @@ impl Routing for SiteRouting<'_> {
     fn max_rank(&self) -> usize {
         let ranks = self.batch.adapters.iter().filter_map(|adapter| adapter.site(self.id));
         ranks.map(|update| update.rank).max().unwrap_or(0)
+    }
+
+    fn coded(&self) -> bool {
+        let shared = self.under.is_some_and(|under| matches!(under.a, Numbers::I8(_)));
+        shared || self.batch.adapters.iter().any(|adapter| adapter.is_coded(self.id))
     }
 
     fn vectors(&self, row: usize) -> Vectors<'_> {

@@ -80,6 +80,14 @@ impl From<AcquireError> for ApiError {
                 let message = "this adapter was made for another base model: train or upload a new one";
                 Self::new(Code::AdapterIncompatible, message).cause(&error)
             }
+            AcquireError::TooLarge { .. } => {
+                let message = "this user's adapter is larger than this server's memory for adapters in use";
+                Self::new(Code::AdapterIncompatible, message).cause(&error)
+            }
+            AcquireError::Full { .. } => {
+                overloaded("the memory for adapters in use is full: try again").cause(&error)
+            }
+            AcquireError::Late => deadline("the adapter was not loaded in time"),
             AcquireError::Stopped => unavailable(&error),
             AcquireError::Store(_) | AcquireError::Invalid(_) => {
                 Self::new(Code::Internal, "this adapter cannot be read").cause(&error)

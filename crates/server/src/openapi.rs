@@ -9,7 +9,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::routes::{adapter, chat, completions, history, jobs, metrics, models, operation, tgi, users};
+use crate::routes::{
+    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, tgi, users,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -50,6 +52,7 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(users::list))
         .routes(routes!(users::read, users::erase))
         .routes(routes!(history::upload, history::read, history::erase))
+        .routes(routes!(adapters::list))
         .routes(routes!(jobs::job))
         .routes(routes!(operation::live))
         .routes(routes!(operation::ready))

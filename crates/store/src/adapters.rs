@@ -120,6 +120,7 @@ impl Store {
         };
         self.blobs().write(folder, [(CONFIG, new_config), (WEIGHTS, new_weights)]).await?;
 
+        let _moving = self.moving(&target.adapter);
         let mut tx = self.write().await?;
         // `announce` has seen that the job is this user's.
         if let Some((fence, outcome)) = &target.finish

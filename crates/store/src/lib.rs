@@ -18,6 +18,7 @@ mod error;
 mod history;
 mod jobs;
 mod lineage;
+mod moves;
 mod records;
 mod sql;
 mod store;

@@ -23,16 +23,22 @@ impl Store {
         if let Some(to) = &to {
             self.fetch(adapter, to).await?;
         }
-        let mut tx = self.write().await?;
-        let user = find_user(&mut tx, adapter).await?;
-        if let Some(to) = &to
-            && sql::generations::find(&mut tx, user, to).await?.is_none()
-        {
-            return Err(StoreError::not_found("generation", to));
-        }
-        move_head(&mut tx, adapter, expected_head.into(), to).await?;
-        tx.commit().await?;
-        Ok(())
+        let (store, adapter, expected_head) = (self.clone(), adapter.clone(), expected_head.into());
+        // A commit whose caller has gone must be counted too.
+        Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
+            let mut tx = store.write().await?;
+            let user = find_user(&mut tx, &adapter).await?;
+            if let Some(to) = &to
+                && sql::generations::find(&mut tx, user, to).await?.is_none()
+            {
+                return Err(StoreError::not_found("generation", to));
+            }
+            move_head(&mut tx, &adapter, expected_head, to).await?;
+            tx.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// The user's generations, newest first; empty if there is no such user.
@@ -120,6 +126,7 @@ impl Store {
         }
         let (store, adapter) = (self.clone(), adapter.clone());
         Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
             let mut tx = store.write().await?;
             let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(false) };
             let all = sql::generations::list(&mut tx, user.key, None, None).await?;

@@ -11,9 +11,10 @@ use sqlx::sqlite::{
 };
 use sqlx::{Connection as _, Sqlite, Transaction};
 use tracing::Instrument as _;
-use types::{Clock, Timestamp};
+use types::{AdapterId, Clock, Timestamp};
 
 use crate::blobs::Blobs;
+use crate::moves::{HeadMoves, Moving};
 use crate::{StoreError, disk, sql};
 
 /// The database's file in the data folder.
@@ -45,6 +46,7 @@ struct Inner {
     readers: SqlitePool,
     blobs: Blobs,
     clock: Arc<dyn Clock>,
+    moves: HeadMoves,
     /// Held as long as the store lives.
     lock: Option<File>,
 }
@@ -75,7 +77,8 @@ impl Store {
         prepare(&writer).await?;
         let readers = connect(READERS, options.create_if_missing(false).read_only(true)).await?;
         let blobs = Blobs::in_folder(folder).await?;
-        let store = Self { inner: Arc::new(Inner { writer, readers, blobs, clock, lock: Some(lock) }) };
+        let (moves, lock) = (HeadMoves::new(), Some(lock));
+        let store = Self { inner: Arc::new(Inner { writer, readers, blobs, clock, moves, lock }) };
         store.recover().await?;
         Ok(store)
     }
@@ -89,7 +92,8 @@ impl Store {
         let writer = connect(1, connect_options()).await?;
         prepare(&writer).await?;
         let readers = writer.clone();
-        let inner = Inner { writer, readers, blobs: Blobs::in_memory(), clock, lock: None };
+        let (blobs, moves) = (Blobs::in_memory(), HeadMoves::new());
+        let inner = Inner { writer, readers, blobs, clock, moves, lock: None };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -102,6 +106,21 @@ impl Store {
         if let Some(Err(error)) = self.inner.lock.as_ref().map(File::unlock) {
             tracing::warn!(%error, "cannot unlock the data folder");
         }
+    }
+
+    /// A number that is another one after every move of this adapter's head: a publish, a rollback, an erasure.
+    ///
+    /// It changes before the call that moves the head returns. So a head that was read after this number is still the
+    /// head as long as the number is the same, or is being moved just now. All moves go through this store, because
+    /// nobody else can have the folder open.
+    #[must_use]
+    pub fn head_moves(&self, adapter: &AdapterId) -> u64 {
+        self.inner.moves.of(adapter)
+    }
+
+    /// To be held around every transaction that may move a head.
+    pub(crate) fn moving(&self, adapter: &AdapterId) -> Moving<'_> {
+        self.inner.moves.moving(adapter)
     }
 
     pub(crate) fn now(&self) -> Timestamp {

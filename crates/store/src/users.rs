@@ -70,6 +70,7 @@ impl Store {
     pub async fn erase_user(&self, adapter: &AdapterId) -> Result<bool, StoreError> {
         let (store, adapter) = (self.clone(), adapter.clone());
         Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
             let mut tx = store.write().await?;
             let user = sql::users::find(&mut tx, &adapter).await?;
             if let Some(user) = &user {

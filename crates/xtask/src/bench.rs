@@ -19,6 +19,8 @@ pub(crate) enum Area {
     Loop,
     /// The engine beside llama.cpp, candle's products and itself; builds llama.cpp at its first run
     Engine,
+    /// Adapters in three tiers: throughput, latency and memory with many users
+    Adapters,
 }
 
 impl Area {
@@ -26,6 +28,7 @@ impl Area {
         match self {
             Self::Loop => "loop",
             Self::Engine => "engine",
+            Self::Adapters => "adapters",
         }
     }
 }

@@ -20,7 +20,6 @@ use self::meter::Meter;
 use crate::admission::Permit;
 use crate::app::App;
 use crate::error::{ApiError, Code};
-use crate::fault::deadline;
 use crate::wanted::{Wanted, model_of, unknown_model};
 
 /// How much longer than its deadline an answer is waited for: the engine is the one to give it up.
@@ -142,8 +141,11 @@ impl App {
         let meter = Meter::new(self.metrics.clone(), ask.prompts.len() * ask.n);
         let until = Instant::now() + self.limits.generation_timeout;
         let user = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
+        let who = ask.wanted.owner().map(|owner| AdapterId { tenant: ask.tenant.clone(), owner });
+        // While it waits for its turn, its adapter comes nearer.
+        who.iter().for_each(|who| self.adapters.prefetch(who));
         let permit = self.admission().enter(user, ask.prompts.len() * ask.n).await?;
-        let lease = self.lease(&ask).await?;
+        let lease = self.lease(&ask.wanted, who.as_ref(), until).await?;
         let context = self.engine.limits().context;
         let virtual_tokens = lease.as_ref().map_or(0, |lease| lease.adapter.virtual_tokens());
         let mut choices = Vec::with_capacity(ask.prompts.len() * ask.n);
@@ -175,11 +177,15 @@ impl App {
         Ok(Generation { served: Served(lease), choices, meter: meter.submitted(), permit })
     }
 
-    async fn lease(&self, ask: &Ask) -> Result<Option<Lease>, ApiError> {
-        let Some(owner) = ask.wanted.owner() else { return Ok(None) };
-        let who = AdapterId { tenant: ask.tenant.clone(), owner };
-        let lease = tokio::time::timeout(self.limits.adapter_timeout, self.adapters.acquire(&who)).await;
-        match (lease.map_err(|_| deadline("the adapter was not loaded in time"))??, &ask.wanted) {
+    async fn lease(
+        &self,
+        wanted: &Wanted,
+        who: Option<&AdapterId>,
+        until: Instant,
+    ) -> Result<Option<Lease>, ApiError> {
+        let Some(who) = who else { return Ok(None) };
+        let patience = self.limits.adapter_timeout.min(until.saturating_duration_since(Instant::now()));
+        match (self.adapters.acquire_within(who, patience).await?, wanted) {
             (None, Wanted::Named(_) | Wanted::Shared(..)) => {
                 Err(unknown_model(&model_of(&self.model_name, &who.owner)))
             }

@@ -1,6 +1,7 @@
 //! The HTTP role over a tiny random model and a store in memory.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod adapters;
 mod bad_input;
 mod failures;
 mod faults;
@@ -14,7 +15,7 @@ mod shared;
 
 use std::sync::Arc;
 
-use adapters::AdapterCache;
+use ::adapters::{AdapterCache, CacheSettings};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
@@ -87,7 +88,11 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model.clone(), Precision::Fast, 1 << 20),
+            adapters: AdapterCache::new(
+                store.clone(),
+                model.clone(),
+                CacheSettings::new(Precision::Fast, 4 << 20),
+            ),
             model_name: "base".into(),
             base: model.clone(),
             limits,
@@ -127,6 +132,11 @@ impl Server {
 
     /// Gives a user the fixture's adapter.
     async fn adopt(&self, tenant: &str, user: &str) -> String {
+        self.adopt_as(&adapter(tenant, user)).await
+    }
+
+    /// Publishes the fixture's adapter under an id.
+    async fn adopt_as(&self, adapter: &AdapterId) -> String {
         let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
         let generation = NewGeneration {
@@ -137,7 +147,7 @@ impl Server {
             weights,
             meta: json!({ "gate": null }),
         };
-        self.store.publish(&adapter(tenant, user), generation, None, None).await.unwrap();
+        self.store.publish(adapter, generation, None, None).await.unwrap();
         id.to_string()
     }
 }
