@@ -207,7 +207,7 @@ async fn a_deleted_adapter_is_gone_and_its_user_is_not() {
     assert_eq!(ask(&server).await.1, two, "it is in memory");
     let deleted = server.call("DELETE", ADAPTER, None).await;
     assert_eq!((deleted.status.as_u16(), &deleted.json()["deleted"]), (200, &json!(true)));
-    assert_eq!(server.app.adapters.residency().adapters, 0);
+    assert_eq!(server.app.adapters.residency().device.adapters, 0);
     assert_eq!(ask(&server).await, base);
     for path in [
         ADAPTER.to_owned(),
@@ -240,7 +240,7 @@ async fn erasing_a_user_removes_every_generation() {
     ] {
         assert_eq!(server.get(&path).await.status, 404, "{path}");
     }
-    assert_eq!(server.app.adapters.residency().adapters, 0);
+    assert_eq!(server.app.adapters.residency().device.adapters, 0);
     assert_eq!(ask(&server).await.1, "none");
     // Who comes back starts from nothing.
     let again = import(&server, ADAPTER, "lora-all").await;

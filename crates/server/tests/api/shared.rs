@@ -59,7 +59,7 @@ async fn a_shared_adapter_and_a_user_of_its_name_are_two() {
     assert_eq!(server.call("DELETE", "/v1/adapters/style", None).await.status, 404);
     assert_eq!(ask("base:@style", None).await.status, 404);
     assert_eq!(server.get("/v1/models/base:@style").await.status, 404);
-    assert_eq!(server.app.adapters.residency().adapters, 0);
+    assert_eq!(server.app.adapters.residency().device.adapters, 0);
 }
 
 #[tokio::test]
