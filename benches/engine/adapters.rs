@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use model::BaseModel;
-use peft::{Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules};
+use peft::{Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, Storage, TargetModules};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -45,11 +45,11 @@ fn adapter_id(number: usize) -> anyhow::Result<AdapterId> {
 }
 
 /// The adapter in memory, as the engine takes it.
-pub(crate) fn lease(number: usize, weights: &LoraWeights) -> anyhow::Result<Lease> {
+pub(crate) fn lease(number: usize, weights: &LoraWeights, storage: Storage) -> anyhow::Result<Lease> {
     Ok(Lease {
         id: adapter_id(number)?,
         generation: GenerationId::from_bytes([u8::try_from(number)?; 32]),
-        adapter: Arc::new(Adapter::new(weights, Precision::Fast)),
+        adapter: Arc::new(Adapter::new(weights, storage)),
     })
 }
 

@@ -1,6 +1,6 @@
 //! Atelier to itself: what adapters cost in a batch, what a batch gains, and how calm it stays under long prompts.
 
-use peft::Lease;
+use peft::{Lease, Storage};
 use types::Site;
 
 use crate::Bench;
@@ -19,9 +19,13 @@ const SITES: [(&str, &[Site], f64, f64); 2] =
 /// The rows.
 pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let progress = bench.progress("batches", bench.runs * (2 * 3 + 2 + 2 + 2));
-    for (name, sites, same_goal, none_goal) in SITES {
-        let leases = leases(ours, sites)?;
+    let progress = bench.progress("batches", bench.runs * (4 * 3 + 2 + 2 + 2));
+    let kept = [("", Storage::Bf16), (", in 8 bits", Storage::Int8)];
+    for ((name, sites, same_goal, none_goal), (suffix, storage)) in
+        SITES.into_iter().flat_map(|sites| kept.map(|kept| (sites, kept)))
+    {
+        let name = format!("{name}{suffix}");
+        let leases = leases(ours, sites, storage)?;
         let one: Vec<Lease> = vec![leases[0].clone(); USERS];
         let mut speeds: [Vec<f64>; 3] = Default::default();
         for _ in 0..bench.runs {
@@ -36,7 +40,7 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         let title = format!("rank 8 for every row (16 different) / none, batch 16, {name}, decode tok/s");
         rows.push(Row::paired(title, different, none).goal(Goal::AtLeast(none_goal)));
     }
-    let others = leases(ours, SITES[0].1)?;
+    let others = leases(ours, SITES[0].1, Storage::Bf16)?;
     let sides = alternate(bench.runs, &progress, |with_others| {
         // Those without come first; a batch's rows go in step, so their rate is half of the whole.
         let leases = if with_others { &others[..USERS / 2] } else { &[] };
@@ -76,9 +80,9 @@ fn alternate(
     Ok(sides)
 }
 
-fn leases(ours: &Ours, sites: &[Site]) -> anyhow::Result<Vec<Lease>> {
+fn leases(ours: &Ours, sites: &[Site], storage: Storage) -> anyhow::Result<Vec<Lease>> {
     let shape = ours.base.shape();
-    (0..USERS).map(|user| lease(user, &weights(&shape, user as u64, sites))).collect()
+    (0..USERS).map(|user| lease(user, &weights(&shape, user as u64, sites), storage)).collect()
 }
 
 /// 64 tokens for each user, after a short prompt; the last users have the adapters.

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adapters::{AdapterCache, CacheSettings};
-use peft::LoraWeights;
-use peft::Precision;
+use peft::{LoraWeights, Storage};
 use server::{App, AppState, Auth, Limits};
 use store::Store;
 use telemetry::Metrics;
@@ -33,7 +32,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// Serves the model over its engine, with these adapters for the users 0, 1, ...
-    pub(crate) fn start(ours: &Ours, adapters: &[LoraWeights]) -> anyhow::Result<Self> {
+    pub(crate) fn start(ours: &Ours, adapters: &[LoraWeights], storage: Storage) -> anyhow::Result<Self> {
         let runtime = Builder::new_multi_thread().enable_all().build()?;
         let stop = CancellationToken::new();
         let address = runtime.block_on(async {
@@ -43,7 +42,7 @@ impl Server {
             }
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let address = listener.local_addr()?;
-            let app = app(ours, store);
+            let app = app(ours, store, storage);
             tokio::spawn(server::serve(listener, app, stop.clone()));
             anyhow::Ok(address)
         })?;
@@ -51,16 +50,12 @@ impl Server {
     }
 }
 
-fn app(ours: &Ours, store: Store) -> App {
+fn app(ours: &Ours, store: Store, storage: Storage) -> App {
     App::new(AppState {
         engine: Arc::new(ours.engine.clone()),
         tokenizer: ours.tokenizer.clone(),
         store: store.clone(),
-        adapters: AdapterCache::new(
-            store,
-            ours.base.clone(),
-            CacheSettings::new(Precision::Fast, ADAPTER_BYTES),
-        ),
+        adapters: AdapterCache::new(store, ours.base.clone(), CacheSettings::new(storage, ADAPTER_BYTES)),
         model_name: MODEL.to_owned(),
         base: ours.base.clone(),
         // One user may be all sixteen clients here.

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use indicatif::ProgressBar;
-use peft::LoraWeights;
+use peft::{LoraWeights, Storage};
 use types::Site;
 
 use crate::Bench;
@@ -42,7 +42,8 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         std::fs::write(&file, gguf(weights, &shape)?).context("cannot write an adapter")?;
         files.push(file);
     }
-    let server = Server::start(ours, &adapters)?;
+    let server = Server::start(ours, &adapters, Storage::Bf16)?;
+    let coded = Server::start(ours, &adapters, Storage::Int8)?;
     let (same, best) =
         (bench.peer.serve(&bench.model, &files, USERS)?, bench.peer.serve(&bench.best, &files, USERS)?);
     let targets = [
@@ -51,7 +52,7 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         Target::LlamaServer(best.address),
     ];
     let prompts = Prompts::new(&ours.tokenizer)?;
-    let mut rows = crowd(bench, ours, &adapters, targets, &prompts)?;
+    let mut rows = crowd(bench, ours, &adapters, targets, Target::Atelier(coded.address), &prompts)?;
     rows.extend(popularities(bench, targets, &prompts)?);
     Ok(rows)
 }
@@ -62,20 +63,23 @@ fn crowd(
     ours: &Ours,
     adapters: &[LoraWeights],
     targets: [Target; 3],
+    coded: Target,
     prompts: &Prompts,
 ) -> anyhow::Result<Vec<Row>> {
-    let leases = adapters.iter().enumerate().map(|(number, weights)| lease(number, weights));
+    let leases = adapters.iter().enumerate().map(|(number, weights)| lease(number, weights, Storage::Bf16));
     let leases = leases.collect::<anyhow::Result<Vec<_>>>()?;
-    let progress = bench.progress("16 users over HTTP", (bench.runs + 1) * USERS * targets.len());
+    let progress = bench.progress("16 users over HTTP", (bench.runs + 1) * USERS * (targets.len() + 1));
     let mut reports: [Vec<Report>; 3] = Default::default();
+    let mut in_codes = Vec::new();
     let mut vllm = bench.vllm.then(|| Vllm::start(bench, ours, adapters)).transpose()?;
     let (mut alone, mut batched) = (Vec::new(), Vec::new());
-    for target in targets {
+    for target in targets.into_iter().chain([coded]) {
         // Adapters are loaded and pages touched.
         load::run(target, &Load { answer: 2, ..CROWD }, prompts, u64::MAX, &progress)?;
     }
     for run in 0..bench.runs as u64 {
         reports[0].push(load::run(targets[0], &CROWD, prompts, run, &progress)?);
+        in_codes.push(load::run(coded, &CROWD, prompts, run, &progress)?);
         let job = |lease| Job { prompt: PROMPT, answer: ANSWER, adapter: Some(lease) };
         alone.push(ours.run(leases.iter().cloned().map(job).collect())?.wall());
         for (reports, target) in reports.iter_mut().zip(targets).skip(1) {
@@ -90,6 +94,7 @@ fn crowd(
     let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
     let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
     let walls = of(&reports[0], |report| report.wall);
+    let coded = of(&in_codes, Report::throughput);
     let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
     let first = format!("{name}: first token p99, s (ratio: its time / ours)");
     let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
@@ -102,6 +107,10 @@ fn crowd(
     Ok(vec![
         Row::against(format!("{name}: same file, tok/s"), &speeds[0], &speeds[1]).goal(Goal::AtLeast(10.0)),
         Row::against(format!("{name}: ours / its best quant, tok/s"), &speeds[0], &speeds[2])
+            .goal(Goal::AtLeast(7.0)),
+        Row::against(format!("{name}: same file, our adapters in 8 bits, tok/s"), &coded, &speeds[1])
+            .goal(Goal::AtLeast(10.0)),
+        Row::against(format!("{name}: ours, adapters in 8 bits / its best quant, tok/s"), &coded, &speeds[2])
             .goal(Goal::AtLeast(7.0)),
         other,
         Row::against(first, &waits[0], &waits[1]).inverse().goal(Goal::AtLeast(10.0)),

@@ -20,6 +20,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("clippy", || cargo("clippy --release --workspace --all-targets -- -D warnings"))?;
     step("tidy", tidy::run)?;
     step("documentation", documentation)?;
+    step("kernels for aarch64", aarch64)?;
     step("description of the API", || openapi::run(true))?;
     step("demo", demo)?;
     step("round trip through HF peft", roundtrip)?;
@@ -57,6 +58,17 @@ fn check(program: &str, args: &[&str], environment: &[(&str, &str)]) -> anyhow::
 fn documentation() -> anyhow::Result<()> {
     let args = ["doc", "--release", "--workspace", "--no-deps"];
     check("cargo", &args, &[("RUSTDOCFLAGS", "-D warnings")])
+}
+
+/// Compiles what this CPU cannot run, where the toolchain has the standard library for it.
+fn aarch64() -> anyhow::Result<()> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let libraries = workspace::output("rustc", &["--print", "target-libdir", "--target", TARGET])?;
+    if !std::path::Path::new(libraries.trim()).is_dir() {
+        println!("skipped: no standard library for {TARGET} (`rustup target add {TARGET}`)");
+        return Ok(());
+    }
+    cargo(&format!("check --release --package kernels --lib --target {TARGET}"))
 }
 
 /// The demo with nothing left over from an earlier run.

@@ -1,4 +1,4 @@
-//! The text of `benches/RESULTS.md`: one section for each area, the others left as they are.
+//! The text of `benches/RESULTS.md`: one section for each area and machine, the others left as they are.
 
 use std::fmt::Write as _;
 
@@ -20,8 +20,8 @@ pub(crate) struct Run {
 
 /// The section of a run.
 pub(crate) fn section(run: &Run) -> String {
-    let Run { area, date, machine, command, rows } = run;
-    let mut text = format!("## {area}\n\n{date}, {machine}. `{command}`\n\n");
+    let Run { date, command, rows, .. } = run;
+    let mut text = format!("{}\n\n{date}. `{command}`\n\n", heading(run));
     let goals = rows.iter().any(|row| row["goal"].is_string());
     let (titles, lines) = if goals { (" goal | holds |", "---:|---:|") } else { ("", "") };
     // Writing to a String cannot fail.
@@ -63,10 +63,15 @@ fn goal(row: &Value) -> String {
     format!(" {} | {holds} |", row["goal"].as_str().unwrap_or("–"))
 }
 
-/// The old text with the run's section in place of the area's former one, or at the end.
+/// What one machine measured does not replace what another did.
+fn heading(run: &Run) -> String {
+    format!("## {} on {}", run.area, run.machine)
+}
+
+/// The old text with the run's section in place of the area's former one on this machine, or at the end.
 pub(crate) fn with_section(old: &str, run: &Run) -> String {
     let old = if old.trim().is_empty() { TITLE } else { old };
-    let heading = format!("## {}", run.area);
+    let heading = heading(run);
     let (mut text, mut inside, mut placed) = (String::new(), false, false);
     for line in old.lines() {
         if line.starts_with("## ") {
@@ -139,13 +144,14 @@ mod tests {
         let first = with_section("", &run(200.0));
         assert!(first.starts_with("# Benchmark results\n"));
         assert_eq!(with_section(&first, &run(200.0)), first);
-        let old = "# Title\n\nWords.\n\n## kernels\n\nkept 1\n\n## loop\n\ngone\n\n## store\n\nkept 2\n";
+        let old =
+            "# Title\n\nWords.\n\n## loop on PDP\n\nkept 1\n\n## loop on CPU\n\ngone\n\n## store\n\nkept 2\n";
         let new = with_section(old, &run(300.0));
-        assert!(new.contains("# Title\n\nWords.\n\n## kernels\n\nkept 1\n\n## loop\n"), "{new}");
+        assert!(new.contains("# Title\n\nWords.\n\n## loop on PDP\n\nkept 1\n\n## loop on CPU\n"), "{new}");
         assert!(
             new.contains("\n## store\n\nkept 2\n") && new.contains("300 (") && !new.contains("gone"),
             "{new}"
         );
-        assert_eq!(new.matches("## loop").count(), 1);
+        assert_eq!(new.matches("## loop on CPU").count(), 1);
     }
 }
