@@ -13,18 +13,24 @@
 
 mod adapters;
 mod blobs;
+mod checkpoints;
 mod disk;
 mod error;
+mod forget;
 mod history;
 mod jobs;
+mod lessons;
+mod pauses;
 mod records;
 mod sql;
 mod store;
 mod users;
 
 pub use error::StoreError;
+pub use lessons::item_hash;
 pub use records::{
-    AdapterFiles, Appended, Claimed, Fence, GenerationRecord, HistoryCursor, NewGeneration, Page, QueueStats,
+    AdapterFiles, Appended, Claimed, Cost, Demand, Fence, Forgotten, GenerationRecord, HistoryCursor, Lesson,
+    Manifest, NewGeneration, Page, Policy, Progress, ProgressPoint, QueueStats, Selection, Standing,
     UserRecord,
 };
 pub use store::Store;

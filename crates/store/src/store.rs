@@ -10,6 +10,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Connection as _, Sqlite, Transaction};
+use tokio::sync::watch;
 use tracing::Instrument as _;
 use types::{Clock, Timestamp};
 
@@ -47,6 +48,8 @@ struct Inner {
     clock: Arc<dyn Clock>,
     /// Held as long as the store lives.
     lock: Option<File>,
+    /// Counts what may have taken a job from its worker.
+    interrupts: watch::Sender<u64>,
 }
 
 impl fmt::Debug for Store {
@@ -75,7 +78,16 @@ impl Store {
         prepare(&writer).await?;
         let readers = connect(READERS, options.create_if_missing(false).read_only(true)).await?;
         let blobs = Blobs::in_folder(folder).await?;
-        let store = Self { inner: Arc::new(Inner { writer, readers, blobs, clock, lock: Some(lock) }) };
+        let store = Self {
+            inner: Arc::new(Inner {
+                writer,
+                readers,
+                blobs,
+                clock,
+                lock: Some(lock),
+                interrupts: watch::Sender::default(),
+            }),
+        };
         store.recover().await?;
         Ok(store)
     }
@@ -89,7 +101,14 @@ impl Store {
         let writer = connect(1, connect_options()).await?;
         prepare(&writer).await?;
         let readers = writer.clone();
-        let inner = Inner { writer, readers, blobs: Blobs::in_memory(), clock, lock: None };
+        let inner = Inner {
+            writer,
+            readers,
+            blobs: Blobs::in_memory(),
+            clock,
+            lock: None,
+            interrupts: watch::Sender::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -102,6 +121,17 @@ impl Store {
         if let Some(Err(error)) = self.inner.lock.as_ref().map(File::unlock) {
             tracing::warn!(%error, "cannot unlock the data folder");
         }
+    }
+
+    /// Changes whenever a job may have been taken from its worker, or paused: the worker then looks at its
+    /// [`Store::standing`], and need not do so all the time.
+    #[must_use]
+    pub fn interrupts(&self) -> watch::Receiver<u64> {
+        self.inner.interrupts.subscribe()
+    }
+
+    pub(crate) fn interrupt(&self) {
+        self.inner.interrupts.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     pub(crate) fn now(&self) -> Timestamp {

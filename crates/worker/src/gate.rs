@@ -40,6 +40,8 @@ pub fn judge(measured: &Measured) -> (bool, GateReport) {
         base_bits,
         head_bits,
         new_bits,
+        p_base: None,
+        p_head: None,
         verdict,
     };
     (publish, report)

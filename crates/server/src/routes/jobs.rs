@@ -19,7 +19,7 @@ pub(crate) struct WireJob {
     /// `job`.
     object: &'static str,
     user: String,
-    /// `queued`, `running`, `succeeded` (see `outcome`) or `failed` (see `error`).
+    /// `queued`, `running`, `succeeded` (see `outcome`), `failed` or `cancelled` (see `error`).
     status: &'static str,
     /// How often a worker has taken it.
     attempts: u32,
@@ -73,6 +73,12 @@ struct WireGate {
     #[schema(required)]
     head_bits: Option<f64>,
     new_bits: f64,
+    /// How likely such a lead over the base is by chance, from a paired test over the held-out items.
+    #[schema(required)]
+    p_base: Option<f64>,
+    /// The same over the head.
+    #[schema(required)]
+    p_head: Option<f64>,
     verdict: String,
 }
 
@@ -85,9 +91,21 @@ impl From<GateReport> for WireGate {
             base_bits,
             head_bits,
             new_bits,
+            p_base,
+            p_head,
             verdict,
         } = gate;
-        Self { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict }
+        Self {
+            train_items,
+            heldout_items,
+            heldout_tokens,
+            base_bits,
+            head_bits,
+            new_bits,
+            p_base,
+            p_head,
+            verdict,
+        }
     }
 }
 
