@@ -41,6 +41,10 @@ pub enum Code {
     AdapterNotFound,
     /// No such job.
     JobNotFound,
+    /// No such history item.
+    ItemNotFound,
+    /// The job has ended, so it cannot be cancelled.
+    JobEnded,
     /// No such route.
     RouteNotFound,
     /// The route does not know the method.
@@ -93,6 +97,8 @@ impl Code {
             Self::UserNotFound => ("user_not_found", 404, REQUEST),
             Self::AdapterNotFound => ("adapter_not_found", 404, REQUEST),
             Self::JobNotFound => ("job_not_found", 404, REQUEST),
+            Self::ItemNotFound => ("item_not_found", 404, REQUEST),
+            Self::JobEnded => ("job_ended", 409, REQUEST),
             Self::RouteNotFound => ("route_not_found", 404, REQUEST),
             Self::MethodNotAllowed => ("method_not_allowed", 405, REQUEST),
             Self::RequestTimeout => ("request_timeout", 408, REQUEST),

@@ -6,7 +6,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::routes::{adapter, chat, completions, history, jobs, metrics, models, operation, tgi, users};
+use crate::routes::{
+    adapter, chat, completions, history, jobs, metrics, models, operation, progress, tgi, training, users,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -46,10 +48,17 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(users::list))
         .routes(routes!(users::read, users::erase))
         .routes(routes!(history::upload, history::read, history::erase))
+        .routes(routes!(history::forget))
+        .routes(routes!(progress::progress))
+        .routes(routes!(progress::manifest))
+        .routes(routes!(training::train))
+        .routes(routes!(training::read, training::pause, training::resume))
+        .routes(routes!(training::read_user, training::pause_user, training::resume_user))
         .routes(routes!(adapter::read))
         .routes(routes!(adapter::config))
         .routes(routes!(adapter::weights))
         .routes(routes!(jobs::job))
+        .routes(routes!(jobs::cancel))
         .routes(routes!(operation::live))
         .routes(routes!(operation::ready))
         .routes(routes!(operation::limits))
