@@ -6,6 +6,7 @@ mod faults;
 mod generate;
 mod learn;
 mod openapi;
+mod training;
 
 use std::sync::Arc;
 
