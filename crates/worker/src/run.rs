@@ -101,7 +101,7 @@ impl Worker {
                 store: store.clone(),
                 bench: Arc::clone(&bench),
                 announce: Arc::clone(&announce),
-                runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
+                runtime: heartbeat::runtime()?,
                 pulse: Arc::clone(&pulse),
                 patience: Patience::new(load.clone(), settings.floor),
             };

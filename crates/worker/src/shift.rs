@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use store::{Claimed, Store, StoreError};
-use tokio::runtime::Runtime;
+use tokio::runtime::Handle;
 use train::{StepReport, TrainError};
 use types::{GenerationId, Job, JobOutcome, JobProgress};
 
@@ -22,8 +22,8 @@ pub(crate) struct Shift {
     pub(crate) store: Store,
     pub(crate) bench: Arc<Bench>,
     pub(crate) announce: Announce,
-    /// The thread's own, for the store; dropped last.
-    pub(crate) runtime: Runtime,
+    /// Where calls to the store run.
+    pub(crate) runtime: Handle,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) patience: Patience,
 }
@@ -215,7 +215,7 @@ impl Shift {
 /// Watches over training from within.
 struct Watch<'a> {
     store: &'a Store,
-    runtime: &'a Runtime,
+    runtime: &'a Handle,
     pulse: &'a Pulse,
     patience: &'a mut Patience,
     tasks: &'a [Task],
