@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::BaseModel;
+use store::Store;
 use train::{StepReport, TrainError, Trained};
-use types::JobState;
+use types::{JobState, SystemClock};
 use worker::{Control, OneByOne, TrainJob, Trainer};
 
 use crate::rig::{Rig, done, settings, slow, user};
@@ -52,7 +53,9 @@ impl Trainer for Sleepy {
 /// (openweights #82). Here the runtime that serves is blocked as well.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn who_is_slow_but_advances_keeps_the_job() {
-    let rig = Rig::new().await;
+    // On disk: a store in memory has one connection, which the blocked runtime may hold.
+    let folder = tempfile::tempdir().unwrap();
+    let rig = Rig::over(Store::open(folder.path(), Arc::new(SystemClock)).await.unwrap());
     let mut settings = settings();
     settings.lease_millis = 400;
     let (worker, stop) = rig.start_with(settings, Arc::new(Sleepy::new(12, 150, false)));

@@ -26,6 +26,7 @@ async fn history_becomes_a_better_head_and_only_a_better_one() {
     stop.cancel();
     worker.await.unwrap().unwrap();
     let mut hasty = settings();
+    hasty.growth.full_every = 0;
     hasty.recipe.epochs = 1;
     hasty.recipe.learning_rate = 1e-5;
     let (worker, stop) = fixture.start(hasty);
