@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::Precision;
+use peft::{AdapterConfig, LoraConfig};
 use train::Recipe;
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
@@ -151,8 +152,8 @@ impl TrainingArgs {
         recipe.learning_rate = self.learning_rate;
         recipe.epochs = self.epochs;
         recipe.batch = self.train_batch;
-        recipe.lora.r = self.rank;
-        recipe.lora.alpha = self.rank as f64;
+        recipe.adapter =
+            AdapterConfig::Lora(LoraConfig { r: self.rank, alpha: self.rank as f64, ..LoraConfig::oppu() });
         recipe
     }
 }

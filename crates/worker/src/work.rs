@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use model::BaseModel;
-use peft::{Adapter, LoraWeights, Precision, generation_id};
+use peft::{Adapter, LoraWeights, PeftFiles, Precision, generation_id};
 use personalize::{Holdout, example, split};
 use serde_json::json;
 use store::NewGeneration;
@@ -91,7 +91,7 @@ impl Bench {
         let train_items = parts.train.len();
         let (examples, heldout) = (self.examples(&parts.train)?, self.examples(&parts.heldout)?);
         let trained = train(&self.base, None, &examples, recipe, on_step)?;
-        let adapter = Arc::new(Adapter::new(&trained.weights, Precision::Exact));
+        let adapter = Arc::new(Adapter::build(&trained.weights, &*self.base, Precision::Exact)?);
         let head_adapter = head.map(|head| self.parse(head)).transpose()?;
         let measure = |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &heldout);
         let measured = Measured {
@@ -106,7 +106,7 @@ impl Bench {
             return Ok(Verdict::Keep { gate, tokens });
         }
         let shape = self.base.shape();
-        let (config, weights) = (trained.weights.config.to_json(""), trained.weights.to_safetensors(&shape)?);
+        let PeftFiles { config, weights } = trained.weights.to_files(&shape, "")?;
         let generation = NewGeneration {
             id: generation_id(self.base.hash(), &config, &weights),
             parent: head.map(|head| head.id),
@@ -115,9 +115,6 @@ impl Bench {
             weights,
             meta: json!({
                 "recipe": {
-                    "rank": recipe.lora.r,
-                    "alpha": recipe.lora.alpha,
-                    "dropout": recipe.lora.dropout,
                     "epochs": recipe.epochs,
                     "batch": recipe.batch,
                     "learning_rate": recipe.learning_rate,

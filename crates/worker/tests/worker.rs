@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::{BaseModel, LoadOptions, Loaded};
+use peft::AdapterConfig;
 use personalize::Holdout;
 use store::Store;
 use text::Tokenizer;
@@ -80,7 +81,9 @@ impl Fixture {
 
 fn settings() -> Settings {
     let mut recipe = Recipe { epochs: 6, batch: 4, learning_rate: 1e-2, ..Recipe::oppu() };
-    recipe.lora.dropout = 0.0;
+    if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
+        lora.dropout = 0.0;
+    }
     Settings {
         recipe,
         holdout: Holdout { share: 0.2, min: 2, max: 10 },
