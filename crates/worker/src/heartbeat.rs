@@ -5,10 +5,11 @@
 //! server nor the training itself can hold it up.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use store::{Fence, Standing, Store, StoreError};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 use types::JobProgress;
 
@@ -76,6 +77,22 @@ impl Pulse {
     }
 }
 
+/// The runtime of everything here and of the training thread's calls to the store: one thread with its own timers, apart
+/// from the server's. It lives as long as the process, because the store's connections find their way back on the runtime
+/// that took them.
+pub(crate) fn runtime() -> std::io::Result<Handle> {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    if let Some(runtime) = RUNTIME.get() {
+        return Ok(runtime.handle().clone());
+    }
+    let new =
+        Builder::new_multi_thread().worker_threads(1).thread_name("worker-store").enable_all().build()?;
+    if let Err(spare) = RUNTIME.set(new) {
+        spare.shutdown_background();
+    }
+    RUNTIME.get().map(|runtime| runtime.handle().clone()).ok_or_else(|| std::io::Error::other("no runtime"))
+}
+
 /// Starts the thread. It ends when [`Pulse::over`] is set, and sets it itself when the training thread has given no
 /// sign for two leases: then every claim has run out, and the thread is given up.
 pub(crate) fn start(
@@ -84,7 +101,7 @@ pub(crate) fn start(
     lease_millis: i64,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = runtime()?;
     let body = move || runtime.block_on(beat(&store, &pulse, lease_millis, &stop));
     std::thread::Builder::new().name("heartbeat".into()).spawn(body).map(drop)
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use store::{Claimed, Store, StoreError};
-use tokio::runtime::Runtime;
-use train::{StepReport, TrainError};
+use tokio::runtime::Handle;
+use train::{Control, StepReport, TrainError};
 use types::{GenerationId, Job, JobOutcome, JobProgress};
 
 use crate::error::WorkerError;
@@ -14,7 +14,6 @@ use crate::heartbeat::{Claim, Halt, Pulse};
 use crate::patience::Patience;
 use crate::plan::Head;
 use crate::run::Announce;
-use crate::trainer::Control;
 use crate::work::{Bench, Prepared, Verdict};
 
 /// What the training thread works with.
@@ -22,8 +21,8 @@ pub(crate) struct Shift {
     pub(crate) store: Store,
     pub(crate) bench: Arc<Bench>,
     pub(crate) announce: Announce,
-    /// The thread's own, for the store; dropped last.
-    pub(crate) runtime: Runtime,
+    /// Where calls to the store run.
+    pub(crate) runtime: Handle,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) patience: Patience,
 }
@@ -215,7 +214,7 @@ impl Shift {
 /// Watches over training from within.
 struct Watch<'a> {
     store: &'a Store,
-    runtime: &'a Runtime,
+    runtime: &'a Handle,
     pulse: &'a Pulse,
     patience: &'a mut Patience,
     tasks: &'a [Task],

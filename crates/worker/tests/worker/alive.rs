@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::BaseModel;
-use train::{StepReport, TrainError, Trained};
+use train::{Control, StepReport, TrainError, TrainJob, Trained};
 use types::JobState;
-use worker::{Control, OneByOne, TrainJob, Trainer};
+use worker::{Jointly, Trainer};
 
 use crate::rig::{Rig, done, settings, slow, user};
 
@@ -44,7 +44,7 @@ impl Trainer for Sleepy {
                 return vec![Err(TrainError::Stopped)];
             }
         }
-        OneByOne.train(base, jobs, control)
+        Jointly.train(base, jobs, control)
     }
 }
 
@@ -59,9 +59,9 @@ async fn who_is_slow_but_advances_keeps_the_job() {
     let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
     rig.until(&job, |job| job.state == JobState::Running).await;
     let blocked = tokio::spawn(async { std::thread::sleep(Duration::from_millis(900)) });
-    // From another thread, as another process would.
-    let (store, handle) =
-        (rig.store.clone(), tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
+    // From another runtime, as another process would.
+    let other = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (store, handle) = (rig.store.clone(), other.handle().clone());
     let thief = std::thread::spawn(move || {
         let mut stolen = 0;
         for _ in 0..40 {
@@ -73,6 +73,7 @@ async fn who_is_slow_but_advances_keeps_the_job() {
     blocked.await.unwrap();
     let job = rig.until(&job, done).await;
     assert_eq!(tokio::task::spawn_blocking(|| thief.join().unwrap()).await.unwrap(), 0);
+    other.shutdown_background();
     assert_eq!((job.attempts, job.state), (1, JobState::Succeeded));
     stop.cancel();
     worker.await.unwrap().unwrap();
