@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::Precision;
+use peft::{AdapterConfig, LoraConfig};
 use train::Recipe;
 use types::{TenantId, TrainingLimits, TrainingOptions};
 
@@ -184,8 +185,8 @@ impl TrainingArgs {
         recipe.learning_rate = self.learning_rate;
         recipe.epochs = self.epochs;
         recipe.batch = self.train_batch;
-        recipe.lora.r = self.rank;
-        recipe.lora.alpha = self.rank as f64;
+        recipe.adapter =
+            AdapterConfig::Lora(LoraConfig { r: self.rank, alpha: self.rank as f64, ..LoraConfig::oppu() });
         recipe
     }
 

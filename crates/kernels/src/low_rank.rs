@@ -1,9 +1,7 @@
 //! The low-rank updates of a batch: every row's way down (`A x`) and up again (`B u`), and the form its factors are kept in.
 
-use rayon::prelude::*;
-
 use crate::input::Prepared;
-use crate::lanes::{Lanes, brain_to_f32, isa, multiversion};
+use crate::lanes::{Lanes, brain_to_f32};
 use crate::linear::Target;
 use crate::weight::PANEL;
 
@@ -177,52 +175,6 @@ pub fn pack_b(b: &[f32], rank: usize) -> Vec<f32> {
         }
     }
     packed
-}
-
-/// Adds an adapter's update to every row of `y`, which is (rows, output features): `y[i] += B (A x[i])`, with A (rank,
-/// input features) and B (output features, rank).
-///
-/// # Panics
-/// When a buffer's length does not fit.
-pub fn adapt(rank: usize, a: &[f32], b: &[f32], x: &[f32], y: &mut [f32]) {
-    let (k, n) = (a.len() / rank, b.len() / rank);
-    let rows = x.len() / k;
-    assert!(a.len() == rank * k && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
-    assert!(x.len() == rows * k && y.len() == rows * n, "x or y does not fit {rows} rows");
-    let b = pack_b(b, rank);
-    y.par_chunks_mut(n).zip(x.par_chunks(k)).with_min_len(8).for_each(|(y, x)| {
-        let mut u = vec![0.0; rank];
-        matvec(isa(), a, x, &mut u);
-        add_update(isa(), &b, &u, y);
-    });
-}
-
-multiversion! {
-    fn add_update(b: &[f32], u: &[f32], y: &mut [f32]) = add_update_body<Lanes>
-}
-
-#[inline(always)]
-fn add_update_body<L: Lanes>(b: &[f32], u: &[f32], y: &mut [f32]) {
-    for (b, y) in b.chunks_exact(u.len() * PANEL).zip(y.chunks_mut(PANEL)) {
-        let mut sums = L::zero();
-        for (b, &u) in b.chunks_exact(PANEL).zip(u) {
-            // SAFETY: the chunk has sixteen values.
-            sums = sums.fma(unsafe { L::load(b.as_ptr()) }, L::splat(u));
-        }
-        y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
-    }
-}
-
-multiversion! {
-    /// `out[i] = matrix[i] . x`, `matrix` of shape (out.len(), x.len()).
-    fn matvec(matrix: &[f32], x: &[f32], out: &mut [f32]) = matvec_body<Lanes>
-}
-
-#[inline(always)]
-fn matvec_body<L: Lanes>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-    for (out, row) in out.iter_mut().zip(matrix.chunks_exact(x.len())) {
-        *out = dot::<L>(x, row);
-    }
 }
 
 /// The dot product of two rows of the same length: sixteen lanes, their tree, then the tail.

@@ -25,14 +25,17 @@ pub struct Linear {
 
 /// One decoder block's weights.
 #[derive(Debug)]
-pub(crate) struct Block {
-    pub(crate) attention_norm: Arc<[f32]>,
-    pub(crate) feed_forward_norm: Arc<[f32]>,
-    /// Per-head norms of Qwen3.
-    pub(crate) query_norm: Option<Arc<[f32]>>,
-    pub(crate) key_norm: Option<Arc<[f32]>>,
+pub struct Block {
+    /// One factor per hidden value.
+    pub attention_norm: Arc<[f32]>,
+    /// One factor per hidden value.
+    pub feed_forward_norm: Arc<[f32]>,
+    /// Per-head norm of Qwen3's queries.
+    pub query_norm: Option<Arc<[f32]>>,
+    /// Per-head norm of Qwen3's keys.
+    pub key_norm: Option<Arc<[f32]>>,
     /// In the order of [`Site::ALL`].
-    pub(crate) linears: [Linear; 7],
+    pub linears: [Linear; 7],
 }
 
 /// What differs between serving and training: how a linear layer is adapted and where keys and values are.
@@ -169,19 +172,27 @@ impl BaseModel {
         &self.head
     }
 
-    pub(crate) fn embedding(&self) -> &Weight {
+    /// The input embeddings, one row a token.
+    #[must_use]
+    pub fn embedding(&self) -> &Weight {
         &self.embedding
     }
 
-    pub(crate) fn blocks(&self) -> &[Block] {
+    /// The blocks, from the first to the last.
+    #[must_use]
+    pub fn blocks(&self) -> &[Block] {
         &self.blocks
     }
 
-    pub(crate) fn rope(&self) -> &RopeTable {
+    /// The rotary angles of all positions.
+    #[must_use]
+    pub fn rope(&self) -> &RopeTable {
         &self.rope
     }
 
-    pub(crate) fn final_norm(&self) -> &[f32] {
+    /// The norm before the output layer.
+    #[must_use]
+    pub fn final_norm(&self) -> &[f32] {
         &self.final_norm
     }
 

@@ -20,7 +20,7 @@ mod serve;
 mod tensors;
 
 pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{BaseModel, Linear, Pass};
+pub use decoder::{BaseModel, Block, Linear, Pass};
 pub use error::ModelError;
 pub use gguf::{GgufFile, Value};
 pub use gguf_model::site_name as gguf_site_name;

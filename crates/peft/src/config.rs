@@ -1,25 +1,15 @@
 //! `adapter_config.json` of a LoRA adapter, as HF peft 0.21 writes it.
 
-use std::collections::BTreeMap;
-
-use regex::Regex;
-use serde_json::{Map, Value, json};
-use types::{Site, SiteId};
+use serde_json::{Value, json};
+use types::SiteId;
 
 use crate::error::PeftError;
+use crate::fields::{Fields, MAX_ENTRIES, Members, count, finite, render};
+use crate::modules::{Layers, Patterns, TargetModules, sites};
 use crate::shape::BaseShape;
 
 /// Largest rank an adapter may have.
 pub const MAX_RANK: usize = 64;
-
-/// Which modules an adapter acts on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TargetModules {
-    /// Module names: a module's path is the name or ends with "." and the name.
-    Names(Vec<String>),
-    /// A regular expression that matches the whole path.
-    Pattern(String),
-}
 
 /// The fields of a LoRA config that change its maths.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,29 +32,35 @@ pub struct LoraConfig {
     pub exclude_modules: Option<TargetModules>,
     /// The blocks it acts in, counted from 0; all of them if `None`.
     pub layers_to_transform: Option<Vec<usize>>,
-    /// Ranks of modules that differ; a key matches a path as the regular expression `(.*\.)?(KEY)$`.
-    pub rank_pattern: BTreeMap<String, usize>,
+    /// Expressions for what stands before a block's number in a path; whatever stands there if empty.
+    pub layers_pattern: Vec<String>,
+    /// Ranks of modules that differ; a key matches a path as the regular expression `(.*\.)?(KEY)$`, and the first that
+    /// matches decides.
+    pub rank_pattern: Vec<(String, usize)>,
     /// Alphas of modules that differ, keys as above.
-    pub alpha_pattern: BTreeMap<String, f64>,
+    pub alpha_pattern: Vec<(String, f64)>,
 }
 
 /// Fields that do not change what a finished LoRA adapter computes.
 const HARMLESS: &[&str] = &[
-    "auto_mapping",
-    "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
-    "peft_version",
     "qalora_group_size",
-    "revision",
     "runtime_config",
+];
+
+/// Fields of any kind that do not change what it computes.
+pub(crate) const ALWAYS_HARMLESS: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
     "task_type",
 ];
 
@@ -72,12 +68,17 @@ const HARMLESS: &[&str] = &[
 const READ: &[&str] = &[
     "alpha_pattern",
     "bias",
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
-    "peft_type",
     "r",
     "rank_pattern",
     "target_modules",
+    "use_dora",
     "use_rslora",
 ];
 
@@ -92,11 +93,12 @@ impl LoraConfig {
             use_rslora: false,
             use_dora: false,
             lora_bias: false,
-            target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+            target_modules: TargetModules::names(&["q_proj", "v_proj"]),
             exclude_modules: None,
             layers_to_transform: None,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
+            layers_pattern: Vec::new(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
         }
     }
 
@@ -105,221 +107,135 @@ impl LoraConfig {
     /// # Errors
     /// Names the field that is malformed, out of limits, or asks for what is not supported.
     pub fn parse(bytes: &[u8]) -> Result<Self, PeftError> {
-        let fields: Map<String, Value> =
-            serde_json::from_slice(bytes).map_err(|error| PeftError::Json(error.to_string()))?;
-        for (field, value) in &fields {
-            let known = HARMLESS.contains(&field.as_str()) || READ.contains(&field.as_str());
-            if !known && !is_off(value) {
-                return Err(PeftError::Unsupported { field: field.clone(), value: excerpt(value) });
-            }
-        }
-        for (field, only) in [("peft_type", "LORA"), ("bias", "none")] {
-            match fields.get(field) {
-                Some(Value::String(value)) if value == only => {}
-                None if field == "bias" => {}
-                None => return Err(PeftError::field(field, "is missing")),
-                Some(value) => {
-                    return Err(PeftError::Unsupported { field: field.into(), value: excerpt(value) });
-                }
-            }
-        }
-        let r = rank("r", fields.get("r").unwrap_or(&Value::Null))?;
-        let alpha = finite("lora_alpha", fields.get("lora_alpha").unwrap_or(&Value::Null))?;
-        let dropout = fields.get("lora_dropout").map_or(Ok(0.0), |value| finite("lora_dropout", value))?;
+        Self::read(&Fields::parse(bytes)?)
+    }
+
+    pub(crate) fn read(fields: &Fields) -> Result<Self, PeftError> {
+        fields.one_of("peft_type", &[json!("LORA")], false)?;
+        fields.only(&[ALWAYS_HARMLESS, HARMLESS, READ])?;
+        fields.one_of("task_type", &[json!("CAUSAL_LM")], true)?;
+        fields.one_of("bias", &[json!("none")], true)?;
+        // The others also change the base's weights when they start, and an adapter that was saved then needs that base.
+        let starts = [json!(true), json!(false), json!("gaussian"), json!("orthogonal"), json!("eva")];
+        fields.one_of("init_lora_weights", &starts, true)?;
+        let rank = |field: &str, value: &Value| count(field, value, MAX_RANK);
+        let dropout = match fields.get("lora_dropout")? {
+            Value::Null => 0.0,
+            value => finite("lora_dropout", value)?,
+        };
         if !(0.0..1.0).contains(&dropout) {
             return Err(PeftError::field("lora_dropout", "must be at least 0 and less than 1"));
         }
-        let use_rslora = match fields.get("use_rslora") {
-            None | Some(Value::Null) => false,
-            Some(Value::Bool(on)) => *on,
-            Some(_) => return Err(PeftError::field("use_rslora", "must be a boolean")),
-        };
-        Ok(Self {
-            r,
-            alpha,
+        let config = Self {
+            r: rank("r", fields.get("r")?)?,
+            alpha: finite("lora_alpha", fields.get("lora_alpha")?)?,
             dropout,
-            use_rslora,
-            use_dora: false,
-            lora_bias: false,
-            exclude_modules: None,
-            layers_to_transform: None,
-            target_modules: target_modules(fields.get("target_modules").unwrap_or(&Value::Null))?,
-            rank_pattern: pattern("rank_pattern", &fields, rank)?,
-            alpha_pattern: pattern("alpha_pattern", &fields, finite)?,
-        })
+            use_rslora: fields.flag("use_rslora")?,
+            use_dora: fields.flag("use_dora")?,
+            lora_bias: fields.flag("lora_bias")?,
+            target_modules: TargetModules::targets(fields)?,
+            exclude_modules: TargetModules::read(fields, "exclude_modules")?,
+            layers_to_transform: layers(fields.get("layers_to_transform")?)?,
+            layers_pattern: names("layers_pattern", fields.get("layers_pattern")?)?,
+            rank_pattern: fields.members("rank_pattern", rank)?,
+            alpha_pattern: fields.members("alpha_pattern", finite)?,
+        };
+        let is_text = fields.get("target_modules")?.is_string();
+        if config.layers_to_transform.is_some() && is_text {
+            let problem = "cannot be used when target_modules is a string";
+            return Err(PeftError::field("layers_to_transform", problem));
+        }
+        config.check()?;
+        Ok(config)
     }
 
-    /// The file's content: keys sorted, indented by two, as HF peft writes it.
+    /// What HF peft refuses too.
+    fn check(&self) -> Result<(), PeftError> {
+        if self.layers_to_transform.is_none() && !self.layers_pattern.is_empty() {
+            return Err(PeftError::field("layers_pattern", "needs layers_to_transform"));
+        }
+        if self.use_dora && self.lora_bias {
+            return Err(PeftError::field("lora_bias", "cannot be used together with use_dora"));
+        }
+        Ok(())
+    }
+
+    /// The file's content: keys sorted, indented by two, as HF peft writes it; the patterns keep their order, as the first
+    /// that matches decides.
     #[must_use]
     pub fn to_json(&self, base_model: &str) -> Vec<u8> {
-        let target_modules = match &self.target_modules {
-            TargetModules::Names(names) => json!(names),
-            TargetModules::Pattern(pattern) => json!(pattern),
-        };
-        let fields = json!({
-            "alpha_pattern": self.alpha_pattern,
-            "base_model_name_or_path": base_model,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "lora_alpha": if self.alpha.fract() == 0.0 { json!(self.alpha as i64) } else { json!(self.alpha) },
-            "lora_bias": false,
-            "lora_dropout": self.dropout,
-            "modules_to_save": null,
-            "peft_type": "LORA",
-            "r": self.r,
-            "rank_pattern": self.rank_pattern,
-            "target_modules": target_modules,
-            "task_type": "CAUSAL_LM",
-            "use_dora": false,
-            "use_rslora": self.use_rslora,
-        });
-        let mut text = format!("{fields:#}");
-        text.push('\n');
-        text.into_bytes()
+        let layers_pattern = (!self.layers_pattern.is_empty()).then_some(&self.layers_pattern);
+        let whole = |alpha: f64| if alpha.fract() == 0.0 { json!(alpha as i64) } else { json!(alpha) };
+        let alphas = self.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), whole(*alpha)));
+        render(&[
+            ("alpha_pattern", &Members(alphas.collect())),
+            ("base_model_name_or_path", &base_model),
+            ("bias", &"none"),
+            ("exclude_modules", &self.exclude_modules.as_ref().map(TargetModules::json)),
+            ("fan_in_fan_out", &false),
+            ("inference_mode", &true),
+            ("init_lora_weights", &true),
+            ("layers_pattern", &layers_pattern),
+            ("layers_to_transform", &self.layers_to_transform),
+            ("lora_alpha", &whole(self.alpha)),
+            ("lora_bias", &self.lora_bias),
+            ("lora_dropout", &self.dropout),
+            ("modules_to_save", &None::<()>),
+            ("peft_type", &"LORA"),
+            ("r", &self.r),
+            ("rank_pattern", &Members(self.rank_pattern.clone())),
+            ("target_modules", &self.target_modules.json()),
+            ("task_type", &"CAUSAL_LM"),
+            ("use_dora", &self.use_dora),
+            ("use_rslora", &self.use_rslora),
+        ])
     }
 
     /// The sites of a base that the adapter acts on, with rank and scale.
     ///
     /// # Errors
-    /// When `target_modules` is no valid expression, or matches no module or one that is not a site.
+    /// When an expression is not valid, or `target_modules` matches no module or one that is not a site.
     pub fn sites(&self, shape: &BaseShape) -> Result<Vec<(SiteId, usize, f64)>, PeftError> {
-        let target = Matcher::new(&self.target_modules)?;
+        self.check()?;
         let ranks = Patterns::new("rank_pattern", &self.rank_pattern)?;
         let alphas = Patterns::new("alpha_pattern", &self.alpha_pattern)?;
-        if let TargetModules::Names(names) = &self.target_modules {
-            let is_site = |name: &String| shape.site_ids().any(|id| named(&id.module_path(), name));
-            if let Some(name) = names.iter().find(|name| !is_site(name)) {
-                return Err(PeftError::field(
-                    "target_modules",
-                    format!("names {name:?}, which is no linear layer of this base that adapters act on"),
-                ));
-            }
-        }
-        let mut sites = Vec::new();
-        for id in shape.site_ids() {
-            let path = id.module_path();
-            if target.matches(&path) {
-                let rank = ranks.find(&path).copied().unwrap_or(self.r);
-                let alpha = alphas.find(&path).copied().unwrap_or(self.alpha);
-                let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
-                sites.push((id, rank, alpha / divisor));
-            }
-        }
-        if sites.is_empty() {
-            return Err(PeftError::field("target_modules", "matches no linear layer of this base"));
-        }
-        Ok(sites)
-    }
-}
-
-/// Null, false, empty: what peft writes for a feature that is not used.
-fn is_off(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        Value::String(text) => text.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
-    }
-}
-
-fn excerpt(value: &Value) -> String {
-    let text = value.to_string();
-    if text.chars().count() > 60 { text.chars().take(57).chain("...".chars()).collect() } else { text }
-}
-
-fn rank(field: &str, value: &Value) -> Result<usize, PeftError> {
-    match value.as_u64() {
-        Some(rank @ 1..) if rank <= MAX_RANK as u64 => Ok(rank as usize),
-        _ => Err(PeftError::field(field, format!("must be an integer from 1 to {MAX_RANK}"))),
-    }
-}
-
-fn finite(field: &str, value: &Value) -> Result<f64, PeftError> {
-    match value.as_f64() {
-        Some(number) if number.is_finite() && (0.0..=1e6).contains(&number) => Ok(number),
-        _ => Err(PeftError::field(field, "must be a number from 0 to 1000000")),
-    }
-}
-
-fn target_modules(value: &Value) -> Result<TargetModules, PeftError> {
-    match value {
-        Value::String(text) if text == "all-linear" => {
-            Ok(TargetModules::Names(Site::ALL.iter().map(|site| site.module().to_owned()).collect()))
-        }
-        Value::String(text) if !text.is_empty() => Ok(TargetModules::Pattern(text.clone())),
-        Value::Array(items) if !items.is_empty() && items.len() <= 4096 => items
-            .iter()
-            .map(|item| item.as_str().map(str::to_owned))
-            .collect::<Option<_>>()
-            .map(TargetModules::Names)
-            .ok_or_else(|| PeftError::field("target_modules", "must hold strings")),
-        _ => Err(PeftError::field("target_modules", "must be a non-empty list of names or an expression")),
-    }
-}
-
-fn pattern<T>(
-    field: &str,
-    fields: &Map<String, Value>,
-    read: impl Fn(&str, &Value) -> Result<T, PeftError>,
-) -> Result<BTreeMap<String, T>, PeftError> {
-    match fields.get(field) {
-        None | Some(Value::Null) => Ok(BTreeMap::new()),
-        Some(Value::Object(entries)) if entries.len() <= 4096 => entries
-            .iter()
-            .map(|(key, value)| Ok((key.clone(), read(&format!("{field}.{key}"), value)?)))
-            .collect(),
-        Some(_) => Err(PeftError::field(field, "must be an object")),
-    }
-}
-
-fn expression(field: &str, text: &str) -> Result<Regex, PeftError> {
-    regex::RegexBuilder::new(text)
-        .size_limit(1 << 20)
-        .build()
-        .map_err(|_| PeftError::field(field, format!("holds an expression that is not valid: {text:?}")))
-}
-
-fn named(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-}
-
-enum Matcher<'a> {
-    Names(&'a [String]),
-    Pattern(Regex),
-}
-
-impl<'a> Matcher<'a> {
-    fn new(target: &'a TargetModules) -> Result<Self, PeftError> {
-        Ok(match target {
-            TargetModules::Names(names) => Self::Names(names),
-            TargetModules::Pattern(text) => {
-                Self::Pattern(expression("target_modules", &format!("^(?:{text})$"))?)
-            }
-        })
-    }
-
-    fn matches(&self, path: &str) -> bool {
-        match self {
-            Self::Names(names) => names.iter().any(|name| named(path, name)),
-            Self::Pattern(pattern) => pattern.is_match(path),
-        }
-    }
-}
-
-struct Patterns<'a, T>(Vec<(Regex, &'a T)>);
-
-impl<'a, T> Patterns<'a, T> {
-    fn new(field: &str, entries: &'a BTreeMap<String, T>) -> Result<Self, PeftError> {
-        let compile = |(key, value): (&String, &'a T)| {
-            Ok((expression(field, &format!(r"^(?:(.*\.)?({key}))$"))?, value))
+        let layers = self.layers_to_transform.as_deref();
+        let layers = layers.map(|wanted| Layers::new(wanted, &self.layers_pattern)).transpose()?;
+        let sites = sites(shape, &self.target_modules, self.exclude_modules.as_ref(), layers.as_ref())?;
+        let with_rank = |(id, path): (SiteId, String)| {
+            let rank = ranks.find(&path).copied().unwrap_or(self.r);
+            let alpha = alphas.find(&path).copied().unwrap_or(self.alpha);
+            let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+            (id, rank, alpha / divisor)
         };
-        entries.iter().map(compile).collect::<Result<_, _>>().map(Self)
+        Ok(sites.into_iter().map(with_rank).collect())
     }
+}
 
-    fn find(&self, path: &str) -> Option<&'a T> {
-        self.0.iter().find(|(key, _)| key.is_match(path)).map(|(_, value)| *value)
+/// A number or a list of numbers; an empty list limits nothing.
+fn layers(value: &Value) -> Result<Option<Vec<usize>>, PeftError> {
+    let layer = |value: &Value| value.as_u64().and_then(|layer| usize::try_from(layer).ok());
+    let wrong = || PeftError::field("layers_to_transform", "must be a list of block numbers");
+    match value {
+        Value::Null => Ok(None),
+        Value::Array(items) if items.is_empty() => Ok(None),
+        Value::Array(items) if items.len() <= MAX_ENTRIES => {
+            items.iter().map(layer).collect::<Option<_>>().map(Some).ok_or_else(wrong)
+        }
+        value => layer(value).map(|layer| Some(vec![layer])).ok_or_else(wrong),
+    }
+}
+
+/// A string or a list of strings.
+fn names(field: &str, value: &Value) -> Result<Vec<String>, PeftError> {
+    let wrong = || PeftError::field(field, "must be a string or a list of strings");
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::String(name) if name.is_empty() => Ok(Vec::new()),
+        Value::String(name) => Ok(vec![name.clone()]),
+        Value::Array(items) if items.len() <= MAX_ENTRIES => {
+            items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<_>>().ok_or_else(wrong)
+        }
+        _ => Err(wrong()),
     }
 }

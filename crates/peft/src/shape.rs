@@ -18,6 +18,12 @@ impl BaseShape {
         self.dims[site.index()]
     }
 
+    /// Width of the residual stream, and so of an embedding.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.dims(Site::Q).1
+    }
+
     /// Number of sites in all blocks.
     #[must_use]
     pub fn sites(&self) -> usize {

@@ -1,9 +1,7 @@
 //! An adapter's weights as its files describe them, of every kind.
 
 use crate::config::LoraConfig;
-use crate::error::PeftError;
-use crate::kind::{Ia3Config, PromptConfig};
-use crate::shape::BaseShape;
+use crate::kind::{AdapterConfig, Ia3Config, PromptConfig};
 
 /// What LoRA has at one site, as in the file (the scale is apart).
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -81,40 +79,41 @@ pub struct PeftFiles {
     pub weights: Vec<u8>,
 }
 
-impl AdapterWeights {
-    /// Reads both files and checks them against the base: exactly the tensors the config implies, exact shapes, every
-    /// value finite.
-    ///
-    /// # Errors
-    /// Names the field or tensor that is wrong.
-    pub fn parse(config: &[u8], weights: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
-        LoraWeights::parse(config, weights, shape).map(Self::Lora)
+impl LoraWeights {
+    /// Whether every value is finite.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.sites.iter().flatten().all(|site| {
+            let vectors = [&site.bias, &site.magnitude].into_iter().flatten();
+            all_finite(&site.a) && all_finite(&site.b) && vectors.into_iter().all(|v| all_finite(v))
+        })
     }
+}
 
-    /// Both files; `base_model` is the name the config gives the base.
-    ///
-    /// # Errors
-    /// When a tensor's length does not fit the base's shape.
-    pub fn to_files(&self, shape: &BaseShape, base_model: &str) -> Result<PeftFiles, PeftError> {
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().all(|value| value.is_finite())
+}
+
+impl AdapterWeights {
+    /// The config.
+    #[must_use]
+    pub fn config(&self) -> AdapterConfig {
         match self {
-            Self::Lora(lora) => Ok(PeftFiles {
-                config: lora.config.to_json(base_model),
-                weights: lora.to_safetensors(shape)?,
-            }),
-            Self::Ia3(_) | Self::Prompt(_) => Err(PeftError::field("peft_type", "is not written yet")),
+            Self::Lora(lora) => AdapterConfig::Lora(lora.config.clone()),
+            Self::Ia3(ia3) => AdapterConfig::Ia3(ia3.config.clone()),
+            Self::Prompt(prompt) => AdapterConfig::Prompt(prompt.config.clone()),
         }
     }
 
     /// Whether every value is finite.
     #[must_use]
     pub fn is_finite(&self) -> bool {
-        let all = |values: &[f32]| values.iter().all(|value| value.is_finite());
         match self {
             Self::Lora(lora) => lora.is_finite(),
             Self::Ia3(ia3) => ia3.sites.iter().flatten().all(|site| match site {
-                Ia3Scale::Output(values) | Ia3Scale::Input(values) => all(values),
+                Ia3Scale::Output(values) | Ia3Scale::Input(values) => all_finite(values),
             }),
-            Self::Prompt(prompt) => all(&prompt.embeddings),
+            Self::Prompt(prompt) => all_finite(&prompt.embeddings),
         }
     }
 }

@@ -12,9 +12,6 @@ pub enum WorkerError {
     /// Training failed or was stopped.
     #[error(transparent)]
     Train(#[from] TrainError),
-    /// The job asks for a kind of adapter that is not trained.
-    #[error("kind: adapters of the kind {0} are not trained by this server")]
-    Kind(&'static str),
     /// The head cannot be read to compare with it.
     #[error("the current adapter cannot be read: {0}")]
     Head(#[from] peft::PeftError),
@@ -42,7 +39,7 @@ impl WorkerError {
                 let doublings = attempts.saturating_sub(1).min(16);
                 Some((FIRST_WAIT << doublings).min(LONGEST_WAIT))
             }
-            Self::Train(_) | Self::Kind(_) | Self::Head(_) => None,
+            Self::Train(_) | Self::Head(_) => None,
         }
     }
 }

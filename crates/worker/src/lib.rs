@@ -22,4 +22,4 @@ pub use paired::chance;
 pub use patience::Load;
 pub use run::{Announce, Worker};
 pub use settings::{GateRules, Growth, Settings};
-pub use trainer::{Control, OneByOne, TrainJob, Trainer};
+pub use trainer::{Jointly, Trainer};

@@ -16,7 +16,7 @@ use crate::heartbeat::{self, Claim, Pulse};
 use crate::patience::{Load, Patience, run_when_idle};
 use crate::settings::Settings;
 use crate::shift::Shift;
-use crate::trainer::{OneByOne, Trainer};
+use crate::trainer::{Jointly, Trainer};
 use crate::work::Bench;
 
 /// Called when a head has moved.
@@ -40,7 +40,7 @@ impl Worker {
         settings: Settings,
         announce: Announce,
     ) -> Self {
-        let bench = Bench { base, tokenizer, settings, trainer: Arc::new(OneByOne) };
+        let bench = Bench { base, tokenizer, settings, trainer: Arc::new(Jointly) };
         Self { store, bench, announce, load: None }
     }
 

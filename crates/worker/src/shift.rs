@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use store::{Claimed, Store, StoreError};
 use tokio::runtime::Handle;
-use train::{StepReport, TrainError};
+use train::{Control, StepReport, TrainError};
 use types::{GenerationId, Job, JobOutcome, JobProgress};
 
 use crate::error::WorkerError;
@@ -14,7 +14,6 @@ use crate::heartbeat::{Claim, Halt, Pulse};
 use crate::patience::Patience;
 use crate::plan::Head;
 use crate::run::Announce;
-use crate::trainer::Control;
 use crate::work::{Bench, Prepared, Verdict};
 
 /// What the training thread works with.

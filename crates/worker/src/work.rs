@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use model::BaseModel;
-use peft::{Adapter, LoraWeights, Precision, generation_id};
+use peft::{Adapter, AdapterConfig, AdapterWeights, PeftFiles, Precision, generation_id};
 use personalize::example;
 use serde_json::json;
 use store::{Lesson, NewGeneration};
 use text::Tokenizer;
-use train::{Loss, Recipe, TrainError, Trained, evaluate};
+use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
 use types::{Example, GateReport, HistoryItem, Job};
 
 use crate::error::WorkerError;
@@ -17,7 +17,7 @@ use crate::norm::insane;
 use crate::options;
 use crate::plan::{Head, Plan, plan, work_hash};
 use crate::settings::Settings;
-use crate::trainer::{Control, TrainJob, Trainer};
+use crate::trainer::Trainer;
 
 /// Examples that are measured between two signs of life.
 const MEASURED_AT_ONCE: usize = 8;
@@ -37,7 +37,7 @@ pub(crate) struct Prepared {
     pub(crate) spent: u64,
     recipe: Recipe,
     plan: Plan,
-    start: Option<LoraWeights>,
+    start: Option<AdapterWeights>,
     head: Option<Head>,
     examples: Vec<Example>,
     heldout: Vec<Example>,
@@ -69,7 +69,7 @@ impl Bench {
     ) -> Result<Prepared, WorkerError> {
         let recipe = options::recipe(&self.settings, &job.adapter.tenant, job.training.as_ref())?;
         let shape = self.base.shape();
-        let parse = |head: &Head| LoraWeights::parse(&head.config, &head.weights, &shape);
+        let parse = |head: &Head| AdapterWeights::parse(&head.config, &head.weights, &shape);
         let weights = head.as_ref().map(parse).transpose()?;
         let fits = weights.as_ref().is_some_and(|weights| is_alike(weights, &recipe));
         let plan = plan(items, head.as_ref(), fits, from_scratch, &self.settings, recipe.seed);
@@ -109,8 +109,8 @@ impl Bench {
         if insane(&trained.weights, self.settings.gate.max_norm).is_some() {
             return Ok(true);
         }
-        let mut bits = |weights: &LoraWeights| {
-            let adapter = Arc::new(Adapter::new(weights, Precision::Exact));
+        let mut bits = |weights: &AdapterWeights| {
+            let adapter = self.adapter(weights)?;
             let losses = self.measure(Some(&adapter), &prepared.old, &prepared.recipe, alive)?;
             Ok::<_, WorkerError>(Loss::bits_per_token(&losses))
         };
@@ -134,7 +134,7 @@ impl Bench {
             return Ok(Verdict::Keep { gate, reason, lesson, tokens });
         }
         let shape = self.base.shape();
-        let (config, weights) = (trained.weights.config.to_json(""), trained.weights.to_safetensors(&shape)?);
+        let PeftFiles { config, weights } = trained.weights.to_files(&shape, "")?;
         let updates = match lesson.from_scratch {
             true => 0,
             false => head.as_ref().map_or(0, |head| head.updates + 1),
@@ -146,10 +146,8 @@ impl Bench {
             config,
             weights,
             meta: json!({
+                "adapter": described(&recipe.adapter),
                 "recipe": {
-                    "rank": recipe.lora.r,
-                    "alpha": recipe.lora.alpha,
-                    "dropout": recipe.lora.dropout,
                     "epochs": recipe.epochs,
                     "batch": recipe.batch,
                     "learning_rate": recipe.learning_rate,
@@ -180,16 +178,15 @@ impl Bench {
         if let Some(problem) = insane(&trained.weights, rules.max_norm) {
             return Ok(Judgement::no(problem));
         }
-        let adapter = |weights: &LoraWeights| Arc::new(Adapter::new(weights, Precision::Exact));
         let head = match (&prepared.start, &prepared.head) {
-            (Some(start), _) => Some(adapter(start)),
+            (Some(start), _) => Some(self.adapter(start)?),
             (None, Some(head)) => {
                 let shape = self.base.shape();
-                Some(adapter(&LoraWeights::parse(&head.config, &head.weights, &shape)?))
+                Some(self.adapter(&AdapterWeights::parse(&head.config, &head.weights, &shape)?)?)
             }
             (None, None) => None,
         };
-        let new = adapter(&trained.weights);
+        let new = self.adapter(&trained.weights)?;
         let mut measure = |adapter: Option<&Arc<Adapter>>| {
             self.measure(adapter, &prepared.heldout, &prepared.recipe, alive)
         };
@@ -200,6 +197,10 @@ impl Bench {
             new: measure(Some(&new))?,
         };
         Ok(judge(&measured, rules))
+    }
+
+    fn adapter(&self, weights: &AdapterWeights) -> Result<Arc<Adapter>, WorkerError> {
+        Ok(Arc::new(Adapter::build(weights, &*self.base, Precision::Exact)?))
     }
 
     /// Items that cannot be read (too long for the tokenizer, refused by the template) teach nothing and judge nothing.
@@ -239,8 +240,32 @@ impl Prepared {
 }
 
 /// Whether training by `recipe` can go on from `weights`.
-fn is_alike(weights: &LoraWeights, recipe: &Recipe) -> bool {
-    let (has, wanted) = (&weights.config, &recipe.lora);
-    // Dropout is no part of the weights.
-    peft::LoraConfig { dropout: wanted.dropout, ..has.clone() } == *wanted
+fn is_alike(weights: &AdapterWeights, recipe: &Recipe) -> bool {
+    match (weights, &recipe.adapter) {
+        (AdapterWeights::Lora(has), AdapterConfig::Lora(wanted)) => {
+            // Dropout is no part of the weights.
+            peft::LoraConfig { dropout: wanted.dropout, ..has.config.clone() } == *wanted
+        }
+        (AdapterWeights::Ia3(has), AdapterConfig::Ia3(wanted)) => has.config == *wanted,
+        (AdapterWeights::Prompt(has), AdapterConfig::Prompt(wanted)) => has.config == *wanted,
+        _ => false,
+    }
+}
+
+/// What an adapter is made of, for people.
+fn described(adapter: &AdapterConfig) -> serde_json::Value {
+    match adapter {
+        AdapterConfig::Lora(lora) => json!({
+            "kind": match (lora.use_dora, lora.use_rslora) {
+                (true, _) => "dora",
+                (false, true) => "rslora",
+                (false, false) => "lora",
+            },
+            "rank": lora.r,
+            "alpha": lora.alpha,
+            "dropout": lora.dropout,
+        }),
+        AdapterConfig::Ia3(_) => json!({ "kind": "ia3" }),
+        AdapterConfig::Prompt(prompt) => json!({ "kind": "prompt", "virtual_tokens": prompt.virtual_tokens }),
+    }
 }

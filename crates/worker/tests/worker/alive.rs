@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use model::BaseModel;
 use store::Store;
-use train::{StepReport, TrainError, Trained};
+use train::{Control, StepReport, TrainError, TrainJob, Trained};
 use types::{JobState, SystemClock};
-use worker::{Control, OneByOne, TrainJob, Trainer};
+use worker::{Jointly, Trainer};
 
 use crate::rig::{Rig, done, settings, slow, user};
 
@@ -45,7 +45,7 @@ impl Trainer for Sleepy {
                 return vec![Err(TrainError::Stopped)];
             }
         }
-        OneByOne.train(base, jobs, control)
+        Jointly.train(base, jobs, control)
     }
 }
 

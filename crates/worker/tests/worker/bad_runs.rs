@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::BaseModel;
+use peft::AdapterWeights;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use train::{Recipe, StepReport, TrainError, Trained, Verdict};
+use train::{Control, Recipe, StepReport, TrainError, TrainJob, Trained, Verdict};
 use types::{JobState, NewItem};
-use worker::{Control, GateRules, OneByOne, Settings, TrainJob, Trainer};
+use worker::{GateRules, Jointly, Settings, Trainer};
 
 use crate::rig::{Rig, done, item, settings, user};
 
@@ -58,16 +59,16 @@ impl Trainer for Faulty {
     ) -> Vec<Result<Trained, TrainError>> {
         let mut random = StdRng::seed_from_u64(self.seed.fetch_add(1, Ordering::Relaxed));
         match self.fault {
-            Fault::None => OneByOne.train(base, jobs, control),
+            Fault::None => Jointly.train(base, jobs, control),
             Fault::Rate => {
                 let recipes: Vec<Recipe> = jobs.iter().map(|job| too_fast(job.recipe)).collect();
                 let jobs = jobs.iter().zip(&recipes).map(|(job, recipe)| TrainJob { recipe, ..*job });
-                OneByOne.train(base, &jobs.collect::<Vec<_>>(), control)
+                Jointly.train(base, &jobs.collect::<Vec<_>>(), control)
             }
             Fault::Diverge => {
                 let step = random.random_range(1..8);
                 let mut stop = StopAt { inner: control, step, reached: false };
-                let results = OneByOne.train(base, jobs, &mut stop);
+                let results = Jointly.train(base, jobs, &mut stop);
                 let diverged = |result| match result {
                     Err(TrainError::Stopped) => Err(TrainError::Diverged { step, what: "the loss" }),
                     other => other,
@@ -75,10 +76,11 @@ impl Trainer for Faulty {
                 results.into_iter().map(diverged).collect()
             }
             Fault::Poison => {
-                let mut results = OneByOne.train(base, jobs, control);
+                let mut results = Jointly.train(base, jobs, control);
                 for trained in results.iter_mut().flatten() {
                     let bad = [f32::NAN, f32::INFINITY, f32::MAX][random.random_range(0..3)];
-                    let sites: Vec<_> = trained.weights.sites.iter_mut().flatten().collect();
+                    let AdapterWeights::Lora(lora) = &mut trained.weights else { panic!("not LoRA") };
+                    let sites: Vec<_> = lora.sites.iter_mut().flatten().collect();
                     let at = random.random_range(0..sites.len());
                     let site = sites.into_iter().nth(at).unwrap();
                     let values = if random.random() { &mut site.a } else { &mut site.b };

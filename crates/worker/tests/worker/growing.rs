@@ -126,9 +126,12 @@ async fn hyper_parameters_come_from_job_tenant_and_server() {
     let job = rig.upload(&ada, 0..30, |_| "ahoy and welcome aboard".into()).await;
     let outcome = rig.until(&job, done).await.outcome.unwrap();
     assert!(outcome.published, "{}", outcome.reason);
-    let recipe = async || rig.store.head(&ada).await.unwrap().unwrap().meta["recipe"].clone();
+    let recipe = async || rig.store.head(&ada).await.unwrap().unwrap().meta.clone();
     let used = recipe().await;
-    assert_eq!((&used["rank"], &used["alpha"], &used["epochs"]), (&4.into(), &4.0.into(), &7.into()));
+    assert_eq!(
+        (&used["adapter"]["rank"], &used["adapter"]["alpha"], &used["recipe"]["epochs"]),
+        (&4.into(), &4.0.into(), &7.into())
+    );
 
     let job = async |options: TrainingOptions| {
         let demand =
@@ -143,8 +146,8 @@ async fn hyper_parameters_come_from_job_tenant_and_server() {
     let ended = job(asked).await;
     assert!(ended.outcome.as_ref().unwrap().published, "{ended:?}");
     let used = recipe().await;
-    assert_eq!((&used["rank"], &used["epochs"]), (&2.into(), &7.into()));
-    assert_eq!(used["learning_rate"], 2e-2);
+    assert_eq!((&used["adapter"]["rank"], &used["recipe"]["epochs"]), (&2.into(), &7.into()));
+    assert_eq!(used["recipe"]["learning_rate"], 2e-2);
     stop.cancel();
     worker.await.unwrap().unwrap();
     assert_eq!(ended.state, JobState::Succeeded);

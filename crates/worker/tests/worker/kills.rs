@@ -8,9 +8,9 @@ use model::BaseModel;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use store::Store;
-use train::{StepReport, TrainError, Trained};
+use train::{Control, StepReport, TrainError, TrainJob, Trained};
 use types::{Clock, ManualClock, Timestamp};
-use worker::{Control, OneByOne, TrainJob, Trainer};
+use worker::{Jointly, Trainer};
 
 use crate::rig::{Rig, done, settings, user};
 
@@ -55,7 +55,7 @@ impl Trainer for Mortal {
             }
         }
         let recipe = train::Recipe { seed: state, ..jobs[0].recipe.clone() };
-        OneByOne.train(base, &[TrainJob { recipe: &recipe, ..jobs[0] }], control)
+        Jointly.train(base, &[TrainJob { recipe: &recipe, ..jobs[0] }], control)
     }
 }
 

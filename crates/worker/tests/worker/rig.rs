@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::BaseModel;
+use peft::AdapterConfig;
 use personalize::Holdout;
 use store::{Policy, Store};
 use testkit::tiny_model;
@@ -13,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use train::Recipe;
 use types::{AdapterId, GenerationId, Job, NewItem, SystemClock, Timestamp};
-use worker::{OneByOne, Settings, Trainer, Worker, WorkerError};
+use worker::{Jointly, Settings, Trainer, Worker, WorkerError};
 
 pub(crate) struct Rig {
     pub(crate) store: Store,
@@ -36,7 +37,7 @@ impl Rig {
     }
 
     pub(crate) fn start(&self, settings: Settings) -> Running {
-        self.start_with(settings, Arc::new(OneByOne))
+        self.start_with(settings, Arc::new(Jointly))
     }
 
     pub(crate) fn start_with(&self, settings: Settings, trainer: Arc<dyn Trainer>) -> Running {
@@ -96,7 +97,9 @@ pub(crate) fn item(at: usize, output: String) -> NewItem {
 
 pub(crate) fn settings() -> Settings {
     let mut recipe = Recipe { epochs: 6, batch: 4, learning_rate: 1e-2, ..Recipe::oppu() };
-    recipe.lora.dropout = 0.0;
+    if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
+        lora.dropout = 0.0;
+    }
     Settings {
         recipe,
         holdout: Holdout { share: 0.2, min: 5, max: 10 },
