@@ -38,7 +38,7 @@ pub struct Block {
     pub linears: [Linear; 7],
 }
 
-/// What differs between serving and training: how a linear layer is adapted and where keys and values are.
+/// How a linear layer is adapted and where keys and values are.
 pub trait Pass {
     /// The layer at `id` with whatever adapters act there; `x` is (rows, input features).
     ///

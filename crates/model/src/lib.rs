@@ -1,8 +1,8 @@
 //! The frozen base: one configurable decoder definition, its weight files, and the paged KV pool.
 //!
-//! The same definition serves and trains: [`BaseModel::hidden`] runs the blocks, and a [`Pass`] says what a
-//! linear layer and the attention are — over many users' adapters and paged KV in serving
-//! ([`BaseModel::forward`]), differentiable in training.
+//! [`BaseModel::forward`] serves many users' adapters over paged KV; [`BaseModel::hidden`] runs the same blocks for
+//! measuring losses, a [`Pass`] saying what a linear layer and the attention are. Training walks [`BaseModel::blocks`]
+//! by itself.
 //!
 //! What it is not: it knows no requests, no text and no optimiser. It reads files, and never writes.
 
@@ -27,6 +27,5 @@ pub use gguf_model::site_name as gguf_site_name;
 pub use kernels::{Precision, softmax_weights};
 pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};
-pub use ops::{FrozenLinear, SpanAttend, map, slice_of};
 pub use packed::PackedPass;
 pub use serve::{BatchInput, Logits, Runtime};
