@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::AdapterCache;
+use adapters::{AdapterCache, CacheSettings};
 use peft::LoraWeights;
 use peft::Precision;
 use server::{App, AppState, Auth, Limits};
@@ -52,14 +52,17 @@ impl Server {
 }
 
 fn app(ours: &Ours, store: Store) -> App {
-    let base = *ours.base.hash();
     App::new(AppState {
         engine: Arc::new(ours.engine.clone()),
         tokenizer: ours.tokenizer.clone(),
         store: store.clone(),
-        adapters: AdapterCache::new(store, ours.base.clone(), Precision::Fast, ADAPTER_BYTES),
+        adapters: AdapterCache::new(
+            store,
+            ours.base.clone(),
+            CacheSettings::new(Precision::Fast, ADAPTER_BYTES),
+        ),
         model_name: MODEL.to_owned(),
-        base_hash: base,
+        base: ours.base.clone(),
         // One user may be all sixteen clients here.
         limits: Limits { in_flight_per_user: 64, ..Limits::default() },
         auth: Auth::Open,

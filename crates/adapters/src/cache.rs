@@ -1,213 +1,466 @@
-//! The cache itself: least recently used out first, never while leased.
+//! The cache: carries out what the tiers decide, on tokio, and wakes those who wait.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-use dashmap::DashMap;
-use lru::LruCache;
-use peft::{Adapter, AdapterWeights, FrozenBase, Lease, Precision};
-use store::{GenerationRecord, Store};
-use tokio::sync::{OnceCell, Semaphore};
+use peft::{Adapter, AdapterWeights, FrozenBase, Lease, PagePool};
+use store::Store;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, Semaphore, oneshot};
 use types::{AdapterId, GenerationId};
 
-use crate::error::AcquireError;
+use crate::AcquireError;
+use crate::residency::{CacheSettings, Residency, Tier, TierResidency};
+use crate::source::{Head, Source};
+use crate::tiers::{Hosted, Landed, Load, Placement, Request, Sizes, Tiers};
 
-/// Loads that may run at once, so that a burst of cold users cannot take all of the disk and memory.
-const PARALLEL_LOADS: usize = 4;
+/// Heads that are remembered, a few hundred bytes each.
+const HEADS: usize = 16_384;
 
-/// Adapters in memory, at most `budget` bytes of them beyond those that running sequences hold. Clones share
-/// the cache.
+/// Adapters in memory, over the store. Clones share the state.
+///
+/// A request gets its adapter as a [`Lease`] on a slot. If there is none, the adapter is loaded into host memory (one
+/// load per adapter at a time, a few in all) and copied into free pages, for which slots that nobody leases make room.
+/// Meanwhile only those who want this adapter wait, and for pages those who came later.
 #[derive(Clone)]
 pub struct AdapterCache(Arc<Inner>);
 
 struct Inner {
-    store: Store,
+    source: Arc<dyn Source>,
     base: Arc<dyn FrozenBase>,
-    precision: Precision,
-    budget: usize,
-    resident: Mutex<Resident>,
-    loading: DashMap<(AdapterId, GenerationId), Arc<OnceCell<Arc<Adapter>>>>,
-    loads: Semaphore,
-    counters: Counters,
-}
-
-/// The newest loaded generation of each resident user. An older one lives on in its leases alone.
-struct Resident {
-    adapters: LruCache<AdapterId, (GenerationId, Arc<Adapter>)>,
-    bytes: usize,
-}
-
-#[derive(Default)]
-struct Counters {
-    hits: AtomicU64,
-    misses: AtomicU64,
+    pool: PagePool,
+    settings: CacheSettings,
+    state: Mutex<State>,
+    /// A lease is gone while requests wait: one of them looks for room.
+    room: Notify,
+    turns: Semaphore,
     loads: AtomicU64,
-    evictions: AtomicU64,
-    load_micros: AtomicU64,
 }
 
-/// What is resident, and the counters since the start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Residency {
-    /// Adapters in memory.
-    pub adapters: usize,
-    /// Their bytes.
-    pub bytes: usize,
-    /// Bytes they may have.
-    pub budget: usize,
-    /// Requests whose adapter was in memory.
-    pub hits: u64,
-    /// Requests that had to load or wait for a load.
-    pub misses: u64,
-    /// Loads from the store.
-    pub loads: u64,
-    /// Adapters dropped for want of room.
-    pub evictions: u64,
-    /// Microseconds spent in loads.
-    pub load_micros: u64,
+/// The tiers of adapters as they are served.
+type Rules = Tiers<AdapterId, GenerationId, Arc<Adapter>, Slot>;
+
+struct State {
+    tiers: Rules,
+    readers: HashMap<u64, oneshot::Sender<Wake>>,
+}
+
+/// What a slot holds: the adapter in its pages, and the handle that its leases share while there are any.
+struct Slot {
+    body: Adapter,
+    lent: Weak<Adapter>,
+}
+
+/// What a waiting request is told.
+enum Wake {
+    Ready(Lease),
+    Again,
+    Failed(AcquireError),
+}
+
+/// Messages to send once the state is unlocked: a message nobody reads drops a lease, which takes the lock.
+type Mail = Vec<(Option<oneshot::Sender<Wake>>, Wake)>;
+
+/// How a request goes on.
+enum Step {
+    Ask(u64),
+    Done(Option<Lease>),
+    Wait(u64, oneshot::Receiver<Wake>),
 }
 
 impl AdapterCache {
-    /// An empty cache over a store, for adapters of a base, kept in a precision.
+    /// An empty cache over a store, for adapters of a base. Reserves the device pool.
     #[must_use]
-    pub fn new(store: Store, base: Arc<dyn FrozenBase>, precision: Precision, budget: usize) -> Self {
-        let resident = Resident { adapters: LruCache::unbounded(), bytes: 0 };
+    pub fn new(store: Store, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
+        Self::over(Arc::new(store), base, settings)
+    }
+
+    /// As [`AdapterCache::new`], over any source.
+    #[must_use]
+    pub fn over(source: Arc<dyn Source>, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
+        let page_bytes =
+            settings.page_bytes.unwrap_or_else(|| PagePool::page_bytes_for(&base.shape(), settings.storage));
+        let pool = PagePool::new(page_bytes, settings.device_bytes);
+        let sizes = Sizes {
+            host_bytes: settings.host_bytes,
+            pages: pool.pages(),
+            waiting: settings.waiting,
+            heads: HEADS,
+        };
+        let state = State { tiers: Tiers::new(sizes), readers: HashMap::new() };
         Self(Arc::new(Inner {
-            store,
+            source,
             base,
-            precision,
-            budget,
-            resident: Mutex::new(resident),
-            loading: DashMap::new(),
-            loads: Semaphore::new(PARALLEL_LOADS),
-            counters: Counters::default(),
+            pool,
+            state: Mutex::new(state),
+            room: Notify::new(),
+            turns: Semaphore::new(settings.parallel_loads.max(1)),
+            loads: AtomicU64::new(0),
+            settings,
         }))
     }
 
-    /// A lease on the user's head; `None` when the user has no adapter (or does not exist).
+    /// A lease on the user's head; `None` when the user has no adapter (or does not exist). Waits as long as it takes.
     ///
     /// # Errors
-    /// When the adapter exists and cannot be read: never silently the base.
+    /// When the adapter exists and cannot be had: never silently the base.
     pub async fn acquire(&self, id: &AdapterId) -> Result<Option<Lease>, AcquireError> {
-        let Some(head) = self.0.store.head(id).await? else { return Ok(None) };
-        if head.base != self.0.base.hash() {
-            return Err(AcquireError::OtherBase { generation: head.id });
-        }
-        let counters = &self.0.counters;
-        let lease = |adapter| Lease { id: id.clone(), generation: head.id, adapter };
-        if let Some((generation, adapter)) = self.0.lock().adapters.get(id)
-            && *generation == head.id
-        {
-            counters.hits.fetch_add(1, Ordering::Relaxed);
-            return Ok(Some(lease(Arc::clone(adapter))));
-        }
-        counters.misses.fetch_add(1, Ordering::Relaxed);
-        let key = (id.clone(), head.id);
-        let cell = Arc::clone(&self.0.loading.entry(key.clone()).or_default());
-        let loaded = cell.get_or_try_init(|| self.0.load(id, &head)).await.map(Arc::clone);
-        self.0.loading.remove_if(&key, |_, current| Arc::ptr_eq(current, &cell));
-        loaded.map(|adapter| Some(lease(adapter)))
+        self.0.acquire(id, &AtomicBool::new(false)).await
     }
 
-    /// Tells that a user's head has moved: what is resident of the user is stale and makes room. Running
-    /// sequences keep their generation.
+    /// As [`AdapterCache::acquire`], within a time.
+    ///
+    /// # Errors
+    /// [`AcquireError::Full`] if it was there and all slots were leased the whole time, [`AcquireError::Late`] if it
+    /// was not loaded; else as [`AdapterCache::acquire`].
+    pub async fn acquire_within(
+        &self,
+        id: &AdapterId,
+        patience: Duration,
+    ) -> Result<Option<Lease>, AcquireError> {
+        let wants_room = AtomicBool::new(false);
+        match tokio::time::timeout(patience, self.0.acquire(id, &wants_room)).await {
+            Ok(result) => result,
+            Err(_) if wants_room.load(Ordering::Relaxed) => {
+                Err(AcquireError::Full { waiting: self.0.lock().tiers.waiting() })
+            }
+            Err(_) => Err(AcquireError::Late),
+        }
+    }
+
+    /// Brings a user's adapter into host memory while its request waits for its turn elsewhere. Returns at once; what
+    /// goes wrong is for the request to see.
+    pub fn prefetch(&self, id: &AdapterId) {
+        let inner = &self.0;
+        if !matches!(inner.fetch_ahead(id), Some(Request::Ask)) {
+            return;
+        }
+        let Ok(runtime) = Handle::try_current() else { return };
+        let (inner, id) = (Arc::clone(inner), id.clone());
+        runtime.spawn(async move {
+            let stamp = inner.source.moves(&id);
+            if let Ok(head) = inner.source.head(&id).await
+                && inner.learn(&id, head, stamp).is_ok()
+            {
+                inner.fetch_ahead(&id);
+            }
+        });
+    }
+
+    /// Tells that a user's head has moved: what is resident of the user is stale and makes room, and the new head is
+    /// fetched if the old one was in use. Running sequences keep their generation.
     pub fn announce(&self, id: &AdapterId, head: &GenerationId) {
-        let mut resident = self.0.lock();
-        if resident.adapters.peek(id).is_some_and(|(generation, _)| generation != head) {
-            resident.remove(id);
+        let mut was_used = false;
+        self.0.tell(|state| {
+            was_used = state.tiers.has_slot(id);
+            let tickets = state.tiers.invalidate(id, Some(*head));
+            state.address(&tickets, |_| Wake::Again)
+        });
+        if was_used {
+            self.prefetch(id);
         }
     }
 
     /// Forgets an erased user.
     pub fn forget(&self, id: &AdapterId) {
-        self.0.lock().remove(id);
+        self.0.tell(|state| {
+            let tickets = state.tiers.invalidate(id, None);
+            state.address(&tickets, |_| Wake::Again)
+        });
+    }
+
+    /// Where a user's adapter is.
+    #[must_use]
+    pub fn tier(&self, id: &AdapterId) -> Tier {
+        let state = self.0.lock();
+        match (state.tiers.has_slot(id), state.tiers.has_host(id)) {
+            (true, _) => Tier::Device,
+            (false, true) => Tier::Host,
+            (false, false) => Tier::Store,
+        }
     }
 
     /// What is resident.
     #[must_use]
     pub fn residency(&self) -> Residency {
-        let (adapters, bytes) = {
-            let resident = self.0.lock();
-            (resident.adapters.len(), resident.bytes)
+        let (counts, (hosted, host_bytes), (slots, free), waiting) = {
+            let tiers = &self.0.lock().tiers;
+            (tiers.counts(), tiers.host(), tiers.slots(), tiers.waiting())
         };
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.0.counters;
+        let pool = &self.0.pool;
         Residency {
-            adapters,
-            bytes,
-            budget: self.0.budget,
-            hits: read(&counters.hits),
-            misses: read(&counters.misses),
-            loads: read(&counters.loads),
-            evictions: read(&counters.evictions),
-            load_micros: read(&counters.load_micros),
+            host: TierResidency {
+                adapters: hosted,
+                bytes: host_bytes,
+                budget: self.0.settings.host_bytes,
+                evictions: counts.host_evictions,
+            },
+            device: TierResidency {
+                adapters: slots,
+                bytes: (pool.pages() - free) * pool.page_bytes(),
+                budget: pool.pages() * pool.page_bytes(),
+                evictions: counts.slot_evictions,
+            },
+            hits: counts.slot_hits,
+            host_hits: counts.host_hits,
+            misses: counts.misses,
+            loads: self.0.loads.load(Ordering::Relaxed),
+            uploads: counts.placements,
+            waiting,
         }
     }
 }
 
 impl Inner {
     /// The state is whole after every statement, so a panic elsewhere leaves it usable.
-    fn lock(&self) -> MutexGuard<'_, Resident> {
-        self.resident.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn load(&self, id: &AdapterId, head: &GenerationRecord) -> Result<Arc<Adapter>, AcquireError> {
-        // A load that ended between our look and our turn has left the adapter behind.
-        if let Some((generation, adapter)) = self.lock().adapters.get(id)
-            && *generation == head.id
-        {
-            return Ok(Arc::clone(adapter));
+    async fn acquire(
+        self: &Arc<Self>,
+        id: &AdapterId,
+        wants_room: &AtomicBool,
+    ) -> Result<Option<Lease>, AcquireError> {
+        let mut ticket = None;
+        loop {
+            match self.request(id, ticket)? {
+                Step::Done(lease) => return Ok(lease),
+                Step::Ask(stamp) => {
+                    let head = self.source.head(id).await?;
+                    self.learn(id, head, stamp)?;
+                }
+                Step::Wait(number, reader) => {
+                    ticket = Some(number);
+                    let waiting = Waiting { inner: self, ticket: number, wants_room };
+                    match waiting.wait(reader).await? {
+                        Wake::Ready(lease) => return Ok(Some(lease)),
+                        Wake::Failed(error) => return Err(error),
+                        Wake::Again => {}
+                    }
+                }
+            }
         }
-        let _turn = self.loads.acquire().await.map_err(|_| AcquireError::Stopped)?;
+    }
+
+    fn request(self: &Arc<Self>, id: &AdapterId, ticket: Option<u64>) -> Result<Step, AcquireError> {
+        let mut state = self.lock();
+        let stamp = self.source.moves(id);
+        match state.tiers.request(id, stamp, ticket) {
+            Request::Ask => Ok(Step::Ask(stamp)),
+            Request::Base => Ok(Step::Done(None)),
+            Request::Busy => Err(AcquireError::Full { waiting: state.tiers.waiting() }),
+            Request::Ready { slot, generation } => {
+                Ok(Step::Done(Some(self.lend(&mut state, id, slot, generation)?)))
+            }
+            Request::Wait { ticket, load } => {
+                let (sender, reader) = oneshot::channel();
+                state.readers.insert(ticket, sender);
+                load.into_iter().for_each(|load| self.start(load));
+                self.pump(&mut state);
+                Ok(Step::Wait(ticket, reader))
+            }
+        }
+    }
+
+    /// Starts the load of a prefetch, if one is needed.
+    fn fetch_ahead(self: &Arc<Self>, id: &AdapterId) -> Option<Request<AdapterId, GenerationId>> {
+        // Without a runtime there is nobody to load it.
+        Handle::try_current().ok()?;
+        let mut state = self.lock();
+        let mut request = state.tiers.prefetch(id, self.source.moves(id));
+        if let Request::Wait { load, .. } = &mut request {
+            load.take().into_iter().for_each(|load| self.start(load));
+        }
+        Some(request)
+    }
+
+    fn learn(&self, id: &AdapterId, head: Option<Head>, stamp: u64) -> Result<(), AcquireError> {
+        let foreign = head.filter(|head| head.base != self.base.hash());
+        self.tell(|state| {
+            let tickets = match foreign {
+                Some(_) => state.tiers.invalidate(id, None),
+                None => state.tiers.learn(id, head.map(|head| head.generation), stamp),
+            };
+            state.address(&tickets, |_| Wake::Again)
+        });
+        match foreign {
+            Some(head) => Err(AcquireError::OtherBase { generation: head.generation }),
+            None => Ok(()),
+        }
+    }
+
+    /// A lease on a slot that the tiers have pinned for it.
+    fn lend(
+        self: &Arc<Self>,
+        state: &mut State,
+        id: &AdapterId,
+        number: u64,
+        generation: GenerationId,
+    ) -> Result<Lease, AcquireError> {
+        // A slot is there as long as the state is locked after it was found.
+        let slot = state.tiers.slot_mut(id, number).ok_or(AcquireError::Stopped)?;
+        let adapter = match slot.lent.upgrade() {
+            Some(adapter) => {
+                // The leases that share a handle share its pin.
+                let _others = state.tiers.unpin(number);
+                adapter
+            }
+            None => {
+                let inner = Arc::downgrade(self);
+                let released = move || inner.upgrade().into_iter().for_each(|inner| inner.released(number));
+                let adapter = Arc::new(slot.body.watched(released));
+                slot.lent = Arc::downgrade(&adapter);
+                adapter
+            }
+        };
+        Ok(Lease { id: id.clone(), generation, adapter })
+    }
+
+    /// The last lease on a slot is gone. Called where it was dropped, the model's thread among others: it only counts.
+    fn released(&self, number: u64) {
+        let wanted = self.lock().tiers.unpin(number);
+        if wanted {
+            self.room.notify_one();
+        }
+    }
+
+    /// Starts the placements that have room.
+    fn pump(self: &Arc<Self>, state: &mut State) {
+        for placement in state.tiers.pump() {
+            let inner = Arc::clone(self);
+            let place = move || inner.place(placement);
+            match Handle::try_current() {
+                Ok(runtime) => drop(runtime.spawn_blocking(place)),
+                Err(_) => drop(std::thread::spawn(place)),
+            }
+        }
+    }
+
+    fn place(self: &Arc<Self>, placement: Placement<AdapterId, Arc<Adapter>>) {
+        let Placement { number, key, payload, pages } = placement;
+        let slot = payload.upload(&self.pool).map(|body| Slot { body, lent: Weak::new() });
+        drop(payload);
+        debug_assert!(slot.is_some(), "the tiers count the pool's pages wrongly");
+        let land = |tiers: &mut Rules, stamp| tiers.placed(number, &key, slot, pages, stamp);
+        self.land(&key, land, || AcquireError::Full { waiting: 0 });
+    }
+
+    /// Runs a load in the background; nobody's leaving ends it.
+    fn start(self: &Arc<Self>, load: Load<AdapterId, GenerationId>) {
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            let Load { number, key, generation } = load;
+            let (hosted, error) = match inner.load(&key, generation).await {
+                Ok(hosted) => (Some(hosted), AcquireError::Stopped),
+                Err(error) => (None, error),
+            };
+            let land = |tiers: &mut Rules, stamp| tiers.loaded(number, &key, hosted, stamp);
+            inner.land(&key, land, || error);
+        });
+    }
+
+    async fn load(
+        &self,
+        id: &AdapterId,
+        generation: GenerationId,
+    ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
+        let _turn = self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?;
         let start = Instant::now();
-        let files = self.store.fetch(id, &head.id).await?;
+        let files = self.source.files(id, generation).await?;
         let base = Arc::clone(&self.base);
-        let precision = self.precision;
+        let storage = self.settings.storage;
         let parse = move || {
             let weights = AdapterWeights::parse(&files.config, &files.weights, &base.shape())?;
-            Adapter::build(&weights, &*base, precision)
+            Adapter::build(&weights, &*base, storage)
         };
         let adapter = tokio::task::spawn_blocking(parse).await.map_err(|_| AcquireError::Stopped)??;
-        let adapter = Arc::new(adapter);
-        self.counters.loads.fetch_add(1, Ordering::Relaxed);
-        let micros = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.counters.load_micros.fetch_add(micros, Ordering::Relaxed);
-        let evicted = self.lock().insert(id, head.id, Arc::clone(&adapter), self.budget);
-        self.counters.evictions.fetch_add(evicted, Ordering::Relaxed);
-        Ok(adapter)
+        let (pages, page_bytes) = (self.pool.pages(), self.pool.page_bytes());
+        let wanted = adapter.pages(page_bytes).filter(|wanted| *wanted <= pages);
+        let wanted = wanted.ok_or(AcquireError::TooLarge { pages, page_bytes })?;
+        self.loads.fetch_add(1, Ordering::Relaxed);
+        (self.settings.on_load)(start.elapsed());
+        Ok(Hosted { bytes: adapter.bytes(), pages: wanted, payload: Arc::new(adapter) })
+    }
+
+    /// Tells the tiers of a load or placement, and then those who waited for it.
+    fn land(
+        self: &Arc<Self>,
+        id: &AdapterId,
+        land: impl FnOnce(&mut Rules, u64) -> Landed<GenerationId>,
+        error: impl FnOnce() -> AcquireError,
+    ) {
+        self.tell(|state| {
+            let stamp = self.source.moves(id);
+            let mail = match land(&mut state.tiers, stamp) {
+                Landed::Quiet => Mail::new(),
+                Landed::Again(tickets) => state.address(&tickets, |_| Wake::Again),
+                Landed::Failed(tickets) => {
+                    let error = error();
+                    state.address(&tickets, |_| Wake::Failed(error.clone()))
+                }
+                Landed::Ready { slot, generation, tickets } => state.address(&tickets, |state| {
+                    self.lend(state, id, slot, generation).map_or_else(Wake::Failed, Wake::Ready)
+                }),
+            };
+            self.pump(state);
+            mail
+        });
+    }
+
+    /// Changes the state, then, when it is unlocked, wakes requests and frees what is no longer needed.
+    fn tell(&self, change: impl FnOnce(&mut State) -> Mail) {
+        let (mail, _trash) = {
+            let mut state = self.lock();
+            (change(&mut state), state.tiers.take_trash())
+        };
+        for (reader, wake) in mail {
+            // Whoever has left needs no answer; a lease in it is given back here.
+            let _unread = reader.map(|reader| reader.send(wake));
+        }
     }
 }
 
-impl Resident {
-    fn remove(&mut self, id: &AdapterId) {
-        if let Some((_, old)) = self.adapters.pop(id) {
-            self.bytes -= old.bytes();
+impl State {
+    /// Messages to the holders of tickets.
+    fn address(&mut self, tickets: &[u64], mut wake: impl FnMut(&mut Self) -> Wake) -> Mail {
+        let mut mail = Mail::new();
+        for ticket in tickets {
+            let wake = wake(self);
+            mail.push((self.readers.remove(ticket), wake));
+        }
+        mail
+    }
+}
+
+/// A request that waits. Dropped, it waits no longer.
+struct Waiting<'a> {
+    inner: &'a Arc<Inner>,
+    ticket: u64,
+    /// Set when it leaves without an answer and only pages were missing.
+    wants_room: &'a AtomicBool,
+}
+
+impl Waiting<'_> {
+    async fn wait(self, mut reader: oneshot::Receiver<Wake>) -> Result<Wake, AcquireError> {
+        loop {
+            tokio::select! {
+                wake = &mut reader => return wake.map_err(|_| AcquireError::Stopped),
+                () = self.inner.room.notified() => self.inner.pump(&mut self.inner.lock()),
+            }
         }
     }
+}
 
-    /// Puts an adapter in and makes room by dropping the least recently used ones that nobody holds.
-    fn insert(
-        &mut self,
-        id: &AdapterId,
-        generation: GenerationId,
-        adapter: Arc<Adapter>,
-        budget: usize,
-    ) -> u64 {
-        self.remove(id);
-        self.bytes += adapter.bytes();
-        self.adapters.put(id.clone(), (generation, adapter));
-        let mut evicted = 0;
-        while self.bytes > budget {
-            let unused = |(_, (_, adapter)): &(&AdapterId, &(GenerationId, Arc<Adapter>))| {
-                Arc::strong_count(adapter) == 1
-            };
-            let Some(victim) = self.adapters.iter().rev().find(unused).map(|(id, _)| id.clone()) else {
-                break;
-            };
-            self.remove(&victim);
-            evicted += 1;
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        // Who has got an answer is no longer among the readers.
+        if state.readers.remove(&self.ticket).is_some() {
+            self.wants_room.store(state.tiers.leave(self.ticket), Ordering::Relaxed);
+            self.inner.pump(&mut state);
         }
-        evicted
     }
 }

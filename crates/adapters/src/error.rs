@@ -21,6 +21,23 @@ pub enum AcquireError {
     /// Its files are not a valid adapter of this base.
     #[error("the adapter is not valid: {0}")]
     Invalid(#[from] PeftError),
+    /// It takes more pages than there are.
+    #[error("the adapter needs more than the {pages} pages of {page_bytes} bytes that adapters in use have")]
+    TooLarge {
+        /// Pages in all.
+        pages: usize,
+        /// Bytes of each.
+        page_bytes: usize,
+    },
+    /// All slots are leased, or too many requests wait; try again later.
+    #[error("the memory for adapters in use is full, and {waiting} requests wait for it")]
+    Full {
+        /// Requests that wait.
+        waiting: usize,
+    },
+    /// It was not loaded in time.
+    #[error("the adapter was not loaded in time")]
+    Late,
     /// The server is shutting down.
     #[error("the server is shutting down")]
     Stopped,

@@ -1,10 +1,15 @@
-//! Residency of adapters: from the blob store into a bounded part of memory, one load per adapter at a time.
+//! Residency of adapters in three tiers: from the blob store through host memory into the slots that requests lease.
 //!
 //! What it is not: it decides neither who may use an adapter nor which generation is head (the store
 //! does); it runs no model.
 
 mod cache;
 mod error;
+mod residency;
+mod source;
+mod tiers;
 
-pub use cache::{AdapterCache, Residency};
+pub use cache::AdapterCache;
 pub use error::AcquireError;
+pub use residency::{CacheSettings, Residency, Tier, TierResidency};
+pub use source::{Answer, Head, Source};

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::BaseModel;
-use peft::{Adapter, LoraWeights, Precision};
+use peft::{Adapter, AdapterWeights, Precision};
 use serde_json::Value;
 use text::Tokenizer;
 use train::{Loss, evaluate};
@@ -121,8 +121,8 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
     for person in people {
         let (config, weights) =
             api.adapter(person.id).await.with_context(|| format!("the adapter of {}", person.id))?;
-        let weights = LoraWeights::parse(&config, &weights, &context.base.shape())?;
-        adapters.push(Arc::new(Adapter::new(&weights, Precision::Exact)));
+        let weights = AdapterWeights::parse(&config, &weights, &context.base.shape())?;
+        adapters.push(Arc::new(Adapter::build(&weights, &*context.base, Precision::Exact)?));
     }
     let example = |item: &HistoryItem| personalize::example(&context.tokenizer, item);
     let kept = |person: &Person| person.split().1.iter().map(example).collect::<Result<Vec<Example>, _>>();

@@ -8,3 +8,4 @@ pub mod fetch;
 mod model_path;
 pub mod service;
 pub mod settings;
+mod task_adapter;

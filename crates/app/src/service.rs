@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::AdapterCache;
+use adapters::{AdapterCache, CacheSettings};
 use anyhow::{Context, bail};
 use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
@@ -22,7 +22,7 @@ use types::SystemClock;
 use worker::{Worker, WorkerError};
 
 use crate::settings::{ServiceArgs, TrainingArgs};
-use crate::{fetch, model_path};
+use crate::{fetch, model_path, task_adapter};
 
 const MIB: usize = 1 << 20;
 
@@ -62,8 +62,13 @@ impl Service {
         let path = model_path::find(args.model.as_deref(), &cache).await?;
         let options = LoadOptions { max_context: args.max_context };
         let model_file = path.clone();
-        let Loaded { model, tokenizer } =
-            tokio::task::spawn_blocking(move || model::load(&model_file, options)).await??;
+        let (task, mode) = (args.task_adapter.clone(), args.task_adapter_mode.into());
+        let load = move || -> anyhow::Result<Loaded> {
+            let loaded = model::load(&model_file, options)?;
+            let Some(folder) = task else { return Ok(loaded) };
+            Ok(Loaded { model: task_adapter::apply(loaded.model, &folder, mode)?, ..loaded })
+        };
+        let Loaded { model, tokenizer } = tokio::task::spawn_blocking(load).await??;
         let Some(source) = tokenizer else {
             bail!(
                 "{}: there is no tokenizer (tokenizer.json, or the tokenizer.* keys of a GGUF file)",
@@ -76,8 +81,8 @@ impl Service {
         let model_name = model_name(args.model_name.as_deref(), &path)?;
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
-        let (precision, budget) = (args.precision.into(), args.adapter_mib as usize * MIB);
-        let adapters = AdapterCache::new(store.clone(), base.clone(), precision, budget);
+        let metrics = Metrics::default();
+        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics));
         let engine: Arc<dyn Engine> =
             Arc::new(ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?);
         let on_upload = Arc::new(Notify::new());
@@ -106,11 +111,11 @@ impl Service {
             store: store.clone(),
             adapters,
             model_name: model_name.clone(),
-            base_hash: *base.hash(),
+            base: base.clone(),
             limits: Limits::default(),
             auth,
             clock: Arc::new(SystemClock),
-            metrics: Metrics::default(),
+            metrics,
             on_upload,
         });
         let server = tokio::spawn(server::serve(listener, app, stop.clone()));
@@ -194,6 +199,16 @@ pub fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Set
         threads: args.threads.map_or_else(cores, usize::from),
         precision: args.precision.into(),
         eos: tokenizer.eos_ids().to_vec(),
+    }
+}
+
+fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> CacheSettings {
+    let metrics = metrics.clone();
+    let device_bytes = args.adapter_device_mib as usize * MIB;
+    CacheSettings {
+        host_bytes: args.adapter_host_mib as usize * MIB,
+        on_load: Arc::new(move |time| metrics.adapter_load(time.as_secs_f64())),
+        ..CacheSettings::new(args.adapter_storage(), device_bytes)
     }
 }
 

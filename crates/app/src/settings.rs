@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::Precision;
-use peft::{AdapterConfig, LoraConfig};
+use model::{Precision, TaskMode};
+use peft::{AdapterConfig, LoraConfig, Storage};
 use train::Recipe;
 use types::{TenantId, TrainingLimits, TrainingOptions};
 
@@ -55,6 +55,13 @@ pub struct ServiceArgs {
     /// A GGUF file, a folder in Hugging Face layout, or (feature `hub`) a hub id. [default: SmolLM2-135M-Instruct]
     #[arg(long, env = "ATELIER_MODEL")]
     pub model: Option<String>,
+    /// Folder of a LoRA adapter for the task that all users share (HF peft's two files); it becomes part of the base.
+    #[arg(long, env = "ATELIER_TASK_ADAPTER")]
+    pub task_adapter: Option<PathBuf>,
+    /// Where the task adapter goes: `merge` into the weights (quantised ones it acts on become 8-bit), `stack` under the
+    /// users' adapters (the weights stay as they are).
+    #[arg(long, default_value = "merge", env = "ATELIER_TASK_ADAPTER_MODE")]
+    pub task_adapter_mode: TaskModeArg,
     /// Name of the model in the API. [default: the model's own]
     #[arg(long, env = "ATELIER_MODEL_NAME")]
     pub model_name: Option<String>,
@@ -82,9 +89,15 @@ pub struct ServiceArgs {
     /// Compute every prompt anew, even where it begins like an earlier one.
     #[arg(long, env = "ATELIER_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
-    /// Memory for adapters, in MiB, beyond those in use.
-    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_MIB")]
-    pub adapter_mib: u32,
+    /// Host memory for adapters, in MiB: those of users who were here lately.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_HOST_MIB")]
+    pub adapter_host_mib: u32,
+    /// Memory for adapters in use, in MiB, reserved at the start.
+    #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_DEVICE_MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub adapter_device_mib: u32,
+    /// How adapters are kept; `int8` wants `--precision fast`. [default: bf16, with `--precision exact` f32]
+    #[arg(long, env = "ATELIER_ADAPTER_STORAGE")]
+    pub adapter_storage: Option<StorageArg>,
     /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
     #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
     pub precision: PrecisionArg,
@@ -102,6 +115,30 @@ pub struct ServiceArgs {
     pub training: TrainingArgs,
 }
 
+/// How adapters are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StorageArg {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Eight bits, with a scale for each rank: half the bytes.
+    Int8,
+}
+
+impl ServiceArgs {
+    /// How adapters are kept.
+    #[must_use]
+    pub fn adapter_storage(&self) -> Storage {
+        match self.adapter_storage {
+            None => Precision::from(self.precision).into(),
+            Some(StorageArg::F32) => Storage::F32,
+            Some(StorageArg::Bf16) => Storage::Bf16,
+            Some(StorageArg::Int8) => Storage::Int8,
+        }
+    }
+}
+
 /// How the model computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PrecisionArg {
@@ -116,6 +153,24 @@ impl From<PrecisionArg> for Precision {
         match precision {
             PrecisionArg::Fast => Self::Fast,
             PrecisionArg::Exact => Self::Exact,
+        }
+    }
+}
+
+/// Where a task adapter goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TaskModeArg {
+    /// Into the weights.
+    Merge,
+    /// Under the users' adapters.
+    Stack,
+}
+
+impl From<TaskModeArg> for TaskMode {
+    fn from(mode: TaskModeArg) -> Self {
+        match mode {
+            TaskModeArg::Merge => Self::Merge,
+            TaskModeArg::Stack => Self::Stack,
         }
     }
 }

@@ -29,6 +29,12 @@ pub struct Generate {
 }
 
 impl Generate {
+    /// Tokens that its adapter puts before the prompt; they take context and KV, and are nobody's usage.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> usize {
+        self.adapter.as_ref().map_or(0, |lease| lease.adapter.virtual_tokens())
+    }
+
     pub(crate) fn scope(&self) -> Scope {
         let adapter = self.adapter.as_ref().map(|lease| (lease.id.clone(), lease.generation));
         Scope { tenant: self.tenant.clone(), adapter }
@@ -91,7 +97,7 @@ pub enum SubmitError {
         prompt: usize,
         /// Tokens asked for.
         max_tokens: u32,
-        /// Tokens a sequence may have.
+        /// Tokens a sequence may have, without its adapter's virtual tokens.
         context: usize,
     },
     /// A token id is not in the vocabulary.
@@ -143,6 +149,8 @@ pub struct EngineStats {
     pub prefix_tokens: u64,
     /// Blocks kept for sequences to come that had to make room.
     pub prefix_evictions: u64,
+    /// Virtual tokens of adapters computed.
+    pub virtual_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
     /// Sequences preempted for want of KV blocks.

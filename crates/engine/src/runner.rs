@@ -104,8 +104,10 @@ impl Runner {
     fn add(&mut self, (job, sink): (Generate, TokenSink)) {
         let id = self.next_id;
         self.next_id += 1;
-        self.scheduler.push(id, job.prompt.len(), job.group.filter(|_| self.blocks.is_sharing()));
-        self.sequences.insert(id, Sequence::new(job, sink));
+        let group = job.group.filter(|_| self.blocks.is_sharing());
+        let sequence = Sequence::new(job, self.model.config().vocab, sink);
+        self.scheduler.push(id, sequence.prompt(), group);
+        self.sequences.insert(id, sequence);
         self.shared.waiting.store(self.scheduler.waiting(), Ordering::Release);
         self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
     }
@@ -183,6 +185,8 @@ impl Runner {
             stats.steps += 1;
             stats.adapters_running = self.adapters.adapters();
         });
+        // An idle engine must not keep an adapter whose sequence has ended.
+        self.adapters.clear();
         match result {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),
@@ -197,11 +201,13 @@ impl Runner {
     fn settle(&mut self, work: &[Work]) {
         let all = std::mem::take(&mut self.logits);
         let mut logits = all.rows();
-        let (mut prompt, mut generated) = (0, 0);
+        let (mut own, mut prompt, mut generated) = (0, 0, 0);
         for work in work {
             let row = if work.sample { logits.next() } else { None };
             let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
-            prompt += sequence.compute(work.tokens) as u64;
+            let computed = sequence.compute(work.tokens);
+            own += computed.0 as u64;
+            prompt += computed.1 as u64;
             let Some(row) = row else {
                 sequence.publish(&mut self.blocks);
                 self.scheduler.settle(work, false);
@@ -225,6 +231,7 @@ impl Runner {
         drop(logits);
         self.logits = all;
         self.shared.count(|stats| {
+            stats.virtual_tokens += own;
             stats.prompt_tokens += prompt;
             stats.generated_tokens += generated;
         });

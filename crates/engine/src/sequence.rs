@@ -12,8 +12,10 @@ use crate::sampler::{Sampler, Scratch};
 
 /// A request with its state: tokens, blocks, sampler and the way back to its reader.
 pub(crate) struct Sequence {
-    /// Prompt and answer.
+    /// The adapter's virtual tokens, prompt and answer.
     pub(crate) tokens: Vec<u32>,
+    virtual_tokens: usize,
+    /// Tokens before the answer, virtual ones among them.
     prompt: usize,
     /// Tokens whose keys and values are stored.
     pub(crate) computed: usize,
@@ -28,15 +30,19 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(job: Generate, sink: TokenSink) -> Self {
+    /// A sequence over a vocabulary of this size: ids from there on are its adapter's virtual tokens.
+    pub(crate) fn new(job: Generate, vocabulary: usize, sink: TokenSink) -> Self {
         let scope = Arc::new(job.scope());
-        let (prompt, answer) = (job.prompt.len(), job.params.max_tokens as usize);
+        let virtual_tokens = job.virtual_tokens();
+        let (prompt, answer) = (virtual_tokens + job.prompt.len(), job.params.max_tokens as usize);
         let sampler = Sampler::new(job.params, &job.prompt);
         // All it can grow to, so that no step has to allocate.
-        let mut tokens = job.prompt;
-        tokens.reserve_exact(answer);
+        let mut tokens = Vec::with_capacity(prompt + answer);
+        tokens.extend((vocabulary..vocabulary + virtual_tokens).map(|id| id as u32));
+        tokens.extend(job.prompt);
         Self {
             scope,
+            virtual_tokens,
             prompt,
             sampler,
             tokens,
@@ -53,12 +59,18 @@ impl Sequence {
         self.lease.as_ref().map(|lease| &lease.adapter)
     }
 
+    /// Tokens before the answer, virtual ones among them.
+    pub(crate) fn prompt(&self) -> usize {
+        self.prompt
+    }
+
     fn answered(&self) -> u32 {
         (self.tokens.len() - self.prompt) as u32
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        let (prompt_tokens, completion_tokens) = (self.prompt as u32, self.answered());
+        let prompt_tokens = (self.prompt - self.virtual_tokens) as u32;
+        let completion_tokens = self.answered();
         Usage { prompt_tokens, cached_tokens: self.cached.unwrap_or(0) as u32, completion_tokens }
     }
 
@@ -74,8 +86,9 @@ impl Sequence {
         if self.cached.is_some() {
             return None;
         }
-        self.cached = Some(self.computed);
-        self.sink.set_cached_tokens(self.computed as u32);
+        let cached = self.computed.saturating_sub(self.virtual_tokens);
+        self.cached = Some(cached);
+        self.sink.set_cached_tokens(cached as u32);
         self.cached
     }
 
@@ -85,11 +98,12 @@ impl Sequence {
         self.computed = 0;
     }
 
-    /// Records that `tokens` more are computed; returns how many of them belong to the prompt.
-    pub(crate) fn compute(&mut self, tokens: usize) -> usize {
-        let before = self.computed.min(self.prompt);
+    /// Records that `tokens` more are computed; returns how many of them are virtual, and how many the prompt's.
+    pub(crate) fn compute(&mut self, tokens: usize) -> (usize, usize) {
+        let before = self.computed;
         self.computed += tokens;
-        self.computed.min(self.prompt) - before
+        let between = |from: usize, to: usize| self.computed.clamp(from, to) - before.clamp(from, to);
+        (between(0, self.virtual_tokens), between(self.virtual_tokens, self.prompt))
     }
 
     /// Lets others share what is computed.

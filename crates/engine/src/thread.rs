@@ -117,6 +117,7 @@ impl ModelEngine {
             return Err(SubmitError::EmptyPrompt);
         }
         let (prompt, max_tokens) = (job.prompt.len(), job.params.max_tokens);
+        let context = context.saturating_sub(job.virtual_tokens());
         let whole = prompt.checked_add(max_tokens as usize);
         if whole.is_none_or(|whole| whole > context) {
             return Err(SubmitError::TooLong { prompt, max_tokens, context });

@@ -1,12 +1,15 @@
-//! What happens to a row before its products: norm or gate, 8-bit quantisation, and the way down through its adapter.
+//! What happens to a row before its products: norm or gate, its adapter's scale, 8-bit quantisation, and the way down
+//! through its adapter.
 //!
 //! All in one pass over the row, while it is in the cache. Quantisation is symmetric in blocks of 32 (`Q8_1` of
 //! llama.cpp): `scale = max |x| / 127`, `quant = round(x / scale)`, ties to even.
 
 use crate::lanes::{Lanes, multiversion};
-use crate::low_rank::{Route, shrink};
+use crate::linear::LAYERS;
+use crate::low_rank::{PREFETCHED, Route, shrink};
 use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
+use crate::vectors::RowVectors;
 
 /// What a fused linear layer reads.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +54,16 @@ pub(crate) struct Prepared {
     /// (sites, rows, rank_stride): `A x` of each row at each site.
     pub(crate) shrunk: *mut f32,
     pub(crate) rank_stride: usize,
+    /// (sites, rows); null if no row's adapter has any.
+    pub(crate) vectors: *const RowVectors,
+    /// Whether a row's values are scaled; then they are all in the buffer of values.
+    pub(crate) scaled: bool,
+    /// By site.
+    pub(crate) under: [Route; LAYERS],
+    /// The largest rank among them.
+    pub(crate) under_rank: usize,
+    /// By site from `site * rows * under_rank` on: (rows, the site's rank).
+    pub(crate) under_shrunk: *mut f32,
 }
 
 // SAFETY: tasks write disjoint rows, and reading begins when all are written.
@@ -65,7 +78,13 @@ multiversion! {
 fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepared) {
     let cols = out.view.cols;
     for row in from..to {
-        let values = match input {
+        let values: &[f32] = match input {
+            Input::Plain(x) if out.scaled => {
+                // SAFETY: tasks have disjoint rows; the buffer holds `rows * cols` values.
+                let values = unsafe { row_of(*out, row) };
+                values.copy_from_slice(&x[row * cols..][..cols]);
+                values
+            }
             // Read where they are.
             Input::Plain(x) => &x[row * cols..][..cols],
             Input::Norm { x, weight, eps } => {
@@ -88,18 +107,53 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
                 values
             }
         };
+        // SAFETY: as above; what `values` names is in the buffer and not used any more.
+        let values = if out.scaled { unsafe { scale(out, row) } } else { values };
         if !out.view.quants.is_null() {
             // SAFETY: as above.
             unsafe { quantise::<L>(values, row, &out.view) };
+        }
+        if row + 1 < to && out.view.rows <= PREFETCHED {
+            for site in 0..out.sites {
+                // SAFETY: `routes` has the stated shape.
+                unsafe { (*out.routes.add(site * out.view.rows + row + 1)).prefetch_down::<L>(cols) };
+            }
+        }
+        for (site, under) in out.under.iter().enumerate().filter(|(_, under)| under.rank > 0) {
+            let at = (site * out.view.rows * out.under_rank) + row * under.rank;
+            // SAFETY: `under_shrunk` has the stated shape.
+            unsafe {
+                let to = std::slice::from_raw_parts_mut(out.under_shrunk.add(at), under.rank);
+                shrink::<L>(under, values, row, &out.view, to);
+            }
         }
         for site in 0..out.sites {
             // SAFETY: `routes` and `shrunk` have the stated shapes.
             unsafe {
                 let route = *out.routes.add(site * out.view.rows + row);
                 let to = out.shrunk.add((site * out.view.rows + row) * out.rank_stride);
-                shrink::<L>(&route, values, std::slice::from_raw_parts_mut(to, route.rank));
+                let to = std::slice::from_raw_parts_mut(to, route.rank);
+                shrink::<L>(&route, values, row, &out.view, to);
             }
         }
+    }
+}
+
+/// Scales a row by its adapter's vector, if it has one; all layers of the call have the same.
+///
+/// # Safety
+/// The row is in the buffer of prepared values, and nobody else uses it; `vectors` has an entry for it.
+#[inline(always)]
+unsafe fn scale<'a>(out: &Prepared, row: usize) -> &'a [f32] {
+    // SAFETY: the caller vouches for the row; the scale has a value per column.
+    unsafe {
+        let values = row_of(*out, row);
+        let scale = (*out.vectors.add(row)).input;
+        if !scale.is_null() {
+            let scale = std::slice::from_raw_parts(scale, values.len());
+            values.iter_mut().zip(scale).for_each(|(value, scale)| *value *= scale);
+        }
+        values
     }
 }
 

@@ -12,7 +12,11 @@ pub enum Isa {
     Avx512,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// Whatever the compiler's baseline is (on aarch64: NEON).
+    /// NEON with the 8-bit dot products of Armv8.2.
+    NeonDot,
+    /// NEON, which every aarch64 CPU has.
+    Neon,
+    /// Whatever the compiler's baseline is.
     Portable,
 }
 
@@ -45,6 +49,13 @@ pub fn isas() -> Vec<Isa> {
             found.push(Isa::Avx2);
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    {
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            found.push(Isa::NeonDot);
+        }
+        found.push(Isa::Neon);
+    }
     found.push(Isa::Portable);
     found
 }
@@ -55,6 +66,8 @@ pub(crate) trait Lanes: Copy {
     type Ints: Copy;
     /// Sixty-four bytes: four per lane.
     type Bytes: Copy;
+    /// Sixty-four signed bytes as the products of signed bytes want them.
+    type Signed: Copy;
     /// Whether there are registers for tall tiles (32 of 512 bits).
     const TALL: bool;
 
@@ -159,6 +172,18 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `x` is valid for reading four bytes, and the CPU has the implementation's unit.
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8, wide: bool) -> Self::Ints;
+    /// Thirty-two signed bytes from each of two places, none below -127; without `high`, the second half is zero.
+    ///
+    /// # Safety
+    /// Both are valid for reading 32 bytes, and the CPU has the implementation's unit.
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> Self::Signed;
+    /// The products of sixty-four signed bytes from memory, none below -127, with those of `x`, summed by fours. Exact.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 64 bytes, and the CPU has the implementation's unit.
+    unsafe fn signed_dot(from: *const i8, x: Self::Signed) -> Self::Ints;
+    /// `low` in the first eight lanes, `high` in the others.
+    fn halves(low: f32, high: f32) -> Self;
 }
 
 /// Sixteen lanes as plain code.
@@ -168,6 +193,7 @@ pub(crate) struct Portable([f32; 16]);
 impl Lanes for Portable {
     type Ints = [i32; 16];
     type Bytes = [u8; 64];
+    type Signed = [[i8; 32]; 2];
     const TALL: bool = false;
 
     #[inline(always)]
@@ -288,11 +314,29 @@ impl Lanes for Portable {
             sum[lane] + w(at) * x[0] + w(at + 1) * x[1] + w(at + 2) * x[2] + w(at + 3) * x[3]
         })
     }
+    #[inline(always)]
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> [[i8; 32]; 2] {
+        // SAFETY: the caller vouches for the memory.
+        [Some(low), high]
+            .map(|half| half.map_or([0; 32], |x| unsafe { x.cast::<[i8; 32]>().read_unaligned() }))
+    }
+    #[inline(always)]
+    unsafe fn signed_dot(from: *const i8, x: [[i8; 32]; 2]) -> [i32; 16] {
+        // SAFETY: the caller vouches for the memory.
+        let w = unsafe { from.cast::<[i8; 64]>().read_unaligned() };
+        std::array::from_fn(|lane| {
+            (0..4).map(|i| i32::from(w[lane * 4 + i]) * i32::from(x[lane / 8][lane % 8 * 4 + i])).sum()
+        })
+    }
+    #[inline(always)]
+    fn halves(low: f32, high: f32) -> Self {
+        Self(std::array::from_fn(|lane| if lane < 8 { low } else { high }))
+    }
 }
 
 /// bfloat16 to single.
 #[inline(always)]
-pub(crate) fn brain_to_f32(brain: u16) -> f32 {
+pub fn brain_to_f32(brain: u16) -> f32 {
     f32::from_bits(u32::from(brain) << 16)
 }
 
@@ -335,7 +379,7 @@ macro_rules! multiversion {
                     crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the unit was detected.
                     crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    crate::lanes::Isa::Portable => {}
+                    _ => {}
                 }
             }
             $body($($arg),*)
@@ -344,22 +388,27 @@ macro_rules! multiversion {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident<Lanes>) => {
         $(#[$doc])*
         $vis fn $name(isa: crate::lanes::Isa, $($arg: $ty),*) {
+            assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
                 fn avx512($($arg: $ty),*) { $body::<crate::lanes_x86::Avx512>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) { $body::<crate::lanes_x86::Avx2>($($arg),*) }
-                assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
                 match isa {
                     // SAFETY: the assertion above: the unit was detected.
                     crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the assertion above: the unit was detected.
                     crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    crate::lanes::Isa::Portable => {}
+                    _ => {}
                 }
             }
-            let _ = isa;
+            #[cfg(target_arch = "aarch64")]
+            match isa {
+                crate::lanes::Isa::NeonDot => return $body::<crate::lanes_neon::NeonDot>($($arg),*),
+                crate::lanes::Isa::Neon => return $body::<crate::lanes_neon::Neon>($($arg),*),
+                _ => {}
+            }
             $body::<crate::lanes::Portable>($($arg),*)
         }
     };

@@ -10,6 +10,8 @@ pub(crate) struct Avx512(__m512);
 impl Lanes for Avx512 {
     type Ints = __m512i;
     type Bytes = __m512i;
+    /// The bytes, and -128 times their sums by fours: signed bytes enter the product as unsigned ones, 128 too large.
+    type Signed = [__m512i; 2];
     const TALL: bool = true;
 
     #[inline(always)]
@@ -152,6 +154,54 @@ impl Lanes for Avx512 {
         // SAFETY: as for `zero`; the caller vouches for the memory.
         unsafe { _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
     }
+    #[inline(always)]
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> [__m512i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let low = _mm512_zextsi256_si512(_mm256_loadu_si256(low.cast()));
+            let x = match high {
+                Some(high) => _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(high.cast())),
+                None => low,
+            };
+            let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), x);
+            [x, _mm512_sub_epi32(_mm512_setzero_si512(), sums)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn signed_dot(from: *const i8, [x, less]: [__m512i; 2]) -> __m512i {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let unsigned = _mm512_xor_si512(_mm512_loadu_si512(from.cast()), _mm512_set1_epi8(-128));
+            _mm512_dpbusd_epi32(less, unsigned, x)
+        }
+    }
+    #[inline(always)]
+    fn halves(low: f32, high: f32) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high)) })
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let low = _mm512_castps512_ps256(self.0);
+            sum_of_eight(_mm256_add_ps(low, _mm512_extractf32x8_ps::<1>(self.0)))
+        }
+    }
+}
+
+/// The sum of eight lanes: halves are added until one value is left.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+unsafe fn sum_of_eight(eight: __m256) -> f32 {
+    // SAFETY: the caller vouches for the unit.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
 }
 
 /// Applies an operation to both halves.
@@ -177,6 +227,7 @@ pub(crate) struct Avx2([__m256; 2]);
 impl Lanes for Avx2 {
     type Ints = [__m256i; 2];
     type Bytes = [__m256i; 2];
+    type Signed = [__m256i; 2];
     const TALL: bool = false;
 
     #[inline(always)]
@@ -364,5 +415,35 @@ impl Lanes for Avx2 {
             };
             [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
         }
+    }
+    #[inline(always)]
+    unsafe fn signed(low: *const i8, high: Option<*const i8>) -> [__m256i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let high = high.map_or(_mm256_setzero_si256(), |high| _mm256_loadu_si256(high.cast()));
+            [_mm256_loadu_si256(low.cast()), high]
+        }
+    }
+    #[inline(always)]
+    unsafe fn signed_dot(from: *const i8, x: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory. Two products are at most 2 * 128 * 127: no overflow
+        // in 16 bits.
+        unsafe {
+            let half = |w: *const i8, x: __m256i| {
+                let signed = _mm256_sign_epi8(_mm256_loadu_si256(w.cast()), x);
+                _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), signed), _mm256_set1_epi16(1))
+            };
+            [half(from, x[0]), half(from.add(32), x[1])]
+        }
+    }
+    #[inline(always)]
+    fn halves(low: f32, high: f32) -> Self {
+        // SAFETY: as for `zero`.
+        Self(unsafe { [_mm256_set1_ps(low), _mm256_set1_ps(high)] })
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: as for `zero`.
+        unsafe { sum_of_eight(_mm256_add_ps(self.0[0], self.0[1])) }
     }
 }

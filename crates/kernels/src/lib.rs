@@ -9,9 +9,12 @@
 #![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
 mod attention;
+mod buffer;
 mod format;
 mod input;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod lanes_neon;
 #[cfg(target_arch = "x86_64")]
 mod lanes_x86;
 mod layout;
@@ -19,6 +22,7 @@ mod linear;
 mod low_rank;
 mod many_rows;
 mod matrices;
+mod norms;
 mod paging;
 mod panel;
 mod parallel;
@@ -27,19 +31,23 @@ pub mod reference;
 mod rotary;
 mod sequence_attention;
 mod team;
+mod vectors;
 mod weight;
 
 pub use attention::{KvStore, paged_attention};
+pub use buffer::PageBuffer;
 pub use format::{Format, WeightError};
 pub use input::Input;
-pub use lanes::{Isa, f32_to_brain as to_bf16, isa, isas};
+pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};
 pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
-pub use low_rank::{LowRank, Numbers, pack_b};
+pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b, quantise_low_rank};
 pub use many_rows::{linear_many, linear_transposed};
 pub use matrices::{Left, Right, multiply};
+pub use norms::row_norms;
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
 pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use sequence_attention::{Group, Span, SpanAttention, span_attention, span_attention_grad};
 pub use team::{Rayon, Team, Workers};
+pub use vectors::Vectors;
 pub use weight::Weight;

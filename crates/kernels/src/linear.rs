@@ -1,17 +1,19 @@
 //! The fused linear layer: the frozen products of the sites that share an input, and every row's own adapter, in one
 //! call.
 //!
-//! `y[i] = W x[i] + bias + B_s (A_s x[i])`, where `s` is the adapter of row `i`, if it has one (LoRA, Hu et
-//! al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023). Two rounds of
-//! work: rows are prepared (norm, quantisation, `A x`), then every task takes some panels of sixteen outputs, computes
-//! them for all rows and adds `B (A x)` while they are in the cache.
+//! `y[i] = o_s * (W (i_s * x[i])) + bias + c_s + B_s (A_s x[i])`, where `s` is the adapter of row `i`, if it has one (LoRA,
+//! Hu et al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023); most
+//! adapters have no scales `o`, `i` and no `c` ([`Vectors`]). Two rounds of work: rows are prepared (norm, scale,
+//! quantisation, `A x`), then every task takes some panels of sixteen outputs, computes them for all rows and adds
+//! `B (A x)` while they are in the cache.
 
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::low_rank::{LowRank, Route, expand};
+use crate::low_rank::{Kept, LowRank, Route, expand};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
+use crate::vectors::{Adapted, RowVectors, Vectors};
 use crate::weight::{PANEL, Weight};
 
 /// How activations enter the products with quantised weights.
@@ -31,6 +33,26 @@ pub trait Routing: Sync {
 
     /// The largest rank at this site; 0 if no row has an adapter.
     fn max_rank(&self) -> usize;
+
+    /// Whether an update is kept in eight bits here, and the rows must be quantised for it.
+    fn coded(&self) -> bool {
+        false
+    }
+
+    /// What else the adapter of a row does.
+    fn vectors(&self, _row: usize) -> Vectors<'_> {
+        Vectors::default()
+    }
+
+    /// Whether any row's adapter does anything else.
+    fn has_vectors(&self) -> bool {
+        false
+    }
+
+    /// An update of the frozen matrix that all rows share, before what their own adapters do: W + B A in place of W.
+    fn under(&self) -> Option<LowRank<'_>> {
+        None
+    }
 }
 
 /// No adapters.
@@ -44,6 +66,10 @@ impl Routing for NoAdapters {
 
     fn max_rank(&self) -> usize {
         0
+    }
+
+    fn coded(&self) -> bool {
+        false
     }
 }
 
@@ -71,9 +97,11 @@ pub struct Scratch {
     counts: Vec<i32>,
     routes: Vec<Route>,
     shrunk: Vec<f32>,
+    vectors: Vec<RowVectors>,
+    under: Vec<f32>,
 }
 
-// SAFETY: the pointers in `routes` are used within the call that writes them only.
+// SAFETY: the pointers in `routes` and `vectors` are used within the call that writes them only.
 unsafe impl Send for Scratch {}
 
 fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, empty: T) {
@@ -102,6 +130,7 @@ const ALONE: usize = 4096;
 /// When a buffer's length does not fit the layers' shapes, or the CPU lacks the unit.
 pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, layers: &mut [Layer<'_>]) {
     let Some(first) = layers.first() else { return };
+    assert!(layers.len() <= LAYERS, "more than {LAYERS} layers share an input");
     let cols = first.weight.cols();
     let rows = input.len() / cols;
     assert_eq!(input.len(), rows * cols, "the input does not divide into rows of {cols}");
@@ -117,10 +146,25 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
         assert_eq!(layer.y.len(), rows * n, "y is not {rows} x {n}");
         assert!(layer.bias.is_none_or(|bias| bias.len() == n), "the bias has not {n} values");
         fast |= means.precision == Precision::Fast && layer.weight.format().block_len() > 1;
+        if layer.adapters.coded() {
+            assert_eq!(means.precision, Precision::Fast, "adapters in eight bits need quantised activations");
+            fast = true;
+        }
     }
-    let prepared = buffers(scratch, input, layers, rows, cols, fast);
-    let low_rank = prepared.sites > 0;
-    if fast || low_rank || !matches!(input, Input::Plain(_)) {
+    let scaled = match scales_input(layers, rows) {
+        Scales::None => false,
+        Scales::Alike => true,
+        // Rare: the layers cannot share what is prepared.
+        Scales::Differ => {
+            for layer in layers {
+                fused_linear(scratch, means, input, std::slice::from_mut(layer));
+            }
+            return;
+        }
+    };
+    let prepared = buffers(scratch, input, layers, rows, cols, Needs { fast, scaled });
+    let has_updates = prepared.sites > 0 || prepared.under_rank > 0;
+    if fast || has_updates || scaled || !matches!(input, Input::Plain(_)) {
         // Whole tiles, whose rows share cache lines; a single tile is split all the same.
         let each = match rows {
             _ if rows * cols < ALONE => rows,
@@ -135,6 +179,43 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
     multiply(means, layers, &prepared);
 }
 
+/// Whether rows' inputs are scaled before the product.
+#[derive(Clone, Copy, PartialEq)]
+enum Scales {
+    None,
+    /// By the same vector for all layers.
+    Alike,
+    Differ,
+}
+
+fn scales_input(layers: &[Layer<'_>], rows: usize) -> Scales {
+    let mut scales = Scales::None;
+    if layers.iter().all(|layer| !layer.adapters.has_vectors()) {
+        return scales;
+    }
+    for row in 0..rows {
+        let start = |layer: &Layer<'_>| layer.adapters.vectors(row).input.map(<[f32]>::as_ptr);
+        let mut starts = layers.iter().map(start);
+        let first = starts.next().flatten();
+        if starts.any(|start| start != first) {
+            return Scales::Differ;
+        }
+        if first.is_some() {
+            scales = Scales::Alike;
+        }
+    }
+    scales
+}
+
+/// What rows need besides their values.
+#[derive(Clone, Copy)]
+struct Needs {
+    /// Quants.
+    fast: bool,
+    /// A scale of their own.
+    scaled: bool,
+}
+
 /// Makes room, and lists every row's adapter at every site.
 fn buffers(
     scratch: &mut Scratch,
@@ -142,11 +223,12 @@ fn buffers(
     layers: &[Layer<'_>],
     rows: usize,
     cols: usize,
-    fast: bool,
+    Needs { fast, scaled }: Needs,
 ) -> Prepared {
     let rank_stride = layers.iter().map(|layer| layer.adapters.max_rank()).max().unwrap_or(0);
     let sites = if rank_stride == 0 { 0 } else { layers.len() };
-    if !matches!(input, Input::Plain(_)) {
+    let in_place = matches!(input, Input::Plain(_)) && !scaled;
+    if !in_place {
         grow(&mut scratch.values, rows * cols, 0.0);
     }
     if fast {
@@ -163,18 +245,33 @@ fn buffers(
             let n = layer.weight.rows();
             for row in 0..rows {
                 let route = layer.adapters.at(row).map_or(Route::NONE, |update| {
-                    let rank = update.rank;
-                    assert!(rank >= 1 && rank <= rank_stride, "rank {rank} beyond {rank_stride}");
-                    assert_eq!(update.a.len(), rank * cols, "A is not {rank} x {cols}");
-                    assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
-                    Route::new(&update)
+                    assert!(update.rank <= rank_stride, "rank {} beyond {rank_stride}", update.rank);
+                    let route = Route::new(&update, n, cols);
+                    assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
+                    route
                 });
                 scratch.routes.push(route);
             }
         }
     }
+    scratch.vectors.clear();
+    let has_vectors = layers.iter().any(|layer| layer.adapters.has_vectors());
+    for layer in layers.iter().filter(|_| has_vectors) {
+        let n = layer.weight.rows();
+        let of_row = |row| RowVectors::new(&layer.adapters.vectors(row), n, cols);
+        scratch.vectors.extend((0..rows).map(of_row));
+    }
+    let mut under = [Route::NONE; LAYERS];
+    let mut under_rank = 0;
+    for (under, layer) in under.iter_mut().zip(layers) {
+        if let Some(update) = layer.adapters.under() {
+            *under = Route::new(&update, layer.weight.rows(), cols);
+            under_rank = update.rank.max(under_rank);
+        }
+    }
+    grow(&mut scratch.under, layers.len() * rows * under_rank, 0.0);
     let values = match input {
-        Input::Plain(x) => x.as_ptr(),
+        Input::Plain(x) if in_place => x.as_ptr(),
         _ => scratch.values.as_ptr(),
     };
     let quants = if fast { scratch.quants.as_ptr() } else { std::ptr::null() };
@@ -192,6 +289,11 @@ fn buffers(
         sites,
         shrunk: scratch.shrunk.as_mut_ptr(),
         rank_stride,
+        vectors: if has_vectors { scratch.vectors.as_ptr() } else { std::ptr::null() },
+        scaled,
+        under,
+        under_rank,
+        under_shrunk: scratch.under.as_mut_ptr(),
     }
 }
 
@@ -200,15 +302,14 @@ fn buffers(
 pub(crate) struct Target<'a> {
     pub(crate) y: Shared<'a>,
     pub(crate) n: usize,
-    bias: Option<&'a [f32]>,
-    add: bool,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) add: bool,
 }
 
 /// Layers of one call at most: gate and up are two, q, k and v three.
-const LAYERS: usize = 4;
+pub(crate) const LAYERS: usize = 4;
 
 fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
-    assert!(layers.len() <= LAYERS, "more than {LAYERS} layers share an input");
     let count = layers.len();
     let mut targets: [Option<(&Weight, Target<'_>)>; LAYERS] = [None; LAYERS];
     for (target, layer) in targets.iter_mut().zip(layers) {
@@ -259,7 +360,10 @@ fn stripe_body<L: Lanes>(
         let width = PANEL.min(target.n - panel * PANEL);
         // SAFETY: `Prepared` describes valid buffers, filled for this precision; tasks own disjoint columns.
         unsafe {
-            if width == PANEL {
+            if !prepared.vectors.is_null() || prepared.under[site].rank > 0 {
+                let mut sink = adapted::<L>(target, panel, width, site, prepared);
+                panel_product(weight, panel, &prepared.view, &mut sink);
+            } else if width == PANEL {
                 let bias = match target.bias {
                     Some(bias) => L::load(bias[panel * PANEL..][..PANEL].as_ptr()),
                     None => L::zero(),
@@ -273,6 +377,35 @@ fn stripe_body<L: Lanes>(
                 expand::<L>(target, panel, width, site, prepared);
             }
         }
+    }
+}
+
+/// The sink of a layer where rows' adapters have vectors, or an update lies under all rows.
+///
+/// # Safety
+/// As in [`stripe`].
+#[inline(always)]
+unsafe fn adapted<'a, L: Lanes>(
+    target: Target<'a>,
+    panel: usize,
+    width: usize,
+    site: usize,
+    prepared: &Prepared,
+) -> Adapted<'a, L> {
+    let (rows, under) = (prepared.view.rows, prepared.under[site]);
+    let vectors = prepared.vectors;
+    Adapted {
+        target,
+        panel,
+        width,
+        bias: match target.bias {
+            // SAFETY: the bias has a value per output.
+            Some(bias) => unsafe { Adapted::part(bias.as_ptr(), panel, width) },
+            None => L::zero(),
+        },
+        vectors: if vectors.is_null() { vectors } else { vectors.wrapping_add(site * rows) },
+        under,
+        shrunk: prepared.under_shrunk.wrapping_add(site * rows * prepared.under_rank),
     }
 }
 

@@ -1,8 +1,11 @@
 //! The low-rank updates of a batch: every row's way down (`A x`) and up again (`B u`), and the form its factors are kept in.
 
+use rayon::prelude::*;
+
 use crate::input::Prepared;
-use crate::lanes::{Lanes, brain_to_f32};
+use crate::lanes::{Lanes, brain_to_f32, isa, multiversion};
 use crate::linear::Target;
+use crate::panel::{TILE, View};
 use crate::weight::PANEL;
 
 /// Low-rank factors in the precision they are kept in.
@@ -12,6 +15,8 @@ pub enum Numbers<'a> {
     F32(&'a [f32]),
     /// bfloat16.
     Bf16(&'a [u16]),
+    /// Eight bits, none below -127; [`LowRank::scales`] has what they are multiplied with.
+    I8(&'a [i8]),
 }
 
 impl Numbers<'_> {
@@ -21,6 +26,17 @@ impl Numbers<'_> {
         match self {
             Self::F32(values) => values.len(),
             Self::Bf16(values) => values.len(),
+            Self::I8(values) => values.len(),
+        }
+    }
+
+    /// In float32; codes as they are.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values.to_vec(),
+            Self::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
+            Self::I8(codes) => codes.iter().map(|&code| f32::from(code)).collect(),
         }
     }
 
@@ -36,79 +52,255 @@ impl Numbers<'_> {
 pub struct LowRank<'a> {
     /// Its rank at this site, at least 1.
     pub rank: usize,
-    /// A, shape (rank, input features).
+    /// A, shape (rank, input features); in eight bits, rows are filled up with zeros to [`codes_stride`].
     pub a: Numbers<'a>,
     /// B with the scale folded in, in panels (output features / 16 rounded up, rank, 16): [`crate::pack_b`].
     pub b: Numbers<'a>,
+    /// In eight bits, one factor for each rank: the scale of its row of A times that of its column of B. Else empty.
+    pub scales: &'a [f32],
 }
+
+/// Codes of one row of A in eight bits, for so many input features.
+#[must_use]
+pub const fn codes_stride(cols: usize) -> usize {
+    cols.next_multiple_of(CHUNK)
+}
+
+/// Columns of A that are multiplied at a time in eight bits: two blocks of quants.
+const CHUNK: usize = 64;
 
 /// A row's adapter at one site, as the kernels keep it for the time of a call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Route {
     /// 0 without an adapter.
     pub(crate) rank: usize,
-    pub(crate) brain: bool,
+    pub(crate) kept: Kept,
     pub(crate) a: *const u8,
     pub(crate) b: *const u8,
+    /// For each rank, in eight bits.
+    pub(crate) scales: *const f32,
+}
+
+/// How the factors are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    Single,
+    Brain,
+    Codes,
+}
+
+impl Kept {
+    const fn width(self) -> usize {
+        match self {
+            Self::Single => 4,
+            Self::Brain => 2,
+            Self::Codes => 1,
+        }
+    }
 }
 
 impl Route {
-    pub(crate) const NONE: Self = Self { rank: 0, brain: false, a: std::ptr::null(), b: std::ptr::null() };
+    pub(crate) const NONE: Self = Self {
+        rank: 0,
+        kept: Kept::Single,
+        a: std::ptr::null(),
+        b: std::ptr::null(),
+        scales: std::ptr::null(),
+    };
 
-    pub(crate) fn new(update: &LowRank<'_>) -> Self {
-        let (brain, a, b) = match (update.a, update.b) {
-            (Numbers::F32(a), Numbers::F32(b)) => (false, a.as_ptr().cast(), b.as_ptr().cast()),
-            (Numbers::Bf16(a), Numbers::Bf16(b)) => (true, a.as_ptr().cast(), b.as_ptr().cast()),
+    /// The route of an update of a layer of `n` outputs and `k` inputs.
+    ///
+    /// # Panics
+    /// When the factors do not fit.
+    pub(crate) fn new(update: &LowRank<'_>, n: usize, k: usize) -> Self {
+        let rank = update.rank;
+        assert!(rank >= 1, "an update of rank 0");
+        let (kept, a, b) = match (update.a, update.b) {
+            (Numbers::F32(a), Numbers::F32(b)) => (Kept::Single, a.as_ptr().cast(), b.as_ptr().cast()),
+            (Numbers::Bf16(a), Numbers::Bf16(b)) => (Kept::Brain, a.as_ptr().cast(), b.as_ptr().cast()),
+            (Numbers::I8(a), Numbers::I8(b)) => (Kept::Codes, a.as_ptr().cast(), b.as_ptr().cast()),
             _ => panic!("A and B are kept in different precisions"),
         };
-        Self { rank: update.rank, brain, a, b }
+        let (stride, scales) = if kept == Kept::Codes { (codes_stride(k), rank) } else { (k, 0) };
+        assert!(kept != Kept::Codes || k.is_multiple_of(32), "{k} columns are no whole blocks");
+        assert_eq!(update.a.len(), rank * stride, "A is not {rank} x {k}");
+        assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
+        assert_eq!(update.scales.len(), scales, "there are not {scales} scales");
+        Self { rank, kept, a, b, scales: update.scales.as_ptr() }
+    }
+
+    /// Asks for A, which has so many columns, ahead of its use.
+    #[inline(always)]
+    pub(crate) fn prefetch_down<L: Lanes>(&self, cols: usize) {
+        let stride = if self.kept == Kept::Codes { codes_stride(cols) } else { cols };
+        for line in 0..(self.rank * stride * self.kept.width()).div_ceil(64) {
+            L::prefetch(self.a.wrapping_add(line * 64));
+        }
     }
 }
 
-/// Batches up to this many rows fetch the rows' B ahead; in larger ones rows share adapters that are in the cache.
-const PREFETCHED: usize = 64;
+/// Batches up to this many rows fetch their factors ahead; in larger ones rows share adapters that are in the cache.
+pub(crate) const PREFETCHED: usize = 64;
 
-/// `u = A x`.
+/// Ranks whose products with a row go side by side.
+const ABREAST: usize = 4;
+
+/// `u = A x` of the row whose prepared values are `x`.
 ///
 /// # Safety
-/// The route's A is (rank, x.len()); `u` has `rank` values.
+/// The route's A is (rank, x.len()); `u` has `rank` values; for codes the row's quants are in the view.
 #[inline(always)]
-pub(crate) unsafe fn shrink<L: Lanes>(route: &Route, x: &[f32], u: &mut [f32]) {
+pub(crate) unsafe fn shrink<L: Lanes>(route: &Route, x: &[f32], row: usize, view: &View, u: &mut [f32]) {
     let cols = x.len();
-    for (rank, u) in u.iter_mut().enumerate() {
-        // SAFETY: the caller vouches for A.
-        unsafe {
-            *u = if route.brain {
-                dot_brain::<L>(std::slice::from_raw_parts(route.a.cast::<u16>().add(rank * cols), cols), x)
-            } else {
-                let a = std::slice::from_raw_parts(route.a.cast::<f32>().add(rank * cols), cols);
-                dot::<L>(x, a)
-            };
+    // SAFETY: the caller vouches for A and for the row.
+    unsafe {
+        match route.kept {
+            Kept::Single => {
+                for (rank, u) in u.iter_mut().enumerate() {
+                    let a = std::slice::from_raw_parts(route.a.cast::<f32>().add(rank * cols), cols);
+                    *u = dot::<L>(x, a);
+                }
+            }
+            Kept::Brain => {
+                let mut rank = 0;
+                while rank + 2 <= u.len() {
+                    dots_of_brain::<L, 2>(route.a.cast::<u16>().add(rank * cols), x, &mut u[rank..rank + 2]);
+                    rank += 2;
+                }
+                if rank < u.len() {
+                    dots_of_brain::<L, 1>(route.a.cast::<u16>().add(rank * cols), x, &mut u[rank..]);
+                }
+            }
+            Kept::Codes => {
+                let mut rank = 0;
+                while rank + ABREAST <= u.len() {
+                    dots_of_codes::<L, ABREAST>(route, rank, row, view, u);
+                    rank += ABREAST;
+                }
+                while rank < u.len() {
+                    dots_of_codes::<L, 1>(route, rank, row, view, u);
+                    rank += 1;
+                }
+            }
         }
     }
 }
 
-/// As [`dot`] for one bfloat16 row, in two chains.
+/// The dot products of consecutive bfloat16 rows with `x`: even and odd sixteens apart, their tree, then the tail.
+///
+/// # Safety
+/// `a` is (M, x.len()).
 #[inline(always)]
-fn dot_brain<L: Lanes>(a: &[u16], x: &[f32]) -> f32 {
-    assert_eq!(a.len(), x.len());
-    let body = a.len() - a.len() % 32;
-    let mut sums = [L::zero(); 2];
-    let mut at = 0;
-    while at < body {
-        // SAFETY: `at + 32 <= body`, within both.
-        unsafe {
-            let (a, x) = (a.as_ptr().add(at), x.as_ptr().add(at));
-            sums[0] = sums[0].fma(L::load_brain(a.cast()), L::load(x));
-            sums[1] = sums[1].fma(L::load_brain(a.add(16).cast()), L::load(x.add(16)));
+unsafe fn dots_of_brain<L: Lanes, const M: usize>(a: *const u16, x: &[f32], u: &mut [f32]) {
+    let cols = x.len();
+    let body = cols - cols % 32;
+    let (mut even, mut odd) = ([L::zero(); M], [L::zero(); M]);
+    // SAFETY: `at + 32 <= body`, within `x` and every row; the tail likewise.
+    unsafe {
+        for at in (0..body).step_by(32) {
+            let (low, high) = (L::load(x.as_ptr().add(at)), L::load(x.as_ptr().add(at + 16)));
+            for i in 0..M {
+                let a = a.add(i * cols + at);
+                even[i] = even[i].fma(L::load_brain(a.cast()), low);
+                odd[i] = odd[i].fma(L::load_brain(a.add(16).cast()), high);
+            }
         }
-        at += 32;
+        for i in 0..M {
+            let mut sum = even[i].add(odd[i]).sum();
+            for at in body..cols {
+                sum += brain_to_f32(*a.add(i * cols + at)) * x[at];
+            }
+            u[i] = sum;
+        }
     }
-    let mut sum = sums[0].add(sums[1]).sum();
-    for at in body..a.len() {
-        sum += brain_to_f32(a[at]) * x[at];
+}
+
+/// The products of `M` ranks' codes with a row's quants: integers within blocks, float32 over them.
+///
+/// # Safety
+/// As for [`shrink`]; the ranks `first..first + M` are there.
+#[inline(always)]
+unsafe fn dots_of_codes<L: Lanes, const M: usize>(
+    route: &Route,
+    first: usize,
+    row: usize,
+    view: &View,
+    u: &mut [f32],
+) {
+    let (tile, place, stride) = (view.tile(row), row % TILE, codes_stride(view.cols));
+    let blocks = view.cols / 32;
+    let mut sums = [L::zero(); M];
+    // SAFETY: blocks below `cols / 32`; rows of A are filled up to whole chunks.
+    unsafe {
+        let a = route.a.cast::<i8>().add(first * stride);
+        for chunk in 0..blocks.div_ceil(2) {
+            let (low, high) = (2 * chunk, 2 * chunk + 1);
+            let at = |block: usize| block * tile.rows + place;
+            let (x, scale) = if high < blocks {
+                (
+                    L::signed(tile.quants.add(at(low) * 32), Some(tile.quants.add(at(high) * 32))),
+                    L::halves(*tile.scales.add(at(low)), *tile.scales.add(at(high))),
+                )
+            } else {
+                (L::signed(tile.quants.add(at(low) * 32), None), L::halves(*tile.scales.add(at(low)), 0.0))
+            };
+            for i in 0..M {
+                let dots = L::signed_dot(a.add(i * stride + chunk * CHUNK), x);
+                sums[i] = sums[i].fma(L::from_ints(dots), scale);
+            }
+        }
+        for i in 0..M {
+            u[first + i] = sums[i].sum() * *route.scales.add(first + i);
+        }
     }
-    sum
+}
+
+/// `B u` for the columns of a panel, of `M` rows whose `u` are `stride` apart.
+///
+/// # Safety
+/// The route's B has a panel of (rank, 16) there; every row's `u` has `rank` values.
+#[inline(always)]
+pub(crate) unsafe fn up<L: Lanes, const M: usize>(
+    route: &Route,
+    panel: usize,
+    u: *const f32,
+    stride: usize,
+) -> [L; M] {
+    // SAFETY: the caller vouches for B and `u`.
+    unsafe {
+        let b = route.b.add(panel * route.rank * PANEL * route.kept.width());
+        match route.kept {
+            Kept::Single => sums_of(b, route.rank, u, stride, |b| L::load(b.cast()), 64),
+            Kept::Brain => sums_of(b, route.rank, u, stride, |b| L::load_brain(b), 32),
+            Kept::Codes => sums_of(b, route.rank, u, stride, |b| L::load_i8(b), 16),
+        }
+    }
+}
+
+/// As [`up`] of one panel's B, of which `load` reads sixteen values, which take `bytes`.
+///
+/// # Safety
+/// As for [`up`].
+#[inline(always)]
+unsafe fn sums_of<L: Lanes, const M: usize>(
+    b: *const u8,
+    rank: usize,
+    u: *const f32,
+    stride: usize,
+    load: impl Fn(*const u8) -> L,
+    bytes: usize,
+) -> [L; M] {
+    let mut sums = [L::zero(); M];
+    for rank in 0..rank {
+        // SAFETY: the caller vouches for B and `u`.
+        unsafe {
+            let b = load(b.add(rank * bytes));
+            for i in 0..M {
+                sums[i] = sums[i].fma(b, L::splat(*u.add(i * stride + rank)));
+            }
+        }
+    }
+    sums
 }
 
 /// Adds `B u` to a panel's columns of the rows that have an adapter.
@@ -124,38 +316,56 @@ pub(crate) unsafe fn expand<L: Lanes>(
     prepared: &Prepared,
 ) {
     let rows = prepared.view.rows;
-    for row in 0..rows {
+    let mut row = 0;
+    while row < rows {
         // SAFETY: the caller vouches for the buffers; B has a panel of (rank, 16) for every panel of the weight.
         unsafe {
-            let route = *prepared.routes.add(site * rows + row);
+            let routes = prepared.routes.add(site * rows + row);
+            let route = *routes;
             if route.rank == 0 {
+                row += 1;
                 continue;
             }
+            // Rows of one adapter share the reading of B.
+            let mut alike = 1;
+            while alike < ABREAST && row + alike < rows && (*routes.add(alike)).b == route.b {
+                alike += 1;
+            }
+            let alike = if alike == ABREAST { ABREAST } else { 1 };
             let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
-            let mut sums = L::zero();
-            let at = panel * route.rank * PANEL;
             if rows <= PREFETCHED {
                 // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
-                let width = if route.brain { 2 } else { 4 };
-                let next = route.b.wrapping_add((at + route.rank * PANEL) * width);
-                for line in 0..(route.rank * PANEL * width).div_ceil(64) {
+                let bytes = route.rank * PANEL * route.kept.width();
+                let next = route.b.wrapping_add((panel + 1) * bytes);
+                for line in 0..bytes.div_ceil(64) {
                     L::prefetch(next.wrapping_add(line * 64));
                 }
             }
-            for rank in 0..route.rank {
-                let b = if route.brain {
-                    L::load_brain(route.b.add((at + rank * PANEL) * 2))
-                } else {
-                    L::load(route.b.cast::<f32>().add(at + rank * PANEL))
-                };
-                sums = sums.fma(b, L::splat(*u.add(rank)));
-            }
-            let y = target.y.part(row * target.n + panel * PANEL, width);
-            if width == PANEL {
-                L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
+            if alike == ABREAST {
+                let sums: [L; ABREAST] = up(&route, panel, u, prepared.rank_stride);
+                for (i, sums) in sums.into_iter().enumerate() {
+                    add_to::<L>(target, row + i, panel, width, sums);
+                }
             } else {
-                y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
+                let [sums] = up(&route, panel, u, 0);
+                add_to::<L>(target, row, panel, width, sums);
             }
+            row += alike;
+        }
+    }
+}
+
+/// # Safety
+/// The columns of the panel in this row belong to this task.
+#[inline(always)]
+unsafe fn add_to<L: Lanes>(target: Target<'_>, row: usize, panel: usize, width: usize, sums: L) {
+    // SAFETY: the caller vouches for the columns.
+    unsafe {
+        let y = target.y.part(row * target.n + panel * PANEL, width);
+        if width == PANEL {
+            L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
+        } else {
+            y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
         }
     }
 }
@@ -166,15 +376,96 @@ pub(crate) unsafe fn expand<L: Lanes>(
 /// When `b` does not divide by `rank`.
 #[must_use]
 pub fn pack_b(b: &[f32], rank: usize) -> Vec<f32> {
+    pack(b, rank)
+}
+
+fn pack<T: Copy + Default>(b: &[T], rank: usize) -> Vec<T> {
     let n = b.len() / rank;
     assert_eq!(b.len(), n * rank, "B does not divide into rows of {rank}");
-    let mut packed = vec![0.0; n.div_ceil(PANEL) * PANEL * rank];
+    let mut packed = vec![T::default(); n.div_ceil(PANEL) * PANEL * rank];
     for (row, values) in b.chunks_exact(rank).enumerate() {
         for (at, &value) in values.iter().enumerate() {
             packed[(row / PANEL * rank + at) * PANEL + row % PANEL] = value;
         }
     }
     packed
+}
+
+/// A of shape (rank, columns) and B of shape (output features, rank) in eight bits: codes of A in rows of
+/// [`codes_stride`], codes of B in panels as [`pack_b`] has them, and [`LowRank::scales`]. Each row of A and each column
+/// of B has the scale `max |value| / 127`.
+///
+/// # Panics
+/// When a factor does not divide by `rank`.
+#[must_use]
+pub fn quantise_low_rank(a: &[f32], b: &[f32], rank: usize) -> (Vec<i8>, Vec<i8>, Vec<f32>) {
+    let (cols, n) = (a.len() / rank, b.len() / rank);
+    assert!(a.len() == rank * cols && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
+    let mut codes = vec![0; rank * codes_stride(cols)];
+    let mut scales = Vec::with_capacity(rank);
+    for (a, codes) in a.chunks_exact(cols).zip(codes.chunks_exact_mut(codes_stride(cols))) {
+        scales.push(to_codes(a.iter().copied(), codes.iter_mut()));
+    }
+    let mut columns = vec![0; b.len()];
+    for rank_at in 0..rank {
+        let values = b.iter().skip(rank_at).step_by(rank).copied();
+        scales[rank_at] *= to_codes(values, columns.iter_mut().skip(rank_at).step_by(rank));
+    }
+    (codes, pack(&columns, rank), scales)
+}
+
+/// The codes of some values, and their scale.
+fn to_codes<'a>(values: impl Iterator<Item = f32> + Clone, codes: impl Iterator<Item = &'a mut i8>) -> f32 {
+    let max = values.clone().fold(0.0f32, |max, value| max.max(value.abs()));
+    let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+    values.zip(codes).for_each(|(value, code)| *code = (value * inverse).round_ties_even() as i8);
+    max / 127.0
+}
+
+/// Adds an adapter's update to every row of `y`, which is (rows, output features): `y[i] += B (A x[i])`, with A (rank,
+/// input features) and B (output features, rank).
+///
+/// # Panics
+/// When a buffer's length does not fit.
+pub fn adapt(rank: usize, a: &[f32], b: &[f32], x: &[f32], y: &mut [f32]) {
+    let (k, n) = (a.len() / rank, b.len() / rank);
+    let rows = x.len() / k;
+    assert!(a.len() == rank * k && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
+    assert!(x.len() == rows * k && y.len() == rows * n, "x or y does not fit {rows} rows");
+    let b = pack_b(b, rank);
+    y.par_chunks_mut(n).zip(x.par_chunks(k)).with_min_len(8).for_each(|(y, x)| {
+        let mut u = vec![0.0; rank];
+        matvec(isa(), a, x, &mut u);
+        add_update(isa(), &b, &u, y);
+    });
+}
+
+multiversion! {
+    fn add_update(b: &[f32], u: &[f32], y: &mut [f32]) = add_update_body<Lanes>
+}
+
+#[inline(always)]
+fn add_update_body<L: Lanes>(b: &[f32], u: &[f32], y: &mut [f32]) {
+    for (b, y) in b.chunks_exact(u.len() * PANEL).zip(y.chunks_mut(PANEL)) {
+        let mut sums = L::zero();
+        for (b, &u) in b.chunks_exact(PANEL).zip(u) {
+            // SAFETY: the chunk has sixteen values.
+            sums = sums.fma(unsafe { L::load(b.as_ptr()) }, L::splat(u));
+        }
+        y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
+    }
+}
+
+multiversion! {
+    /// `out[i] = matrix[i] . x`, `matrix` of shape (out.len(), x.len()).
+    fn matvec(matrix: &[f32], x: &[f32], out: &mut [f32]) = matvec_body<Lanes>
+}
+
+#[inline(always)]
+fn matvec_body<L: Lanes>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
+    for (out, row) in out.iter_mut().zip(matrix.chunks_exact(x.len())) {
+        *out = dot::<L>(x, row);
+    }
 }
 
 /// The dot product of two rows of the same length: sixteen lanes, their tree, then the tail.

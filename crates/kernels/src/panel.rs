@@ -233,3 +233,43 @@ unsafe fn exact_tile<L: Lanes, C: Columns, const M: usize>(
         sink.put(row + i, even[i].add(odd[i]));
     }
 }
+
+/// Decodes a whole panel to row-major (16, cols).
+///
+/// # Safety
+/// The CPU has the unit of `L`.
+#[inline(always)]
+pub(crate) unsafe fn decode_panel<L: Lanes>(weight: &Weight, index: usize, out: &mut [f32]) {
+    let cols = weight.cols();
+    let panel = weight.panel(index);
+    assert_eq!(out.len(), 16 * cols);
+    // SAFETY: groups and columns lie within the row; the panel is of the weight's format.
+    unsafe {
+        with_layout!(
+            weight.format(),
+            codes: |C| decode::<L, C>(panel, cols, out),
+            dense: |D| decode::<L, D>(panel, cols, out),
+        );
+    }
+}
+
+#[inline(always)]
+unsafe fn decode<L: Lanes, C: Columns>(panel: Panel, cols: usize, out: &mut [f32]) {
+    // SAFETY: the caller vouches for the panel.
+    unsafe {
+        for group in 0..cols / 4 {
+            let four: [L; 4] = C::four(panel, group);
+            let four = [four[0].to_array(), four[1].to_array(), four[2].to_array(), four[3].to_array()];
+            for lane in 0..16 {
+                let out = &mut out[lane * cols + group * 4..][..4];
+                out.copy_from_slice(&[four[0][lane], four[1][lane], four[2][lane], four[3][lane]]);
+            }
+        }
+        for column in cols / 4 * 4..cols {
+            let one = C::one::<L>(panel, column).to_array();
+            for (lane, value) in one.into_iter().enumerate() {
+                out[lane * cols + column] = value;
+            }
+        }
+    }
+}

@@ -1,13 +1,12 @@
 //! The same maths written plainly, in float64 sums: the oracle of the fast kernels' tests.
 
 use crate::attention::KvStore;
-use crate::lanes::brain_to_f32;
 use crate::linear::Routing;
-use crate::low_rank::Numbers;
+use crate::low_rank::{LowRank, Numbers};
 use crate::paging::{BLOCK, KvElement, Pages};
 use crate::weight::Weight;
 
-/// One layer of [`crate::fused_linear`] in float32 activations.
+/// One layer of [`crate::fused_linear`]; `quantise` takes the activations of the frozen product in 8 bits.
 ///
 /// # Panics
 /// When a buffer is shorter than the shapes need.
@@ -15,41 +14,43 @@ pub fn linear_adapted(
     weight: &Weight,
     bias: Option<&[f32]>,
     x: &[f32],
+    quantise: bool,
     adapters: &dyn Routing,
     y: &mut [f32],
 ) {
     let (n, k) = (weight.rows(), weight.cols());
+    let rows = x.chunks_exact(k).enumerate().map(|(i, x)| match adapters.vectors(i).input {
+        Some(scale) => x.iter().zip(scale).map(|(x, scale)| x * scale).collect(),
+        None => x.to_vec(),
+    });
+    let rows: Vec<Vec<f32>> = rows.collect();
+    let entered = |x: &Vec<f32>| if quantise { quantised(x) } else { x.clone() };
+    let entered: Vec<Vec<f32>> = rows.iter().map(entered).collect();
+    let under: Vec<Vec<f64>> = rows.iter().map(|x| update(adapters.under(), x, n)).collect();
+    let own: Vec<Vec<f64>> = rows.iter().enumerate().map(|(i, x)| update(adapters.at(i), x, n)).collect();
+    let at = |vector: Option<&[f32]>, j: usize| vector.map(|vector| f64::from(vector[j]));
     let mut row = vec![0.0; k];
     for j in 0..n {
         weight.decode_row(j, &mut row);
-        for (i, x) in x.chunks_exact(k).enumerate() {
-            y[i * n + j] = (dot(x, &row) + bias.map_or(0.0, |bias| f64::from(bias[j]))) as f32;
-        }
-    }
-    add_adapters(n, k, x, adapters, y);
-}
-
-/// The adapters' part alone: `y[i] += B (A x[i])`.
-///
-/// # Panics
-/// When a buffer is shorter than the shapes need.
-pub fn add_adapters(n: usize, k: usize, x: &[f32], adapters: &dyn Routing, y: &mut [f32]) {
-    for (i, x) in x.chunks_exact(k).enumerate() {
-        let Some(update) = adapters.at(i) else { continue };
-        let (a, b) = (values(update.a), values(update.b));
-        let u: Vec<f64> = a.chunks_exact(k).map(|a| dot(a, x)).collect();
-        for j in 0..n {
-            let b = |r: usize| f64::from(b[(j / 16 * update.rank + r) * 16 + j % 16]);
-            y[i * n + j] += u.iter().enumerate().map(|(r, u)| b(r) * u).sum::<f64>() as f32;
+        for (i, x) in entered.iter().enumerate() {
+            let vectors = adapters.vectors(i);
+            let product = (dot(x, &row) + under[i][j]) * at(vectors.output, j).unwrap_or(1.0);
+            let biases = at(bias, j).unwrap_or(0.0) + at(vectors.bias, j).unwrap_or(0.0);
+            y[i * n + j] = (product + biases + own[i][j]) as f32;
         }
     }
 }
 
-fn values(numbers: Numbers<'_>) -> Vec<f32> {
-    match numbers {
-        Numbers::F32(values) => values.to_vec(),
-        Numbers::Bf16(values) => values.iter().map(|&value| brain_to_f32(value)).collect(),
-    }
+/// `B (A x)` of a row, which enters quantised where the factors are kept in eight bits; zeros without an update.
+fn update(low_rank: Option<LowRank<'_>>, x: &[f32], n: usize) -> Vec<f64> {
+    let Some(update) = low_rank else { return vec![0.0; n] };
+    let (a, b) = (update.a.to_f32(), update.b.to_f32());
+    let x = if matches!(update.a, Numbers::I8(_)) { quantised(x) } else { x.to_vec() };
+    let scale = |rank: usize| update.scales.get(rank).map_or(1.0, |&scale| f64::from(scale));
+    let rows = a.chunks_exact(a.len() / update.rank).enumerate();
+    let u: Vec<f64> = rows.map(|(rank, a)| dot(&a[..x.len()], &x) * scale(rank)).collect();
+    let b = |j: usize, r: usize| f64::from(b[(j / 16 * update.rank + r) * 16 + j % 16]);
+    (0..n).map(|j| u.iter().enumerate().map(|(r, u)| b(j, r) * u).sum()).collect()
 }
 
 /// What is left of `x` after 8-bit quantisation in blocks of 32.

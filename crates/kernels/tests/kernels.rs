@@ -5,10 +5,10 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
     Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, LowRank, Means,
-    NoAdapters, Numbers, PagedSequence, Pages, Precision, Rayon, Right, RopeTable, Rotary, Routing, Scratch,
-    Span, SpanAttention, Team, Weight, fused_linear, isas, linear, linear_many, linear_transposed, multiply,
-    pack_b, paged_attention, reference, rms_norm, rms_norm_grad, rope, rotate_and_store, span_attention,
-    span_attention_grad, swiglu, swiglu_grad,
+    Numbers, PagedSequence, Pages, Precision, Rayon, Right, RopeTable, Rotary, Routing, Scratch, Span,
+    SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear, linear_many,
+    linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference, rms_norm,
+    rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -56,46 +56,107 @@ fn rows_decode_as_in_candle() {
     }
 }
 
-/// Rows, rank, A, B in panels, in either precision.
+/// Rows, rank, A, B in panels, in either precision, and what else it does.
 struct Update {
     rows: Vec<usize>,
     rank: usize,
     a: Vec<f32>,
     b: Vec<f32>,
     brain: Option<(Vec<u16>, Vec<u16>)>,
+    codes: Option<(Vec<i8>, Vec<i8>, Vec<f32>)>,
+    input: Option<Vec<f32>>,
+    output: Option<Vec<f32>>,
+    bias: Option<Vec<f32>>,
 }
 
 impl Update {
+    fn new(rng: &mut StdRng, rank: usize, n: usize, k: usize, is_brain: bool) -> Self {
+        let brain = |values: &[f32]| values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+        let (a, b) = (random(rng, rank * k), pack_b(&random(rng, n * rank), rank));
+        let brain = is_brain.then(|| (brain(&a), brain(&b)));
+        let codes = None;
+        Self { rows: Vec::new(), rank, a, b, brain, codes, input: None, output: None, bias: None }
+    }
+
     fn low_rank(&self) -> LowRank<'_> {
-        match &self.brain {
-            Some((a, b)) => LowRank { rank: self.rank, a: Numbers::Bf16(a), b: Numbers::Bf16(b) },
-            None => LowRank { rank: self.rank, a: Numbers::F32(&self.a), b: Numbers::F32(&self.b) },
+        let rank = self.rank;
+        match (&self.codes, &self.brain) {
+            (Some((a, b, scales)), _) => LowRank { rank, a: Numbers::I8(a), b: Numbers::I8(b), scales },
+            (_, Some((a, b))) => LowRank { rank, a: Numbers::Bf16(a), b: Numbers::Bf16(b), scales: &[] },
+            _ => LowRank { rank, a: Numbers::F32(&self.a), b: Numbers::F32(&self.b), scales: &[] },
         }
+    }
+
+    fn vectors(&self) -> Vectors<'_> {
+        let Self { input, output, bias, .. } = self;
+        Vectors { input: input.as_deref(), output: output.as_deref(), bias: bias.as_deref() }
     }
 }
 
-struct Updates(Vec<Update>);
+struct Updates {
+    own: Vec<Update>,
+    under: Option<Update>,
+}
+
+impl Updates {
+    fn of(&self, row: usize) -> Option<&Update> {
+        self.own.iter().find(|update| update.rows.contains(&row))
+    }
+}
 
 impl Routing for Updates {
     fn at(&self, row: usize) -> Option<LowRank<'_>> {
-        self.0.iter().find(|update| update.rows.contains(&row)).map(Update::low_rank)
+        self.of(row).map(Update::low_rank)
     }
 
     fn max_rank(&self) -> usize {
-        self.0.iter().map(|update| update.rank).max().unwrap_or(0)
+        self.own.iter().map(|update| update.rank).max().unwrap_or(0)
+    }
+
+    fn vectors(&self, row: usize) -> Vectors<'_> {
+        self.of(row).map_or(Vectors::default(), Update::vectors)
+    }
+
+    fn has_vectors(&self) -> bool {
+        self.own.iter().any(|own| own.input.is_some() || own.output.is_some() || own.bias.is_some())
+    }
+
+    fn under(&self) -> Option<LowRank<'_>> {
+        self.under.as_ref().map(Update::low_rank)
+    }
+
+    fn coded(&self) -> bool {
+        self.own.iter().chain(&self.under).any(|update| update.codes.is_some())
     }
 }
 
-/// The adapter of one row of a larger batch.
-struct Only<'a>(Option<LowRank<'a>>);
+/// One row of a larger batch, all that is known of it and nothing of the others.
+struct Only<'a>(&'a Updates, usize);
 
 impl Routing for Only<'_> {
     fn at(&self, _: usize) -> Option<LowRank<'_>> {
-        self.0
+        self.0.at(self.1)
     }
 
     fn max_rank(&self) -> usize {
-        self.0.map_or(0, |update| update.rank)
+        self.at(0).map_or(0, |update| update.rank)
+    }
+
+    fn vectors(&self, _: usize) -> Vectors<'_> {
+        self.0.vectors(self.1)
+    }
+
+    fn has_vectors(&self) -> bool {
+        let Vectors { input, output, bias } = self.vectors(0);
+        input.is_some() || output.is_some() || bias.is_some()
+    }
+
+    fn under(&self) -> Option<LowRank<'_>> {
+        self.0.under()
+    }
+
+    fn coded(&self) -> bool {
+        self.0.of(self.1).into_iter().chain(&self.0.under).any(|update| update.codes.is_some())
     }
 }
 
@@ -111,15 +172,41 @@ impl Case {
     fn new(rng: &mut StdRng, format: Format, m: usize, n: usize, k: usize) -> Self {
         let (weight, _) = weight(rng, format, n, k);
         // Rows 0, 4, 8, .. have no adapter; the others three adapters of ranks 1, 5 and 16 in turn.
-        let brain = |values: &[f32]| values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
-        let updates = [1usize, 5, 16].into_iter().enumerate().map(|(which, rank)| {
+        let own = [1usize, 5, 16].into_iter().enumerate().map(|(which, rank)| {
             let rows = (0..m).filter(|row| row % 4 == which + 1).collect();
-            let (a, b) = (random(rng, rank * k), pack_b(&random(rng, n * rank), rank));
-            let brain = (which == 1).then(|| (brain(&a), brain(&b)));
-            Update { rows, rank, a, b, brain }
+            Update { rows, ..Update::new(rng, rank, n, k, which == 1) }
         });
-        let adapters = Updates(updates.collect());
+        let adapters = Updates { own: own.collect(), under: None };
         Self { weight, x: random(rng, m * k), bias: random(rng, n), adapters, m }
+    }
+
+    /// With scales and biases in two of the adapters.
+    fn with_vectors(mut self, rng: &mut StdRng) -> Self {
+        let (n, k) = (self.weight.rows(), self.weight.cols());
+        let [first, second, _] = &mut self.adapters.own[..] else { panic!("three adapters") };
+        first.output = Some(random(rng, n));
+        first.bias = Some(random(rng, n));
+        second.input = Some(random(rng, k));
+        second.bias = Some(random(rng, n));
+        self
+    }
+
+    /// With three adapters in eight bits too, whose rows come in runs of one, two and six.
+    fn with_codes(mut self, rng: &mut StdRng) -> Self {
+        let (n, k) = (self.weight.rows(), self.weight.cols());
+        for (run, rank) in [(1usize, 3usize), (2, 8), (6, 21)] {
+            let (a, b) = (random(rng, rank * k), random(rng, n * rank));
+            let codes = Some(quantise_low_rank(&a, &b, rank));
+            let rows = (0..self.m).filter(|row| row / run % 4 == 0 && row % 11 != 5).collect();
+            self.adapters.own.insert(0, Update { rows, codes, ..Update::new(rng, rank, n, k, false) });
+        }
+        self
+    }
+
+    /// With an update under all rows.
+    fn with_under(mut self, rng: &mut StdRng, is_brain: bool) -> Self {
+        self.adapters.under = Some(Update::new(rng, 3, self.weight.rows(), self.weight.cols(), is_brain));
+        self
     }
 
     fn run(&self, isa: Isa, precision: Precision) -> Vec<f32> {
@@ -139,12 +226,10 @@ impl Case {
 
     /// What the plain kernel gives, activations quantised where the precision and the format say so.
     fn expected(&self, precision: Precision) -> Vec<f32> {
-        let (n, k) = (self.weight.rows(), self.weight.cols());
-        let mut y = vec![0.0; self.m * n];
+        let mut y = vec![0.0; self.m * self.weight.rows()];
         let fast = precision == Precision::Fast && self.weight.format().block_len() > 1;
-        let x = if fast { reference::quantised(&self.x) } else { self.x.clone() };
-        reference::linear_adapted(&self.weight, Some(&self.bias), &x, &NoAdapters, &mut y);
-        reference::add_adapters(n, k, &self.x, &self.adapters, &mut y);
+        let (bias, adapters) = (Some(&self.bias[..]), &self.adapters);
+        reference::linear_adapted(&self.weight, bias, &self.x, fast, adapters, &mut y);
         y
     }
 }
@@ -157,16 +242,76 @@ fn fused_linear_equals_the_reference_on_every_unit() {
     let mut rng = StdRng::seed_from_u64(2);
     for format in Format::ALL {
         for (m, n, k) in [(1, 7, 256), (3, 33, 512), (9, 64, 256), (33, 130, 512)] {
-            let case = Case::new(&mut rng, format, m, n, k);
-            for precision in PRECISIONS {
-                let expected = case.expected(precision);
-                for isa in isas() {
-                    let error = worst(&case.run(isa, precision), &expected);
-                    assert!(error < 2e-4, "{format:?} {m}x{n}x{k} {precision:?} on {isa:?}: {error}");
+            let plain = Case::new(&mut rng, format, m, n, k);
+            let vectors = Case::new(&mut rng, format, m, n, k).with_vectors(&mut rng);
+            let under = Case::new(&mut rng, format, m, n, k).with_under(&mut rng, m == 9);
+            let all = Case::new(&mut rng, format, m, n, k).with_vectors(&mut rng);
+            let all = all.with_under(&mut rng, m == 3);
+            for (which, case) in [plain, vectors, under, all].into_iter().enumerate() {
+                for precision in PRECISIONS {
+                    let expected = case.expected(precision);
+                    for isa in isas() {
+                        let error = worst(&case.run(isa, precision), &expected);
+                        let on = format!("{format:?} {m}x{n}x{k} {precision:?} on {isa:?}");
+                        assert!(error < 2e-4, "case {which}, {on}: {error}");
+                    }
                 }
             }
         }
     }
+}
+
+#[test]
+fn adapters_in_eight_bits_equal_the_reference_on_every_unit() {
+    let mut rng = StdRng::seed_from_u64(21);
+    for format in [Format::Q4_1, Format::Q8_0, Format::F32] {
+        for (m, n, k) in [(1, 7, 256), (9, 64, 544), (33, 130, 512)] {
+            let case = Case::new(&mut rng, format, m, n, k).with_codes(&mut rng);
+            let expected = case.expected(Precision::Fast);
+            let first = case.run(isas()[0], Precision::Fast);
+            for isa in isas() {
+                let y = case.run(isa, Precision::Fast);
+                let error = worst(&y, &expected);
+                assert!(error < 1e-3, "{format:?} {m}x{n}x{k} on {isa:?}: {error}");
+                let same = y.iter().zip(&first).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same || isa == Isa::Portable, "{format:?} {m}x{n}x{k} on {isa:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_wrong_code_is_noticed() {
+    // Negative control of the comparison above.
+    let mut rng = StdRng::seed_from_u64(23);
+    let mut case = Case::new(&mut rng, Format::Q4_1, 9, 64, 544).with_codes(&mut rng);
+    let expected = case.expected(Precision::Fast);
+    let (codes, ..) = case.adapters.own[0].codes.as_mut().unwrap();
+    codes[543] = codes[543].wrapping_add(40);
+    assert!(worst(&case.run(isas()[0], Precision::Fast), &expected) > 1e-3);
+}
+
+#[test]
+fn codes_of_low_rank_factors_lose_little() {
+    let mut rng = StdRng::seed_from_u64(22);
+    let (rank, k, n) = (8, 96, 40);
+    let (a, b) = (random(&mut rng, rank * k), random(&mut rng, n * rank));
+    let (codes_a, codes_b, scales) = quantise_low_rank(&a, &b, rank);
+    let decoded = |codes: &[i8], at: usize, scale: f32| f32::from(codes[at]) * scale;
+    let x = random(&mut rng, k);
+    let (mut size, mut error) = (0.0f32, 0.0f32);
+    for out in 0..n {
+        let (mut plain, mut coded) = (0.0, 0.0);
+        for r in 0..rank {
+            let dot = |a: &dyn Fn(usize) -> f32| (0..k).map(|i| a(i) * x[i]).sum::<f32>();
+            plain += dot(&|i| a[r * k + i]) * b[out * rank + r];
+            let place = (out / 16 * rank + r) * 16 + out % 16;
+            coded +=
+                dot(&|i| decoded(&codes_a, r * codes_stride(k) + i, scales[r])) * f32::from(codes_b[place]);
+        }
+        (size, error) = (size.max(plain.abs()), error.max((plain - coded).abs()));
+    }
+    assert!(error < 0.02 * size && error > 0.0, "{error} of {size}");
 }
 
 #[test]
@@ -197,20 +342,23 @@ fn layers_that_share_an_input_equal_separate_ones() {
     let mut rng = StdRng::seed_from_u64(14);
     let (gate, up) = (random(&mut rng, 5 * 256), random(&mut rng, 5 * 256));
     let norm = random(&mut rng, 256);
-    let cases = [
-        Case::new(&mut rng, Format::Q4_1, 5, 100, 256),
-        Case::new(&mut rng, Format::Q8_0, 5, 32, 256),
-        Case::new(&mut rng, Format::Q6K, 5, 17, 256),
-    ];
+    let mut case = |format, n| Case::new(&mut rng, format, 5, n, 256);
+    let plain = [case(Format::Q4_1, 100), case(Format::Q8_0, 32), case(Format::Q6K, 17)];
+    // Here each layer scales the rows of an adapter differently, so that they cannot share what is prepared.
+    let mut case = |format, n| Case::new(&mut rng, format, 5, n, 256).with_vectors(&mut rng);
+    let vectors = [case(Format::Q4_1, 100), case(Format::Q8_0, 32), case(Format::Q6K, 17)];
     let means = Means { isa: isas()[0], workers: &Rayon, precision: Precision::Fast };
     let mut normed = vec![0.0; gate.len()];
     rms_norm(&gate, &norm, 1e-5, &mut normed);
     let mut gated = vec![0.0; gate.len()];
     swiglu(&gate, &up, &mut gated);
-    for (input, plain) in [
+    let inputs = [
+        (Input::Plain(&gate), &gate),
         (Input::Norm { x: &gate, weight: &norm, eps: 1e-5 }, &normed),
         (Input::SwiGlu { gate: &gate, up: &up }, &gated),
-    ] {
+    ];
+    for (cases, (input, plain)) in [&plain, &vectors].into_iter().flat_map(|cases| inputs.map(|i| (cases, i)))
+    {
         let mut together: Vec<Vec<f32>> = cases.iter().map(|c| vec![1.0; 5 * c.weight.rows()]).collect();
         let mut layers: Vec<Layer<'_>> = cases
             .iter()
@@ -242,21 +390,56 @@ fn what_is_not_a_number_is_not_hidden_by_quantisation() {
 }
 
 #[test]
-fn a_rank_one_column_too_many_is_noticed() {
-    // Negative control: the comparison above must see a single wrong adapter value.
-    let mut rng = StdRng::seed_from_u64(3);
-    let mut case = Case::new(&mut rng, Format::Q4_1, 9, 64, 256);
-    let expected = case.expected(Precision::Exact);
-    case.adapters.0[0].b[17] += 0.05;
-    assert!(worst(&case.run(isas()[0], Precision::Exact), &expected) > 2e-4);
+fn a_single_wrong_value_of_an_adapter_is_noticed() {
+    // Negative control: the comparison above must see it, wherever it is.
+    let damages: [fn(&mut Updates); 5] = [
+        |adapters| adapters.own[0].b[17] += 0.05,
+        |adapters| adapters.own[0].output.as_mut().unwrap()[17] += 0.05,
+        |adapters| adapters.own[0].bias.as_mut().unwrap()[63] += 0.05,
+        |adapters| adapters.own[1].input.as_mut().unwrap()[255] += 0.05,
+        |adapters| adapters.under.as_mut().unwrap().a[300] += 0.05,
+    ];
+    for damage in damages {
+        let mut rng = StdRng::seed_from_u64(3);
+        let case = Case::new(&mut rng, Format::Q4_1, 9, 64, 256).with_vectors(&mut rng);
+        let mut case = case.with_under(&mut rng, false);
+        let expected = case.expected(Precision::Exact);
+        damage(&mut case.adapters);
+        assert!(worst(&case.run(isas()[0], Precision::Exact), &expected) > 2e-4);
+    }
+}
+
+#[test]
+fn rows_without_vectors_are_the_same_to_the_bit_beside_rows_with_them() {
+    let mut rng = StdRng::seed_from_u64(16);
+    for (n, k) in [(96, 288), (50, 64)] {
+        let mut case = Case::new(&mut rng, Format::Q8_0, 21, n, k);
+        for (isa, precision) in
+            isas().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision)))
+        {
+            let plain = case.run(isa, precision);
+            case = case.with_vectors(&mut rng);
+            let beside = case.run(isa, precision);
+            for (row, (plain, beside)) in plain.chunks(n).zip(beside.chunks(n)).enumerate() {
+                // Rows 1, 5, .. and 2, 6, .. have the adapters that got vectors.
+                assert_eq!(plain == beside, matches!(row % 4, 0 | 3), "row {row} on {isa:?}");
+            }
+            case.adapters.own.iter_mut().for_each(|own| {
+                (own.input, own.output, own.bias) = (None, None, None);
+            });
+        }
+    }
 }
 
 #[test]
 fn a_row_does_not_depend_on_its_company() {
     let mut rng = StdRng::seed_from_u64(4);
     let team = Team::new(2).unwrap();
-    for (n, k) in [(96, 288), (50, 64), (70, 1120)] {
-        let case = Case::new(&mut rng, Format::Q8_0, 67, n, k);
+    for (n, k, plain) in [(96, 288, true), (50, 64, false), (70, 1120, true), (96, 288, false)] {
+        let mut case = Case::new(&mut rng, Format::Q8_0, 67, n, k);
+        if !plain {
+            case = case.with_vectors(&mut rng).with_under(&mut rng, true);
+        }
         for isa in isas() {
             for precision in PRECISIONS {
                 let together = case.run(isa, precision);
@@ -271,7 +454,7 @@ fn a_row_does_not_depend_on_its_company() {
                 for row in 0..case.m {
                     let mut alone = vec![f32::NAN; n];
                     let means = Means { isa, workers: &Rayon, precision };
-                    let adapters = Only(case.adapters.at(row));
+                    let adapters = Only(&case.adapters, row);
                     case.layer(means, &case.x[row * k..][..k], &adapters, &mut alone);
                     assert_eq!(alone, &together[row * n..][..n], "row {row} on {isa:?}");
                 }

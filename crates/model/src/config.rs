@@ -101,6 +101,11 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// What is said of a token that is neither in the vocabulary nor the adapter's own.
+    pub(crate) fn unknown_token(&self, token: u32) -> ModelError {
+        ModelError::Batch(format!("token id {token} is beyond the vocabulary of {}", self.vocab))
+    }
+
     /// The shapes adapters are checked against.
     #[must_use]
     pub fn shape(&self) -> BaseShape {

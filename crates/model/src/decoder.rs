@@ -6,13 +6,14 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use kernels::{RopeTable, Weight};
+use kernels::{LowRank, RopeTable, Weight};
 use peft::{BaseShape, FrozenBase};
 use types::{Site, SiteId};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::ops::{Residual, RmsNorm, Rope, SwiGlu};
+use crate::task::Under;
 
 /// A frozen linear layer.
 #[derive(Debug, Clone)]
@@ -21,6 +22,43 @@ pub struct Linear {
     pub weight: Arc<Weight>,
     /// One value per output feature.
     pub bias: Option<Arc<[f32]>>,
+    /// A task adapter's update, where it is stacked: the frozen matrix is W + B A.
+    pub under: Option<Arc<Under>>,
+}
+
+impl Linear {
+    /// `y = (W + B A) x` in float32, without the bias: `x` of shape (rows, input features).
+    ///
+    /// # Panics
+    /// When a buffer's length does not fit the weight's shape.
+    pub fn product(&self, x: &[f32], y: &mut [f32]) {
+        kernels::linear_many(&self.weight, x, y);
+        if let Some(under) = &self.under {
+            under.add(x, y);
+        }
+    }
+
+    /// The gradient of that with respect to `x`: `dx = dy (W + B A)`, `dy` of shape (rows, output features).
+    ///
+    /// # Panics
+    /// When a buffer's length does not fit the weight's shape.
+    pub fn transposed(&self, dy: &[f32], dx: &mut [f32]) {
+        kernels::linear_transposed(&self.weight, dy, dx);
+        if let Some(under) = &self.under {
+            under.add_transposed(dy, dx);
+        }
+    }
+
+    /// Row `row` of `W + B A`, one value per input feature.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` has another length.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.weight.decode_row(row, out);
+        if let Some(under) = &self.under {
+            under.add_to_row(row, out);
+        }
+    }
 }
 
 /// One decoder block's weights.
@@ -52,6 +90,11 @@ pub trait Pass {
     /// # Errors
     /// When shapes do not fit.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError>;
+
+    /// Writes the embedding of virtual token `index` of the adapter of row `row`; false if it has none.
+    fn embed(&self, _row: usize, _index: usize, _out: &mut [f32]) -> bool {
+        false
+    }
 }
 
 /// The frozen base model: read-only, in memory once, shared by serving and training.
@@ -76,7 +119,7 @@ impl BaseModel {
         hash: [u8; 32],
     ) -> Result<Self, ModelError> {
         let rope = Arc::new(RopeTable::new(&config.inverse_frequencies()?, config.context));
-        let head = Linear { weight: head, bias: None };
+        let head = Linear { weight: head, bias: None, under: None };
         Ok(Self { config, embedding, head, final_norm, blocks, rope, hash })
     }
 
@@ -92,7 +135,7 @@ impl BaseModel {
         self.config.shape()
     }
 
-    /// SHA-256 of its files: adapters belong to exactly this base.
+    /// SHA-256 of its files, those of a task adapter among them: adapters belong to exactly this base.
     #[must_use]
     pub fn hash(&self) -> &[u8; 32] {
         &self.hash
@@ -101,7 +144,9 @@ impl BaseModel {
     /// Bytes of weights in memory.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        let linears = self.blocks.iter().flat_map(|block| &block.linears).map(|l| l.weight.bytes());
+        let under = |linear: &Linear| linear.under.as_ref().map_or(0, |under| under.bytes());
+        let linears = self.blocks.iter().flat_map(|block| &block.linears);
+        let linears = linears.map(|linear| linear.weight.bytes() + under(linear));
         let head = if Arc::ptr_eq(&self.embedding, &self.head.weight) { 0 } else { self.head.weight.bytes() };
         linears.sum::<usize>() + self.embedding.bytes() + head
     }
@@ -131,7 +176,7 @@ impl BaseModel {
                 config.context
             )));
         }
-        let mut x = self.embed(tokens)?;
+        let mut x = self.embed(tokens, &*pass)?;
         let rope = Rope { table: Arc::clone(&self.rope), positions: positions.into() };
         for (layer, block) in self.blocks.iter().enumerate() {
             let site = |site: Site| (SiteId::new(layer, site), &block.linears[site.index()]);
@@ -184,6 +229,16 @@ impl BaseModel {
         &self.blocks
     }
 
+    /// The linear layer of a site, to be replaced.
+    pub(crate) fn linear_mut(&mut self, id: SiteId) -> &mut Linear {
+        &mut self.blocks[id.layer].linears[id.site.index()]
+    }
+
+    /// Makes it another base: what is made for one does not fit the other.
+    pub(crate) fn set_hash(&mut self, hash: [u8; 32]) {
+        self.hash = hash;
+    }
+
     /// The rotary angles of all positions.
     #[must_use]
     pub fn rope(&self) -> &RopeTable {
@@ -196,15 +251,15 @@ impl BaseModel {
         &self.final_norm
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
+    fn embed(&self, tokens: &[u32], pass: &impl Pass) -> Result<Tensor, ModelError> {
         let hidden = self.config.hidden;
         let mut values = vec![0.0; tokens.len() * hidden];
-        for (&token, row) in tokens.iter().zip(values.chunks_exact_mut(hidden)) {
-            if token as usize >= self.config.vocab {
-                let problem = format!("token id {token} is beyond the vocabulary of {}", self.config.vocab);
-                return Err(ModelError::Batch(problem));
+        for (at, (&token, row)) in tokens.iter().zip(values.chunks_exact_mut(hidden)).enumerate() {
+            match (token as usize).checked_sub(self.config.vocab) {
+                None => self.embedding.decode_row(token as usize, row),
+                Some(index) if pass.embed(at, index, row) => {}
+                Some(_) => return Err(self.config.unknown_token(token)),
             }
-            self.embedding.decode_row(token as usize, row);
         }
         Ok(Tensor::from_vec(values, (tokens.len(), hidden), &Device::Cpu)?)
     }
@@ -226,5 +281,9 @@ impl FrozenBase for BaseModel {
     fn linear(&self, id: SiteId) -> (&Weight, Option<&[f32]>) {
         let linear = &self.blocks[id.layer].linears[id.site.index()];
         (&linear.weight, linear.bias.as_deref())
+    }
+
+    fn under(&self, id: SiteId) -> Option<LowRank<'_>> {
+        self.blocks[id.layer].linears[id.site.index()].under.as_ref().map(|under| under.low_rank())
     }
 }

@@ -46,6 +46,9 @@ pub enum ModelError {
     /// A batch does not fit the model or the KV pool.
     #[error("batch: {0}")]
     Batch(String),
+    /// The task adapter does not fit the base.
+    #[error("task adapter: {0}")]
+    Task(#[from] peft::PeftError),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -17,6 +17,7 @@ mod load;
 mod ops;
 mod packed;
 mod serve;
+mod task;
 mod tensors;
 
 pub use config::{ModelConfig, RopeScaling};
@@ -29,3 +30,4 @@ pub use kv::{BLOCK_LEN, KvPool};
 pub use load::{LoadOptions, Loaded, load};
 pub use packed::PackedPass;
 pub use serve::{BatchInput, Logits, Runtime};
+pub use task::{TaskMode, Under};

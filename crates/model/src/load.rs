@@ -93,7 +93,7 @@ fn build(source: &Source, hash: [u8; 32]) -> Result<BaseModel, ModelError> {
             if turned {
                 bias = bias.map(|bias| (0..rows).map(|row| bias[order(row)]).collect());
             }
-            Ok(Linear { weight: Arc::new(weight), bias: bias.map(Into::into) })
+            Ok(Linear { weight: Arc::new(weight), bias: bias.map(Into::into), under: None })
         };
         Ok(Block {
             attention_norm: tensors.vector(&name(Part::AttentionNorm), config.hidden)?.into(),

@@ -23,7 +23,7 @@ pub struct PackedPass<'a> {
 
 impl Pass for PackedPass<'_> {
     fn linear(&mut self, id: SiteId, linear: &Linear, x: &Tensor) -> Result<Tensor, ModelError> {
-        let adapters = self.adapters.site(id);
+        let adapters = self.adapters.site(id).over(linear.under.as_ref().map(|under| under.low_rank()));
         let (rows, width) = (x.dims2()?.0, linear.weight.rows());
         Ok(map("fused-linear", x, &[], (rows, width), |x, _| {
             let mut y = vec![0.0; rows * width];
@@ -38,5 +38,9 @@ impl Pass for PackedPass<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
         let shape = self.config.span_attention(layer, self.spans);
         Ok(q.apply_op3_no_bwd(k, v, &SpanAttend(shape))?)
+    }
+
+    fn embed(&self, row: usize, index: usize, out: &mut [f32]) -> bool {
+        self.adapters.row(row).is_some_and(|adapter| adapter.embed(index, out))
     }
 }

@@ -6,7 +6,7 @@
 use kernels::{
     Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, Scratch, Team, fused_linear,
 };
-use peft::AdapterBatch;
+use peft::{Adapter, AdapterBatch};
 use types::{Site, SiteId};
 
 use crate::decoder::{BaseModel, Block};
@@ -44,7 +44,7 @@ impl BatchInput {
     }
 
     /// Adds a sequence's part of the step: consecutive tokens from position `start` on, in blocks that reach the last
-    /// of them; `want_logits` asks for the logits after the last token.
+    /// of them; ids from the size of the vocabulary on are the virtual tokens of the rows' adapter; `want_logits` asks for the logits after the last token.
     pub fn push(&mut self, tokens: &[u32], start: usize, blocks: &[u32], want_logits: bool) {
         let first_block = self.blocks.len();
         self.sequences.push(PagedSequence { first_block, blocks: blocks.len(), rows: tokens.len(), start });
@@ -61,7 +61,7 @@ impl BatchInput {
         self.tokens.len()
     }
 
-    fn check(&self, base: &BaseModel, kv: &KvPool) -> Result<(), ModelError> {
+    fn check(&self, base: &BaseModel, kv: &KvPool, adapters: &AdapterBatch) -> Result<(), ModelError> {
         let config = base.config();
         if self.sequences.is_empty() {
             return Err(ModelError::Batch("no sequence".into()));
@@ -78,11 +78,12 @@ impl BatchInput {
                 return Err(ModelError::Batch(problem));
             }
         }
-        match self.tokens.iter().find(|token| **token as usize >= config.vocab) {
-            Some(token) => {
-                let problem = format!("token id {token} is beyond the vocabulary of {}", config.vocab);
-                Err(ModelError::Batch(problem))
-            }
+        let own = |row| adapters.row(row).map_or(0, Adapter::virtual_tokens);
+        let is_unknown = |&(row, &token): &(usize, &u32)| {
+            (token as usize).checked_sub(config.vocab).is_some_and(|index| index >= own(row))
+        };
+        match self.tokens.iter().enumerate().find(is_unknown) {
+            Some((_, &token)) => Err(config.unknown_token(token)),
             None => Ok(()),
         }
     }
@@ -163,20 +164,27 @@ impl BaseModel {
         adapters: &AdapterBatch,
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        input.check(self, kv)?;
+        input.check(self, kv, adapters)?;
         let config = self.config();
         let Runtime { team, precision, scratch, x, q, k, v, attended, gate, up, last } = runtime;
         let means = Means { isa: kernels::isa(), workers: team, precision: *precision };
         let (rows, hidden, vocab) = (input.rows(), config.hidden, config.vocab);
         let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let x = part(x, rows * hidden);
-        for (&token, row) in input.tokens.iter().zip(x.chunks_exact_mut(hidden)) {
-            self.embedding().decode_row(token as usize, row);
+        for (at, (&token, row)) in input.tokens.iter().zip(x.chunks_exact_mut(hidden)).enumerate() {
+            match (token as usize).checked_sub(vocab) {
+                None => self.embedding().decode_row(token as usize, row),
+                Some(index) if adapters.row(at).is_some_and(|adapter| adapter.embed(index, row)) => {}
+                Some(_) => return Err(config.unknown_token(token)),
+            }
         }
         let pages = Pages { blocks: &input.blocks, sequences: &input.sequences };
         let eps = config.norm_eps;
         for (index, block) in self.blocks().iter().enumerate() {
-            let site = |site: Site| adapters.site(SiteId::new(index, site));
+            let site = |site: Site| {
+                let under = block.linears[site.index()].under.as_ref();
+                adapters.site(SiteId::new(index, site)).over(under.map(|under| under.low_rank()))
+            };
             let [q, k] = [part(q, rows * query), part(k, rows * key)];
             let [v, attended] = [part(v, rows * key), part(attended, rows * query)];
             let [gate, up] = [part(gate, rows * config.feed_forward), part(up, rows * config.feed_forward)];

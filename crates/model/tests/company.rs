@@ -11,7 +11,10 @@ use std::sync::Arc;
 
 use kernels::Format;
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime, load};
-use peft::{Adapter, AdapterBatch, LoraConfig, LoraTensors, LoraWeights};
+use peft::{
+    Adapter, AdapterBatch, AdapterWeights, Ia3Config, Ia3Scale, Ia3Weights, LoraConfig, LoraTensors,
+    LoraWeights, PromptConfig, PromptWeights,
+};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -21,6 +24,8 @@ use types::Site;
 /// Rows of a batch.
 const SIZES: [usize; 13] = [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128, 129];
 const LONGEST: usize = 72;
+/// Virtual tokens of prompt tuning.
+const VIRTUAL: usize = 21;
 const BLOCKS: u32 = (LONGEST as u32).div_ceil(BLOCK_LEN as u32);
 
 fn base() -> BaseModel {
@@ -40,17 +45,51 @@ fn base() -> BaseModel {
     load(&path, LoadOptions::default()).unwrap().model
 }
 
-/// An adapter on some sites, of a rank from 1 to 40.
-fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision) -> Arc<Adapter> {
+/// An adapter on some sites: of LoRA or DoRA of a rank from 1 to 40, IA3 or prompt tuning.
+fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision, kind: usize) -> Arc<Adapter> {
     let shape = base.shape();
     let rank = rng.random_range(1..=40);
-    let mut values = |len: usize| (0..len).map(|_| rng.random_range(-0.05..0.05)).collect::<Vec<f32>>();
-    let mut site = |index: usize| {
-        let (n, k) = shape.dims(Site::ALL[index % 7]);
-        LoraTensors { rank, scale: 1.0, a: values(rank * k), b: values(rank * n), ..LoraTensors::default() }
+    let mut values =
+        |mean: f32, len: usize| (0..len).map(|_| mean + rng.random_range(-0.05..0.05)).collect::<Vec<f32>>();
+    let sites = shape.sites();
+    let dims = |index: usize| shape.dims(Site::ALL[index % 7]);
+    let weights = match kind {
+        0..4 => {
+            let mut site = |index: usize| {
+                let (n, k) = dims(index);
+                let (bias, magnitude) =
+                    ((kind == 2).then(|| values(0.0, n)), (kind == 3).then(|| values(1.0, n)));
+                LoraTensors {
+                    rank,
+                    scale: 1.0,
+                    a: values(0.0, rank * k),
+                    b: values(0.0, rank * n),
+                    bias,
+                    magnitude,
+                }
+            };
+            let sites = (0..sites).map(|i| (i % 3 != 2).then(|| site(i))).collect();
+            AdapterWeights::Lora(LoraWeights { config: LoraConfig::oppu(), sites })
+        }
+        4 => {
+            let mut site = |index: usize| {
+                let (n, k) = dims(index);
+                // Of layers that share an input, some have it scaled and some not.
+                if index % 2 == 0 {
+                    Ia3Scale::Input(values(1.0, k))
+                } else {
+                    Ia3Scale::Output(values(1.0, n))
+                }
+            };
+            let sites = (0..sites).map(|i| (i % 4 != 3).then(|| site(i))).collect();
+            AdapterWeights::Ia3(Ia3Weights { config: Ia3Config::llama(), sites })
+        }
+        _ => {
+            let (width, config) = (shape.width(), PromptConfig { virtual_tokens: VIRTUAL });
+            AdapterWeights::Prompt(PromptWeights { config, width, embeddings: values(0.0, VIRTUAL * width) })
+        }
     };
-    let sites = (0..shape.layers * 7).map(|i| (i % 3 != 2).then(|| site(i))).collect();
-    Arc::new(Adapter::new(&LoraWeights { config: LoraConfig::oppu(), sites }, precision))
+    Arc::new(Adapter::build(&weights, base, precision).unwrap())
 }
 
 /// A text with its adapter, and its last token's logits computed alone.
@@ -90,12 +129,15 @@ impl Bench {
     }
 
     fn cases(&mut self, rng: &mut StdRng, precision: Precision) -> Vec<Case> {
-        let adapters: Vec<_> = (0..6).map(|_| adapter(&self.base, rng, precision)).collect();
+        let adapters: Vec<_> = (0..7).map(|kind| adapter(&self.base, rng, precision, kind)).collect();
         (0..40)
             .map(|i| {
-                let len = rng.random_range(1..=LONGEST);
-                let tokens = (0..len).map(|_| rng.random_range(0..300)).collect();
                 let adapter = (i % 4 != 0).then(|| Arc::clone(adapters.choose(rng).unwrap()));
+                let own = adapter.as_ref().map_or(0, |adapter| adapter.virtual_tokens());
+                let len = rng.random_range(own + 1..=LONGEST);
+                let virtual_tokens = (0..own).map(|index| 300 + index as u32);
+                let tokens: Vec<u32> =
+                    virtual_tokens.chain((own..len).map(|_| rng.random_range(0..300))).collect();
                 let mut case = Case { tokens, adapter, alone: Vec::new() };
                 // One token after the other, alone.
                 for at in 0..len {
@@ -143,10 +185,12 @@ impl Bench {
         if let Some(Fault::NeighboursAdapter) = fault {
             let shifted = work.iter().zip(work.iter().cycle().skip(1));
             routed = shifted
-                .map(|(w, next)| Case {
-                    tokens: w.0.tokens.clone(),
-                    adapter: next.0.adapter.clone(),
-                    alone: w.0.alone.clone(),
+                .map(|(w, next)| {
+                    // Virtual tokens have no meaning to another adapter.
+                    let own = w.0.tokens[0] >= 300;
+                    let adapter = if own { &w.0.adapter } else { &next.0.adapter };
+                    let (tokens, alone) = (w.0.tokens.clone(), w.0.alone.clone());
+                    Case { tokens, adapter: adapter.clone(), alone }
                 })
                 .collect();
             work.iter_mut().zip(&routed).for_each(|(w, case)| w.0 = case);

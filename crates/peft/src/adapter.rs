@@ -1,57 +1,158 @@
-//! An adapter as it is served: read-only weights by site, and the lease that pins it.
+//! An adapter as it is served: read-only numbers by site, and the lease that pins it.
 
+use std::fmt;
 use std::sync::Arc;
 
-use kernels::{LowRank, Numbers, Precision, pack_b};
+use kernels::{LowRank, Numbers, Vectors, pack_b, quantise_low_rank, row_norms};
 use types::{AdapterId, GenerationId, SiteId};
 
 use crate::base::FrozenBase;
 use crate::error::PeftError;
-use crate::weights::{AdapterWeights, LoraWeights};
+use crate::pages::{self, PagePool, Plan, Span};
+use crate::storage::Storage;
+use crate::weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
 
-/// The low-rank update of one site, ready to serve: A as (rank, input features), B times the scale in the kernels'
-/// panels.
-#[derive(Debug)]
+/// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
+#[derive(Debug, Default)]
 struct AdapterSite {
+    low_rank: Option<Factors>,
+    /// The vectors are float32 in either precision: they are few, and the product is multiplied by them.
+    input: Option<Values>,
+    output: Option<Values>,
+    bias: Option<Values>,
+}
+
+/// A as (rank, input features), B with everything that scales it folded in, in the kernels' panels.
+#[derive(Debug)]
+struct Factors {
     rank: usize,
     a: Values,
     b: Values,
+    /// One for each rank, of factors in eight bits.
+    scales: Option<Values>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Values {
     F32(Box<[f32]>),
     Bf16(Box<[u16]>),
+    I8(Box<[i8]>),
+    /// In pages of a pool.
+    Paged(Span),
 }
 
 impl Values {
-    fn new(values: &[f32], precision: Precision) -> Self {
-        match precision {
-            Precision::Exact => Self::F32(values.into()),
-            Precision::Fast => Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect()),
+    fn new(values: &[f32], storage: Storage) -> Self {
+        match storage {
+            Storage::F32 => Self::vector(values),
+            Storage::Bf16 | Storage::Int8 => {
+                Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect())
+            }
         }
+    }
+
+    fn vector(values: &[f32]) -> Self {
+        Self::F32(values.into())
     }
 
     fn numbers(&self) -> Numbers<'_> {
         match self {
             Self::F32(values) => Numbers::F32(values),
             Self::Bf16(values) => Numbers::Bf16(values),
+            Self::I8(codes) => Numbers::I8(codes),
+            Self::Paged(span) => span.numbers(),
+        }
+    }
+
+    /// The values of a [`Values::vector`].
+    fn floats(&self) -> Option<&[f32]> {
+        match self.numbers() {
+            Numbers::F32(values) => Some(values),
+            Numbers::Bf16(_) | Numbers::I8(_) => None,
         }
     }
 
     fn bytes(&self) -> usize {
-        match self {
-            Self::F32(values) => size_of_val::<[f32]>(values),
-            Self::Bf16(values) => size_of_val::<[u16]>(values),
-        }
+        pages::bytes(&self.numbers())
     }
+}
+
+/// All tensors of an adapter.
+#[derive(Debug)]
+struct Tensors {
+    /// By [`SiteId::index`].
+    sites: Vec<Option<AdapterSite>>,
+    /// The embeddings of virtual tokens, each a tensor of its own.
+    prompt: Vec<Values>,
+    bytes: usize,
 }
 
 /// One immutable generation of an adapter in memory.
 #[derive(Debug)]
 pub struct Adapter {
-    sites: Vec<Option<AdapterSite>>,
-    bytes: usize,
+    // Dropped in this order: who watches is told when the memory is free.
+    tensors: Arc<Tensors>,
+    _watch: Option<Watch>,
+}
+
+/// Called when the adapter it belongs to is dropped.
+struct Watch(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(dropped) = self.0.take() {
+            dropped();
+        }
+    }
+}
+
+impl AdapterSite {
+    fn values(&self) -> impl Iterator<Item = &Values> {
+        let factors = self.low_rank.iter().flat_map(|f| [Some(&f.a), Some(&f.b), f.scales.as_ref()]);
+        factors.chain([self.input.as_ref(), self.output.as_ref(), self.bias.as_ref()]).flatten()
+    }
+
+    /// The same with other values for each, in the order of [`AdapterSite::values`].
+    fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
+        let factors = self.low_rank.as_ref();
+        Self {
+            low_rank: factors.map(|Factors { rank, a, b, scales }| Factors {
+                rank: *rank,
+                a: other(a),
+                b: other(b),
+                scales: scales.as_ref().map(&mut other),
+            }),
+            input: self.input.as_ref().map(&mut other),
+            output: self.output.as_ref().map(&mut other),
+            bias: self.bias.as_ref().map(&mut other),
+        }
+    }
+}
+
+impl Tensors {
+    fn new(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
+        let mut tensors = Self { sites, prompt, bytes: 0 };
+        let lists = size_of_val(tensors.sites.as_slice()) + size_of_val(tensors.prompt.as_slice());
+        tensors.bytes = tensors.values().map(Values::bytes).sum::<usize>() + lists;
+        tensors
+    }
+
+    /// All of them, in a fixed order.
+    fn values(&self) -> impl Iterator<Item = &Values> {
+        self.sites.iter().flatten().flat_map(AdapterSite::values).chain(&self.prompt)
+    }
+
+    /// The same with other values for each, in the order of [`Tensors::values`].
+    fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
+        let sites = self.sites.iter().map(|site| site.as_ref().map(|site| site.map(&mut other))).collect();
+        Self { sites, prompt: self.prompt.iter().map(&mut other).collect(), bytes: self.bytes }
+    }
 }
 
 impl Adapter {
@@ -61,47 +162,247 @@ impl Adapter {
     /// When the weights do not fit the base.
     pub fn build(
         weights: &AdapterWeights,
-        _base: &dyn FrozenBase,
-        precision: Precision,
+        base: &dyn FrozenBase,
+        storage: impl Into<Storage>,
     ) -> Result<Self, PeftError> {
+        let storage = storage.into();
         match weights {
-            AdapterWeights::Lora(lora) => Ok(Self::new(lora, precision)),
-            AdapterWeights::Ia3(_) | AdapterWeights::Prompt(_) => {
-                Err(PeftError::field("peft_type", "is not served yet"))
-            }
+            AdapterWeights::Lora(lora) => Self::of_lora(lora, base, storage),
+            AdapterWeights::Ia3(ia3) => Self::of_ia3(ia3, base),
+            AdapterWeights::Prompt(prompt) => Self::of_prompt(prompt, base, storage),
         }
     }
 
-    /// Folds each site's scale into B. Fast precision keeps bfloat16, exact precision float32.
+    /// A LoRA adapter without DoRA, which needs nothing of its base. Folds each site's scale into B.
+    ///
+    /// # Panics
+    /// With DoRA: see [`Adapter::build`].
     #[must_use]
-    pub fn new(weights: &LoraWeights, precision: Precision) -> Self {
-        let site = |rank: usize, scale: f32, a: &[f32], b: &[f32]| {
-            let scaled: Vec<f32> = b.iter().map(|v| v * scale).collect();
-            let (a, b) = (Values::new(a, precision), Values::new(&pack_b(&scaled, rank), precision));
-            AdapterSite { rank, a, b }
+    pub fn new(weights: &LoraWeights, storage: impl Into<Storage>) -> Self {
+        let storage = storage.into();
+        let site = |site: &LoraTensors| {
+            assert!(site.magnitude.is_none(), "DoRA needs the base");
+            lora_site(site, storage)
         };
-        let sites: Vec<Option<AdapterSite>> = weights
-            .sites
-            .iter()
-            .map(|at| at.as_ref().map(|t| site(t.rank, t.scale as f32, &t.a, &t.b)))
-            .collect();
-        let values: usize = sites.iter().flatten().map(|site| site.a.bytes() + site.b.bytes()).sum();
-        let bytes = values + size_of_val(sites.as_slice());
-        Self { sites, bytes }
+        Self::of(weights.sites.iter().map(|at| at.as_ref().map(site)).collect(), Vec::new())
     }
 
-    /// The update at a site, if the adapter acts there.
+    fn of_lora(weights: &LoraWeights, base: &dyn FrozenBase, storage: Storage) -> Result<Self, PeftError> {
+        let site = |id: SiteId, site: &LoraTensors| {
+            let name = format!("{}.lora", id.module_path());
+            let (out, input) = base.shape().dims(id.site);
+            let vector = |values: &Option<Vec<f32>>| values.as_ref().is_none_or(|values| values.len() == out);
+            let fits = site.rank > 0
+                && site.a.len() == site.rank * input
+                && site.b.len() == out * site.rank
+                && vector(&site.bias)
+                && vector(&site.magnitude);
+            if !fits {
+                return Err(PeftError::tensor(name, format!("does not fit a layer of {input} to {out}")));
+            }
+            match &site.magnitude {
+                None => Ok(lora_site(site, storage)),
+                Some(magnitude) => dora_site(id, site, magnitude, base, storage),
+            }
+        };
+        by_site(base, &weights.sites, site)
+    }
+
+    fn of_ia3(weights: &Ia3Weights, base: &dyn FrozenBase) -> Result<Self, PeftError> {
+        let site = |id: SiteId, scale: &Ia3Scale| {
+            let (out, input) = base.shape().dims(id.site);
+            let (values, len) = match scale {
+                Ia3Scale::Output(values) => (values, out),
+                Ia3Scale::Input(values) => (values, input),
+            };
+            if values.len() != len {
+                let problem = format!("does not fit a layer of {input} to {out}");
+                return Err(PeftError::tensor(format!("{}.ia3_l", id.module_path()), problem));
+            }
+            let vector = Some(Values::vector(values));
+            if matches!(scale, Ia3Scale::Input(_)) {
+                return Ok(AdapterSite { input: vector, ..AdapterSite::default() });
+            }
+            // It scales the base's bias as well.
+            let bias = base.linear(id).1.map(|bias| {
+                let more: Vec<f32> =
+                    values.iter().zip(bias).map(|(scale, bias)| (scale - 1.0) * bias).collect();
+                Values::vector(&more)
+            });
+            Ok(AdapterSite { output: vector, bias, ..AdapterSite::default() })
+        };
+        by_site(base, &weights.sites, site)
+    }
+
+    fn of_prompt(
+        weights: &PromptWeights,
+        base: &dyn FrozenBase,
+        storage: Storage,
+    ) -> Result<Self, PeftError> {
+        let (tokens, width) = (weights.config.virtual_tokens, base.shape().width());
+        if tokens == 0 || weights.width != width || weights.embeddings.len() != tokens * width {
+            let problem = format!("does not fit {tokens} embeddings of {width}");
+            return Err(PeftError::tensor("prompt_embeddings", problem));
+        }
+        let embeddings = weights.embeddings.chunks_exact(width);
+        Ok(Self::of(Vec::new(), embeddings.map(|values| Values::new(values, storage)).collect()))
+    }
+
+    fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
+        Self { tensors: Arc::new(Tensors::new(sites, prompt)), _watch: None }
+    }
+
+    /// Pages of `page_bytes` that it takes; `None` if a tensor is larger than a page.
+    #[must_use]
+    pub fn pages(&self, page_bytes: usize) -> Option<usize> {
+        Plan::new(page_bytes, self.tensors.values().map(Values::bytes)).map(|plan| plan.pages())
+    }
+
+    /// The same adapter with its tensors in pages of a pool; `None` if there are too few free ones.
+    #[must_use]
+    pub fn upload(&self, pool: &PagePool) -> Option<Self> {
+        let values: Vec<Numbers<'_>> = self.tensors.values().map(Values::numbers).collect();
+        let mut spans = pool.store(&values)?.into_iter();
+        let paged = self.tensors.map(|own| spans.next().map_or_else(|| own.clone(), Values::Paged));
+        Some(Self { tensors: Arc::new(paged), _watch: None })
+    }
+
+    /// Another handle on the same weights that calls `dropped` when it goes, after what it alone held is free.
+    #[must_use]
+    pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self { tensors: Arc::clone(&self.tensors), _watch: Some(Watch(Some(Box::new(dropped)))) }
+    }
+
+    fn at(&self, id: SiteId) -> Option<&AdapterSite> {
+        self.tensors.sites.get(id.index())?.as_ref()
+    }
+
+    /// The low-rank update at a site, if the adapter has one there.
     #[must_use]
     pub fn site(&self, id: SiteId) -> Option<LowRank<'_>> {
-        let site = self.sites.get(id.index())?.as_ref()?;
-        Some(LowRank { rank: site.rank, a: site.a.numbers(), b: site.b.numbers() })
+        let factors = self.at(id)?.low_rank.as_ref()?;
+        let scales = factors.scales.as_ref().and_then(Values::floats).unwrap_or_default();
+        Some(LowRank { rank: factors.rank, a: factors.a.numbers(), b: factors.b.numbers(), scales })
+    }
+
+    /// What else it does at a site.
+    #[must_use]
+    pub fn vectors(&self, id: SiteId) -> Vectors<'_> {
+        let Some(site) = self.at(id) else { return Vectors::default() };
+        Vectors {
+            input: site.input.as_ref().and_then(Values::floats),
+            output: site.output.as_ref().and_then(Values::floats),
+            bias: site.bias.as_ref().and_then(Values::floats),
+        }
+    }
+
+    /// Whether it does anything else at a site.
+    #[must_use]
+    pub fn has_vectors(&self, id: SiteId) -> bool {
+        self.at(id).is_some_and(|site| site.input.is_some() || site.output.is_some() || site.bias.is_some())
+    }
+
+    /// Tokens of its own that stand before a prompt (prompt tuning); in a sequence they have the ids from the size of the
+    /// vocabulary on.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> usize {
+        self.tensors.prompt.len()
+    }
+
+    /// Writes the embedding of a virtual token to `out`; false if there is none of that width.
+    #[must_use]
+    pub fn embed(&self, index: usize, out: &mut [f32]) -> bool {
+        match self.tensors.prompt.get(index).map(Values::numbers) {
+            Some(Numbers::F32(values)) if values.len() == out.len() => out.copy_from_slice(values),
+            Some(Numbers::Bf16(values)) if values.len() == out.len() => {
+                out.iter_mut().zip(values).for_each(|(out, &value)| *out = kernels::from_bf16(value));
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// Whether its factors at a site are kept in eight bits.
+    #[must_use]
+    pub fn is_coded(&self, id: SiteId) -> bool {
+        let factors = self.at(id).and_then(|site| site.low_rank.as_ref());
+        factors.is_some_and(|factors| factors.scales.is_some())
     }
 
     /// Bytes it holds in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.tensors.bytes
     }
+}
+
+/// An adapter with what `build` makes of each site.
+fn by_site<T>(
+    base: &dyn FrozenBase,
+    sites: &[Option<T>],
+    build: impl Fn(SiteId, &T) -> Result<AdapterSite, PeftError>,
+) -> Result<Adapter, PeftError> {
+    let shape = base.shape();
+    if sites.len() != shape.sites() {
+        let problem = format!("has {} sites; this base has {}", sites.len(), shape.sites());
+        return Err(PeftError::tensor("the adapter", problem));
+    }
+    let site = |(id, site): (SiteId, &Option<T>)| site.as_ref().map(|site| build(id, site)).transpose();
+    let sites = shape.site_ids().zip(sites).map(site).collect::<Result<_, _>>()?;
+    Ok(Adapter::of(sites, Vec::new()))
+}
+
+fn scaled(values: &[f32], scale: f32) -> Vec<f32> {
+    values.iter().map(|value| value * scale).collect()
+}
+
+/// A (rank, input features) and B (output features, rank), what scales it folded in.
+fn factors(rank: usize, a: &[f32], b: &[f32], storage: Storage) -> Factors {
+    if storage == Storage::Int8 && (a.len() / rank).is_multiple_of(32) {
+        let (a, b, scales) = quantise_low_rank(a, b, rank);
+        let (a, b) = (Values::I8(a.into()), Values::I8(b.into()));
+        return Factors { rank, a, b, scales: Some(Values::vector(&scales)) };
+    }
+    let (a, b) = (Values::new(a, storage), Values::new(&pack_b(b, rank), storage));
+    Factors { rank, a, b, scales: None }
+}
+
+fn lora_site(site: &LoraTensors, storage: Storage) -> AdapterSite {
+    let scale = site.scale as f32;
+    let low_rank = Some(factors(site.rank, &site.a, &scaled(&site.b, scale), storage));
+    let bias = site.bias.as_ref().map(|bias| Values::vector(&scaled(bias, scale)));
+    AdapterSite { low_rank, bias, ..AdapterSite::default() }
+}
+
+/// `y = m / n * (W x + s B A x)` with n the row norms of W + s B A: an output scale, and B times s m / n.
+fn dora_site(
+    id: SiteId,
+    site: &LoraTensors,
+    magnitude: &[f32],
+    base: &dyn FrozenBase,
+    storage: Storage,
+) -> Result<AdapterSite, PeftError> {
+    let rank = site.rank;
+    let mut b = scaled(&site.b, site.scale as f32);
+    let packed = pack_b(&b, rank);
+    let own = LowRank { rank, a: Numbers::F32(&site.a), b: Numbers::F32(&packed), scales: &[] };
+    let updates: Vec<LowRank<'_>> = base.under(id).into_iter().chain([own]).collect();
+    let norms = row_norms(base.linear(id).0, &updates);
+    let output: Vec<f32> = magnitude.iter().zip(&norms).map(|(m, n)| m / n).collect();
+    if !output.iter().all(|scale| scale.is_finite()) {
+        let name = format!("{}.lora_magnitude_vector", id.module_path());
+        return Err(PeftError::tensor(name, "belongs to a row of the matrix that has no length"));
+    }
+    for (row, output) in b.chunks_exact_mut(rank).zip(&output) {
+        row.iter_mut().for_each(|value| *value *= output);
+    }
+    let low_rank = Some(factors(rank, &site.a, &b, storage));
+    let bias = site.bias.as_ref().map(|bias| {
+        let scale = site.scale as f32;
+        let scaled: Vec<f32> = bias.iter().zip(&output).map(|(bias, output)| bias * scale * output).collect();
+        Values::vector(&scaled)
+    });
+    Ok(AdapterSite { low_rank, output: Some(Values::vector(&output)), bias, ..AdapterSite::default() })
 }
 
 /// Pins a generation while a sequence uses it: as long as a clone lives, the weights stay.

@@ -1,6 +1,6 @@
 //! What an adapter needs of the frozen model it acts on.
 
-use kernels::Weight;
+use kernels::{LowRank, Weight};
 use types::SiteId;
 
 use crate::shape::BaseShape;
@@ -15,4 +15,9 @@ pub trait FrozenBase: Send + Sync {
 
     /// The matrix of a site, shape (output features, input features), and its bias.
     fn linear(&self, id: SiteId) -> (&Weight, Option<&[f32]>);
+
+    /// The update that lies under all adapters at a site: there the frozen matrix is W + B A.
+    fn under(&self, _id: SiteId) -> Option<LowRank<'_>> {
+        None
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::{LowRank, Routing};
+use kernels::{LowRank, Numbers, Routing, Vectors};
 use types::SiteId;
 
 use crate::adapter::Adapter;
@@ -46,7 +46,13 @@ impl AdapterBatch {
     /// The rows' adapters at one site.
     #[must_use]
     pub fn site(&self, id: SiteId) -> SiteRouting<'_> {
-        SiteRouting { batch: self, id }
+        SiteRouting { batch: self, id, under: None }
+    }
+
+    /// A row's adapter.
+    #[must_use]
+    pub fn row(&self, row: usize) -> Option<&Adapter> {
+        self.adapters.get(*self.rows.get(row)? as usize).map(|adapter| &**adapter)
     }
 
     /// Number of different adapters.
@@ -61,16 +67,41 @@ impl AdapterBatch {
 pub struct SiteRouting<'a> {
     batch: &'a AdapterBatch,
     id: SiteId,
+    under: Option<LowRank<'a>>,
+}
+
+impl<'a> SiteRouting<'a> {
+    /// The same over an update that all rows share.
+    #[must_use]
+    pub fn over(self, under: Option<LowRank<'a>>) -> Self {
+        Self { under, ..self }
+    }
 }
 
 impl Routing for SiteRouting<'_> {
     fn at(&self, row: usize) -> Option<LowRank<'_>> {
-        let adapter = self.batch.adapters.get(*self.batch.rows.get(row)? as usize)?;
-        adapter.site(self.id)
+        self.batch.row(row)?.site(self.id)
     }
 
     fn max_rank(&self) -> usize {
         let ranks = self.batch.adapters.iter().filter_map(|adapter| adapter.site(self.id));
         ranks.map(|update| update.rank).max().unwrap_or(0)
+    }
+
+    fn coded(&self) -> bool {
+        let shared = self.under.is_some_and(|under| matches!(under.a, Numbers::I8(_)));
+        shared || self.batch.adapters.iter().any(|adapter| adapter.is_coded(self.id))
+    }
+
+    fn vectors(&self, row: usize) -> Vectors<'_> {
+        self.batch.row(row).map_or(Vectors::default(), |adapter| adapter.vectors(self.id))
+    }
+
+    fn has_vectors(&self) -> bool {
+        self.batch.adapters.iter().any(|adapter| adapter.has_vectors(self.id))
+    }
+
+    fn under(&self) -> Option<LowRank<'_>> {
+        self.under
     }
 }

@@ -164,7 +164,11 @@ impl LoraConfig {
     /// that matches decides.
     #[must_use]
     pub fn to_json(&self, base_model: &str) -> Vec<u8> {
-        let layers_pattern = (!self.layers_pattern.is_empty()).then_some(&self.layers_pattern);
+        let layers_pattern = match &self.layers_pattern[..] {
+            [] => Value::Null,
+            [one] => json!(one),
+            several => json!(several),
+        };
         let whole = |alpha: f64| if alpha.fract() == 0.0 { json!(alpha as i64) } else { json!(alpha) };
         let alphas = self.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), whole(*alpha)));
         render(&[

@@ -11,7 +11,9 @@ mod fields;
 mod files;
 mod kind;
 mod modules;
+mod pages;
 mod shape;
+mod storage;
 mod tensors;
 mod weights;
 
@@ -24,5 +26,7 @@ pub use files::generation_id;
 pub use kernels::{Numbers, Precision};
 pub use kind::{AdapterConfig, Ia3Config, MAX_VIRTUAL_TOKENS, PromptConfig};
 pub use modules::TargetModules;
+pub use pages::PagePool;
 pub use shape::BaseShape;
+pub use storage::Storage;
 pub use weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PeftFiles, PromptWeights};

@@ -7,15 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use adapters::AdapterCache;
 use axum::Router;
-use axum::http::{Method, Uri};
+use axum::extract::OriginalUri;
+use axum::http::Method;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use engine::Engine;
+use peft::FrozenBase;
 use store::Store;
 use telemetry::Metrics;
 use text::Tokenizer;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument as _;
 use types::{Clock, Timestamp};
 
 use crate::admission::Admission;
@@ -39,8 +42,8 @@ pub struct AppState {
     pub adapters: AdapterCache,
     /// The base model's name, as clients write it in `model`.
     pub model_name: String,
-    /// The base model's hash.
-    pub base_hash: [u8; 32],
+    /// The base model, as adapters see it.
+    pub base: Arc<dyn FrozenBase>,
     /// What clients may ask for.
     pub limits: Limits,
     /// Who may ask.
@@ -62,6 +65,7 @@ struct Inner {
     started: Timestamp,
     admission: Admission,
     uploads: UploadRate,
+    imports: Arc<Semaphore>,
     queue: QueueGauge,
     groups: AtomicU64,
 }
@@ -73,8 +77,9 @@ impl App {
         let started = state.clock.now();
         let admission = Admission::new(&state.limits);
         let uploads = UploadRate::new(state.limits.upload_bytes_per_minute);
+        let imports = Arc::new(Semaphore::new(state.limits.imports));
         let (queue, groups) = (QueueGauge::default(), AtomicU64::new(0));
-        Self(Arc::new(Inner { state, started, admission, uploads, queue, groups }))
+        Self(Arc::new(Inner { state, started, admission, uploads, imports, queue, groups }))
     }
 
     /// All routes, ready to [`crate::serve`].
@@ -90,7 +95,7 @@ impl App {
 
     /// OpenAI's `system_fingerprint`: which base answers.
     pub(crate) fn fingerprint(&self) -> String {
-        let digits = self.base_hash[..6].iter().map(|byte| format!("{byte:02x}"));
+        let digits = self.base.hash().into_iter().take(6).map(|byte| format!("{byte:02x}"));
         digits.fold("atelier-".to_owned(), |whole, digits| whole + &digits)
     }
 
@@ -105,6 +110,11 @@ impl App {
 
     pub(crate) fn uploads(&self) -> &UploadRate {
         &self.0.uploads
+    }
+
+    /// A turn for each adapter that may be taken in at a time.
+    pub(crate) fn imports(&self) -> &Arc<Semaphore> {
+        &self.0.imports
     }
 
     pub(crate) fn queue(&self) -> &QueueGauge {
@@ -124,6 +134,14 @@ impl App {
         let app = self.clone();
         tokio::task::spawn_blocking(move || work(&app)).await.map_err(ApiError::internal)
     }
+
+    /// Runs work to its end even if the client goes away: what changes a head and then tells the cache.
+    pub(crate) async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        tokio::spawn(work.in_current_span()).await.map_err(ApiError::internal)?
+    }
 }
 
 impl Deref for App {
@@ -134,11 +152,11 @@ impl Deref for App {
     }
 }
 
-async fn unknown_route(uri: Uri) -> ApiError {
+async fn unknown_route(OriginalUri(uri): OriginalUri) -> ApiError {
     ApiError::new(Code::RouteNotFound, format!("there is no route {}", uri.path()))
 }
 
-async fn unknown_method(method: Method, uri: Uri) -> ApiError {
+async fn unknown_method(method: Method, OriginalUri(uri): OriginalUri) -> ApiError {
     ApiError::new(Code::MethodNotAllowed, format!("{} does not know the method {method}", uri.path()))
 }
 

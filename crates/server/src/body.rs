@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::body::Bytes;
+use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
@@ -53,9 +53,13 @@ pub(crate) fn unsupported(found: Option<&str>, wanted: &str) -> ApiError {
     ApiError::new(Code::UnsupportedMediaType, message).param("Content-Type")
 }
 
-/// The whole body, if it has at most `limit` bytes and comes in time.
-pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
-    let too_large = || ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes"));
+/// The body is too large.
+pub(crate) fn too_large(limit: usize) -> ApiError {
+    ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes"))
+}
+
+/// The body as it comes, unless it is announced to have more than `limit` bytes.
+pub(crate) async fn open(request: Request, limit: usize) -> Result<BodyDataStream, ApiError> {
     let announced =
         request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     // Who expects to be asked on has not begun to write.
@@ -65,9 +69,15 @@ pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<By
         if !waits && announced.is_some_and(|length| length <= limit as u64 + DRAIN_BYTES) {
             drain(&mut chunks).await;
         }
-        return Err(too_large());
+        return Err(too_large(limit));
     }
-    let whole = async {
+    Ok(chunks)
+}
+
+/// The whole body, if it has at most `limit` bytes and comes in time.
+pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
+    let mut chunks = open(request, limit).await?;
+    in_time(app, async {
         let mut bytes = Vec::new();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|error| {
@@ -75,14 +85,22 @@ pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<By
             })?;
             if bytes.len() + chunk.len() > limit {
                 drain(&mut chunks).await;
-                return Err(too_large());
+                return Err(too_large(limit));
             }
             bytes.extend_from_slice(&chunk);
         }
         Ok(Bytes::from(bytes))
-    };
+    })
+    .await
+}
+
+/// What is made of a body, if it comes in time.
+pub(crate) async fn in_time<T>(
+    app: &App,
+    reading: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     let timeout = app.limits.body_timeout;
-    match tokio::time::timeout(timeout, whole).await {
+    match tokio::time::timeout(timeout, reading).await {
         Ok(result) => result,
         Err(_) => {
             let message = format!("the body did not arrive within {} seconds", timeout.as_secs());
@@ -92,7 +110,7 @@ pub(crate) async fn read(request: Request, app: &App, limit: usize) -> Result<By
 }
 
 /// Takes in what a client is still writing.
-async fn drain<E>(chunks: &mut (impl Stream<Item = Result<Bytes, E>> + Unpin)) {
+pub(crate) async fn drain<E>(chunks: &mut (impl Stream<Item = Result<Bytes, E>> + Unpin)) {
     let rest = async {
         let mut left = DRAIN_BYTES;
         while let Some(Ok(chunk)) = chunks.next().await {

@@ -7,6 +7,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use types::GenerationId;
 use utoipa::ToSchema;
 
 /// Longest message that is sent; what a client wrote may be quoted in it.
@@ -29,6 +30,10 @@ pub enum Code {
     ContextLengthExceeded,
     /// An upload without items.
     EmptyHistory,
+    /// The body is not the form it should be.
+    InvalidMultipart,
+    /// The files are no adapter of this base that can be served.
+    InvalidAdapter,
     /// Adapters are trained here from an uploaded history, not loaded by name.
     AdapterLoadUnsupported,
     /// The API key is missing or wrong.
@@ -37,8 +42,10 @@ pub enum Code {
     ModelNotFound,
     /// No such user.
     UserNotFound,
-    /// The user has no adapter.
+    /// The user has no adapter, or there is no such shared adapter.
     AdapterNotFound,
+    /// The adapter has no such generation.
+    GenerationNotFound,
     /// No such job.
     JobNotFound,
     /// No such history item.
@@ -55,6 +62,10 @@ pub enum Code {
     ItemConflict,
     /// The adapter belongs to another base model.
     AdapterIncompatible,
+    /// The head is not the one the request expects.
+    HeadMoved,
+    /// The head and pinned generations are not deleted.
+    GenerationInUse,
     /// The body is too large.
     BodyTooLarge,
     /// The user's history would be too large.
@@ -91,11 +102,14 @@ impl Code {
             Self::UnsupportedParameter => ("unsupported_parameter", 400, REQUEST),
             Self::ContextLengthExceeded => ("context_length_exceeded", 400, REQUEST),
             Self::EmptyHistory => ("empty_history", 400, REQUEST),
+            Self::InvalidMultipart => ("invalid_multipart", 400, REQUEST),
+            Self::InvalidAdapter => ("invalid_adapter", 400, REQUEST),
             Self::AdapterLoadUnsupported => ("adapter_load_unsupported", 400, REQUEST),
             Self::InvalidApiKey => ("invalid_api_key", 401, "authentication_error"),
             Self::ModelNotFound => ("model_not_found", 404, REQUEST),
             Self::UserNotFound => ("user_not_found", 404, REQUEST),
             Self::AdapterNotFound => ("adapter_not_found", 404, REQUEST),
+            Self::GenerationNotFound => ("generation_not_found", 404, REQUEST),
             Self::JobNotFound => ("job_not_found", 404, REQUEST),
             Self::ItemNotFound => ("item_not_found", 404, REQUEST),
             Self::JobEnded => ("job_ended", 409, REQUEST),
@@ -104,6 +118,8 @@ impl Code {
             Self::RequestTimeout => ("request_timeout", 408, REQUEST),
             Self::ItemConflict => ("item_conflict", 409, REQUEST),
             Self::AdapterIncompatible => ("adapter_incompatible", 409, REQUEST),
+            Self::HeadMoved => ("head_moved", 409, REQUEST),
+            Self::GenerationInUse => ("generation_in_use", 409, REQUEST),
             Self::BodyTooLarge => ("body_too_large", 413, REQUEST),
             Self::HistoryFull => ("history_full", 413, REQUEST),
             Self::UnsupportedMediaType => ("unsupported_media_type", 415, REQUEST),
@@ -156,6 +172,7 @@ struct Fields {
     param: Option<String>,
     retry_after: Option<Duration>,
     cause: Option<String>,
+    current_head: Option<String>,
 }
 
 impl ApiError {
@@ -166,7 +183,14 @@ impl ApiError {
             message.truncate(end);
             message.push_str("...");
         }
-        Self(Box::new(Fields { code, message, param: None, retry_after: None, cause: None }))
+        Self(Box::new(Fields {
+            code,
+            message,
+            param: None,
+            retry_after: None,
+            cause: None,
+            current_head: None,
+        }))
     }
 
     /// A value is of the wrong type or out of range: `"{param} {problem}"`.
@@ -202,6 +226,13 @@ impl ApiError {
         self
     }
 
+    /// Names the head as it is: a generation, or `none`.
+    #[must_use]
+    pub fn current_head(mut self, head: Option<GenerationId>) -> Self {
+        self.0.current_head = Some(head.map_or_else(|| "none".to_owned(), |head| head.to_string()));
+        self
+    }
+
     /// Its code.
     #[must_use]
     pub fn code(&self) -> Code {
@@ -212,13 +243,14 @@ impl ApiError {
     #[must_use]
     pub fn body(&self) -> ErrorBody {
         let (code, _, kind) = self.0.code.facts();
-        let Fields { message, param, .. } = &*self.0;
+        let Fields { message, param, current_head, .. } = &*self.0;
         ErrorBody {
             error: ErrorDetail {
                 message: message.clone(),
                 kind: kind.to_owned(),
                 param: param.clone(),
                 code: code.to_owned(),
+                current_head: current_head.clone(),
             },
         }
     }
@@ -267,7 +299,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// OpenAI's error envelope; all four keys are always there.
+/// OpenAI's error envelope; its four keys are always there.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ErrorBody {
     /// What went wrong.
@@ -289,6 +321,9 @@ pub struct ErrorDetail {
     /// For programs; does not change.
     #[schema(example = "invalid_value")]
     pub code: String,
+    /// With `head_moved`: the generation that is head, or `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_head: Option<String>,
 }
 
 /// TGI's error shape.

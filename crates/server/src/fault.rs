@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use adapters::AcquireError;
 use engine::SubmitError;
+use peft::PeftError;
 use store::StoreError;
 use text::TextError;
-use types::IdError;
+use types::{GenerationId, IdError};
 
 use crate::error::{ApiError, Code};
 
@@ -48,6 +49,24 @@ impl From<StoreError> for ApiError {
             StoreError::DiskFull { .. } => {
                 Self::new(Code::StorageFull, "the server's disk is full").cause(&error)
             }
+            StoreError::HeadMoved { current } => {
+                let head = current.map_or_else(|| "none".to_owned(), |head| head.to_string());
+                let message = format!("the head is not the one expected: it is {head}");
+                Self::new(Code::HeadMoved, message).param("expected_head").current_head(*current)
+            }
+            StoreError::NotFound { what: "generation", id } => unknown_generation(id),
+            // Looked up before, and erased since.
+            StoreError::NotFound { what: "user", .. } => {
+                Self::new(Code::AdapterNotFound, "the adapter was deleted meanwhile").cause(&error)
+            }
+            StoreError::IsHead { id } => {
+                let message = format!("the generation {id} is the head: move the head first");
+                Self::new(Code::GenerationInUse, message).param("generation").current_head(Some(*id))
+            }
+            StoreError::Pinned { id } => {
+                let message = format!("the generation {id} is pinned: unpin it first");
+                Self::new(Code::GenerationInUse, message).param("generation")
+            }
             StoreError::Stopped => unavailable(&error),
             _ => Self::internal(&error),
         }
@@ -58,12 +77,20 @@ impl From<AcquireError> for ApiError {
     fn from(error: AcquireError) -> Self {
         match &error {
             AcquireError::OtherBase { .. } => {
-                let message = "this user's adapter was trained for another base model: upload history to train a new one";
+                let message = "this adapter was made for another base model: train or upload a new one";
                 Self::new(Code::AdapterIncompatible, message).cause(&error)
             }
+            AcquireError::TooLarge { .. } => {
+                let message = "this user's adapter is larger than this server's memory for adapters in use";
+                Self::new(Code::AdapterIncompatible, message).cause(&error)
+            }
+            AcquireError::Full { .. } => {
+                overloaded("the memory for adapters in use is full: try again").cause(&error)
+            }
+            AcquireError::Late => deadline("the adapter was not loaded in time"),
             AcquireError::Stopped => unavailable(&error),
             AcquireError::Store(_) | AcquireError::Invalid(_) => {
-                Self::new(Code::Internal, "this user's adapter cannot be read").cause(&error)
+                Self::new(Code::Internal, "this adapter cannot be read").cause(&error)
             }
         }
     }
@@ -91,6 +118,31 @@ impl From<TextError> for ApiError {
             Self::internal(&error)
         }
     }
+}
+
+/// The files are no adapter of this base; names the field or tensor that is wrong.
+pub(crate) fn invalid_adapter(error: &PeftError) -> ApiError {
+    let param = match error {
+        PeftError::Field { field, .. } | PeftError::Unsupported { field, .. } => field,
+        PeftError::Tensor { tensor, .. } => tensor,
+        PeftError::Json(_) => "adapter_config.json",
+        PeftError::Safetensors(_) => "adapter_model.safetensors",
+    };
+    ApiError::new(Code::InvalidAdapter, error.to_string()).param(param)
+}
+
+/// An adapter of another base model than this server's.
+pub(crate) fn other_base(param: &str, given: &[u8; 32], expected: &[u8; 32]) -> ApiError {
+    // A hash of a base is written as one of a generation is.
+    let [given, expected] = [given, expected].map(|hash| GenerationId::from_bytes(*hash));
+    let message = format!("this adapter belongs to the base {given}, and this server's base is {expected}");
+    ApiError::new(Code::AdapterIncompatible, message).param(param)
+}
+
+/// No such generation of this adapter.
+pub(crate) fn unknown_generation(id: &str) -> ApiError {
+    ApiError::new(Code::GenerationNotFound, format!("this adapter has no generation {id:?}"))
+        .param("generation")
 }
 
 /// An id that a client wrote.

@@ -24,6 +24,12 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Bytes of an upload's body.
     pub upload_bytes: usize,
+    /// Bytes of an uploaded adapter's config.
+    pub adapter_config_bytes: usize,
+    /// Bytes of an uploaded adapter's weights.
+    pub adapter_weights_bytes: usize,
+    /// Adapters that are taken in at a time; each may hold several times its file's size in memory.
+    pub imports: usize,
     /// Nesting of a JSON body.
     pub json_depth: usize,
 
@@ -82,6 +88,9 @@ impl Default for Limits {
             shutdown_grace: Duration::from_secs(30),
             body_bytes: MIB,
             upload_bytes: 8 * MIB,
+            adapter_config_bytes: 64 * KIB,
+            adapter_weights_bytes: 64 * MIB,
+            imports: 2,
             json_depth: 32,
             choices: 4,
             stop_strings: 4,

@@ -1,5 +1,8 @@
 //! The routes with their description: one list makes both, so that they cannot differ.
 
+use utoipa::openapi::Required;
+use utoipa::openapi::path::{ParameterBuilder, ParameterIn};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
@@ -7,7 +10,8 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::routes::{
-    adapter, chat, completions, history, jobs, metrics, models, operation, progress, tgi, training, users,
+    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, progress, tgi, training,
+    users,
 };
 
 #[derive(OpenApi)]
@@ -16,7 +20,8 @@ use crate::routes::{
     tags(
         (name = "generate", description = "Answers, from the base or a user's adapter"),
         (name = "learn", description = "History in, adapter out"),
-        (name = "users", description = "Users and their adapters"),
+        (name = "users", description = "Who there is"),
+        (name = "adapters", description = "Adapters of users, and adapters that users share: in, out, back and away"),
         (name = "models", description = "What can be named in `model`"),
         (name = "operation", description = "Health, metrics, limits"),
     ),
@@ -38,7 +43,7 @@ impl Modify for Key {
 
 /// All routes.
 pub(crate) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::with_openapi(Description::openapi())
+    let routes = OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(chat::chat))
         .routes(routes!(completions::completions))
         .routes(routes!(tgi::generate))
@@ -54,9 +59,7 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(training::train))
         .routes(routes!(training::read, training::pause, training::resume))
         .routes(routes!(training::read_user, training::pause_user, training::resume_user))
-        .routes(routes!(adapter::read))
-        .routes(routes!(adapter::config))
-        .routes(routes!(adapter::weights))
+        .routes(routes!(adapters::list))
         .routes(routes!(jobs::job))
         .routes(routes!(jobs::cancel))
         .routes(routes!(operation::live))
@@ -65,7 +68,8 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(operation::description))
         .routes(routes!(operation::load_lora_adapter))
         .routes(routes!(operation::unload_lora_adapter))
-        .routes(routes!(metrics::metrics))
+        .routes(routes!(metrics::metrics));
+    adapter::ROOTS.into_iter().fold(routes, |routes, root| routes.nest(root, adapter::routes()))
 }
 
 /// The API's description, as committed in `openapi/openapi.json`.
@@ -78,6 +82,15 @@ pub fn openapi_json() -> String {
     // axum's wildcard is a plain parameter to others.
     if let Some(item) = description.paths.paths.remove("/v1/models/{*id}") {
         description.paths.paths.insert("/v1/models/{id}".into(), item);
+    }
+    // What stands in a root is described here, as the routes below it are the same for both.
+    for (path, item) in &mut description.paths.paths {
+        let Some(root) = adapter::ROOTS.into_iter().find(|root| path.starts_with(root)) else { continue };
+        let name = if root.contains("{user}") { "user" } else { "name" };
+        let text = ObjectBuilder::new().schema_type(Type::String);
+        let owner = ParameterBuilder::new().name(name).parameter_in(ParameterIn::Path);
+        let owner = owner.required(Required::True).schema(Some(text)).build();
+        item.parameters.get_or_insert_default().push(owner.into());
     }
     let mut text = description.to_pretty_json().expect("plain values serialise");
     text.push('\n');

@@ -1,6 +1,6 @@
-//! Who is to answer: the base, or a user's adapter; from `model`, `user` and `adapter_id`.
+//! Who is to answer: the base, a user's adapter or a shared one; from `model`, `user` and `adapter_id`.
 
-use types::UserId;
+use types::{AdapterName, Owner, UserId};
 
 use crate::error::{ApiError, Code};
 use crate::fault::invalid_id;
@@ -14,48 +14,66 @@ pub(crate) enum Wanted {
     IfTrained(UserId),
     /// This user's adapter and nothing else.
     Named(UserId),
+    /// This shared adapter and nothing else, for a user if one is named.
+    Shared(AdapterName, Option<UserId>),
 }
 
 impl Wanted {
-    /// Reads OpenAI's `model` (`<base>` or `<base>:<user>`) and `user`.
+    /// Reads OpenAI's `model` (`<base>`, `<base>:<user>` or `<base>:@<shared adapter>`) and `user`.
     pub(crate) fn openai(base: &str, model: &str, user: Option<&str>) -> Result<Self, ApiError> {
         let named = by_model(base, model)?;
         let user = user.map(|user| user.parse::<UserId>().map_err(|error| invalid_id("user", &error)));
         match (named, user.transpose()?) {
             (None, None) => Ok(Self::Base),
             (None, Some(user)) => Ok(Self::IfTrained(user)),
-            (Some(named), None) => Ok(Self::Named(named)),
-            (Some(named), Some(user)) if named == user => Ok(Self::Named(named)),
-            (Some(_), Some(_)) => {
+            (Some(Owner::Shared(name)), user) => Ok(Self::Shared(name, user)),
+            (Some(Owner::User(named)), None) => Ok(Self::Named(named)),
+            (Some(Owner::User(named)), Some(user)) if named == user => Ok(Self::Named(named)),
+            (Some(Owner::User(_)), Some(_)) => {
                 let message = "model and user name different users: name one of them";
                 Err(ApiError::new(Code::InvalidValue, message).param("user"))
             }
         }
     }
 
-    /// Reads LoRAX's `adapter_id`: `<user>` or `<base>:<user>`.
+    /// Reads LoRAX's `adapter_id`: `<user>` or `@<shared adapter>`, alone or after `<base>:`.
     pub(crate) fn tgi(base: &str, adapter_id: Option<&str>) -> Result<Self, ApiError> {
         let Some(id) = adapter_id else { return Ok(Self::Base) };
-        match id.parse() {
-            Ok(user) if id != base => Ok(Self::Named(user)),
-            _ => Ok(by_model(base, id)?.map_or(Self::Base, Self::Named)),
-        }
+        let named = match id.parse::<Owner>() {
+            Ok(owner) if id != base => Some(owner),
+            _ => by_model(base, id)?,
+        };
+        Ok(match named {
+            None => Self::Base,
+            Some(Owner::User(user)) => Self::Named(user),
+            Some(Owner::Shared(name)) => Self::Shared(name, None),
+        })
     }
 
-    /// The user who is named, one way or the other.
+    /// The user who is named, one way or the other: for whom the answer is.
     pub(crate) fn user(&self) -> Option<&UserId> {
         match self {
             Self::Base => None,
             Self::IfTrained(user) | Self::Named(user) => Some(user),
+            Self::Shared(_, user) => user.as_ref(),
+        }
+    }
+
+    /// Whose adapter answers, if there is one.
+    pub(crate) fn owner(&self) -> Option<Owner> {
+        match self {
+            Self::Base => None,
+            Self::IfTrained(user) | Self::Named(user) => Some(Owner::User(user.clone())),
+            Self::Shared(name, _) => Some(Owner::Shared(name.clone())),
         }
     }
 }
 
-/// The user in a model name; `None` for the base.
-pub(crate) fn by_model(base: &str, model: &str) -> Result<Option<UserId>, ApiError> {
+/// The owner of the adapter in a model name; `None` for the base.
+pub(crate) fn by_model(base: &str, model: &str) -> Result<Option<Owner>, ApiError> {
     match model.strip_prefix(base) {
         Some("") => Some(None),
-        Some(rest) => rest.strip_prefix(':').and_then(|user| user.parse().ok()).map(Some),
+        Some(rest) => rest.strip_prefix(':').and_then(|owner| owner.parse().ok()).map(Some),
         None => None,
     }
     .ok_or_else(|| unknown_model(model))
@@ -67,9 +85,9 @@ pub(crate) fn unknown_model(model: &str) -> ApiError {
     ApiError::new(Code::ModelNotFound, message).param("model")
 }
 
-/// The name under which a user's adapter is a model.
-pub(crate) fn model_of(base: &str, user: &UserId) -> String {
-    format!("{base}:{user}")
+/// The name under which an adapter is a model.
+pub(crate) fn model_of(base: &str, owner: &Owner) -> String {
+    format!("{base}:{owner}")
 }
 
 #[cfg(test)]
@@ -80,6 +98,10 @@ mod tests {
         name.parse().expect("user")
     }
 
+    fn shared(name: &str, user: Option<UserId>) -> Wanted {
+        Wanted::Shared(name.parse().expect("name"), user)
+    }
+
     #[test]
     fn models_and_users() {
         let wanted = |model, user| Wanted::openai("org/base", model, user);
@@ -87,7 +109,14 @@ mod tests {
         assert_eq!(wanted("org/base", Some("ann")).expect("user"), Wanted::IfTrained(user("ann")));
         assert_eq!(wanted("org/base:ann", None).expect("named"), Wanted::Named(user("ann")));
         assert_eq!(wanted("org/base:ann", Some("ann")).expect("both"), Wanted::Named(user("ann")));
+        assert_eq!(wanted("org/base:@ann", None).expect("shared"), shared("ann", None));
+        assert_eq!(wanted("org/base:@ann", Some("ann")).expect("shared"), shared("ann", Some(user("ann"))));
         for (model, given, code, param) in [
+            ("org/base", Some("@ann"), Code::InvalidValue, "user"),
+            ("org/base:@", None, Code::ModelNotFound, "model"),
+            ("org/base:@@ann", None, Code::ModelNotFound, "model"),
+            ("org/base@ann", None, Code::ModelNotFound, "model"),
+            ("@ann", None, Code::ModelNotFound, "model"),
             ("org/base:ann", Some("bob"), Code::InvalidValue, "user"),
             ("org/base", Some(""), Code::InvalidValue, "user"),
             ("org/base", Some("a/b"), Code::InvalidValue, "user"),
@@ -110,7 +139,9 @@ mod tests {
         assert_eq!(Wanted::tgi("base", Some("base")).expect("base"), Wanted::Base);
         assert_eq!(Wanted::tgi("base", Some("ann")).expect("user"), Wanted::Named(user("ann")));
         assert_eq!(Wanted::tgi("base", Some("base:ann")).expect("model"), Wanted::Named(user("ann")));
-        for id in ["", "other:ann", "../ann", "base:"] {
+        assert_eq!(Wanted::tgi("base", Some("@ann")).expect("shared"), shared("ann", None));
+        assert_eq!(Wanted::tgi("base", Some("base:@ann")).expect("shared"), shared("ann", None));
+        for id in ["", "@", "@base/x", "other:ann", "../ann", "base:"] {
             assert_eq!(Wanted::tgi("base", Some(id)).expect_err(id).code(), Code::ModelNotFound);
         }
     }

@@ -1,13 +1,17 @@
-//! Generations and heads: publish, move, fetch, prune.
+//! Generations: publish and fetch.
 
 use sha2::{Digest as _, Sha256};
 use types::{AdapterId, GenerationId, JobOutcome};
 
 use crate::blobs::Blobs;
 use crate::jobs::{check_outcome, fenced};
-use crate::sql::generations::{Fingerprint, Generation};
+use crate::lineage::move_head;
+use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
-use crate::{AdapterFiles, Fence, GenerationRecord, Lesson, NewGeneration, Store, StoreError};
+use crate::{
+    AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, NewGeneration, Origin, Store,
+    StoreError, users,
+};
 
 /// File names as `peft` saves and loads them.
 const CONFIG: &str = "adapter_config.json";
@@ -16,19 +20,19 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 /// What a publish is for.
 struct Target {
     adapter: AdapterId,
-    expected_head: Option<GenerationId>,
+    expected_head: Expected,
     finish: Option<(Fence, JobOutcome)>,
     lesson: Option<Lesson>,
 }
 
 impl Store {
     /// Stores a generation and makes it the head, if the head is still `expected_head` (`None`: no
-    /// head yet).
+    /// head yet; [`Expected::Any`]: whatever it is).
     ///
     /// The files are written and synced first; then one transaction moves the head, records the
     /// generation and ends the job that `finish` names. So a head is never half a generation, and a
     /// job whose generation is head is never run again. With `finish`, the job must be one of this
-    /// user's; without (an uploaded adapter), the user is created if need be.
+    /// user's; without (an uploaded adapter), the user or the shared adapter is created if need be.
     ///
     /// Publishing a generation that the user has already replaces its files by these same bytes,
     /// which repairs a damaged one. Runs to its end even if the caller goes away.
@@ -41,9 +45,10 @@ impl Store {
         &self,
         adapter: &AdapterId,
         generation: NewGeneration,
-        expected_head: Option<GenerationId>,
+        expected_head: impl Into<Expected>,
         finish: Option<(Fence, JobOutcome)>,
     ) -> Result<GenerationRecord, StoreError> {
+        let expected_head = expected_head.into();
         let target = Target { adapter: adapter.clone(), expected_head, finish, lesson: None };
         self.publish_whole(target, generation).await
     }
@@ -63,7 +68,7 @@ impl Store {
     ) -> Result<GenerationRecord, StoreError> {
         lesson.manifest.sort_unstable();
         lesson.manifest.dedup();
-        let (adapter, lesson) = (adapter.clone(), Some(lesson));
+        let (adapter, expected_head, lesson) = (adapter.clone(), expected_head.into(), Some(lesson));
         let target = Target { adapter, expected_head, finish: Some(finish), lesson };
         self.publish_whole(target, generation).await
     }
@@ -96,7 +101,10 @@ impl Store {
         if target.finish.is_some() {
             self.sweep(&target.adapter).await;
         }
-        result.map(|(generation, _)| generation.into_record())
+        result.map(|(generation, _)| {
+            let head = Some(generation.id);
+            generation.into_record(head)
+        })
     }
 
     /// Notes in the database that `folder` is about to be written, so that it is found and deleted if
@@ -113,7 +121,7 @@ impl Store {
                 user
             }
         };
-        if user.head != target.expected_head {
+        if !target.expected_head.admits(user.head) {
             return Err(StoreError::HeadMoved { current: user.head });
         }
         sql::garbage::insert_pending(&mut tx, &target.adapter, folder).await?;
@@ -140,9 +148,12 @@ impl Store {
             weights,
             meta: new.meta,
             created_at: self.now(),
+            origin: if target.finish.is_some() { Origin::Trained } else { Origin::Imported },
+            pinned: false,
         };
         self.blobs().write(folder, [(CONFIG, new_config), (WEIGHTS, new_weights)]).await?;
 
+        let _moving = self.moving(&target.adapter);
         let mut tx = self.write().await?;
         // `announce` has seen that the job is this user's.
         if let Some((fence, outcome)) = &target.finish
@@ -175,33 +186,6 @@ impl Store {
         Ok(())
     }
 
-    /// Moves the head to a generation that the user has (a rollback), or to none (back to the base),
-    /// if it is still `expected_head`. The files of the new head are checked first.
-    ///
-    /// # Errors
-    /// [`StoreError::HeadMoved`] if the head is another one; for `to`, the errors of
-    /// [`Store::fetch`].
-    pub async fn set_head(
-        &self,
-        adapter: &AdapterId,
-        to: Option<GenerationId>,
-        expected_head: Option<GenerationId>,
-    ) -> Result<(), StoreError> {
-        if let Some(to) = &to {
-            self.fetch(adapter, to).await?;
-        }
-        let mut tx = self.write().await?;
-        let user = find_user(&mut tx, adapter).await?;
-        if let Some(to) = &to
-            && sql::generations::find(&mut tx, user, to).await?.is_none()
-        {
-            return Err(StoreError::not_found("generation", to));
-        }
-        move_head(&mut tx, adapter, expected_head, to).await?;
-        tx.commit().await?;
-        Ok(())
-    }
-
     /// The generation that new requests get; `None` if there is none, or no such user.
     ///
     /// # Errors
@@ -209,8 +193,7 @@ impl Store {
     pub async fn head(&self, adapter: &AdapterId) -> Result<Option<GenerationRecord>, StoreError> {
         let mut tx = self.read().await?;
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
-        let Some(head) = &user.head else { return Ok(None) };
-        Ok(sql::generations::find(&mut tx, user.key, head).await?.map(Generation::into_record))
+        users::head(&mut tx, &user).await
     }
 
     /// One generation of the user.
@@ -222,18 +205,10 @@ impl Store {
         adapter: &AdapterId,
         id: &GenerationId,
     ) -> Result<Option<GenerationRecord>, StoreError> {
-        Ok(self.find_generation(adapter, id).await?.map(Generation::into_record))
-    }
-
-    /// The user's generations, newest first; empty if there is no such user.
-    ///
-    /// # Errors
-    /// If the database fails.
-    pub async fn generations(&self, adapter: &AdapterId) -> Result<Vec<GenerationRecord>, StoreError> {
         let mut tx = self.read().await?;
-        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(Vec::new()) };
-        let found = sql::generations::list(&mut tx, user.key).await?;
-        Ok(found.into_iter().map(Generation::into_record).collect())
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
+        let found = sql::generations::find(&mut tx, user.key, id).await?;
+        Ok(found.map(|generation| generation.into_record(user.head)))
     }
 
     /// The files of a generation, exactly as published: length and SHA-256 are checked at every call.
@@ -279,32 +254,6 @@ impl Store {
         Ok(bytes)
     }
 
-    /// Deletes the user's older generations but keeps the `keep` newest ones and the head, and says
-    /// how many were deleted. Their files go too, so nobody may still need to fetch them.
-    ///
-    /// # Errors
-    /// If the rows cannot be deleted (then nothing is), or if a file cannot be: it stays until the
-    /// store is opened again.
-    pub async fn prune_generations(&self, adapter: &AdapterId, keep: usize) -> Result<usize, StoreError> {
-        let (store, adapter) = (self.clone(), adapter.clone());
-        Self::to_the_end(async move {
-            let mut tx = store.write().await?;
-            let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(0) };
-            let all = sql::generations::list(&mut tx, user.key).await?;
-            let old: Vec<_> = all.into_iter().skip(keep).filter(|g| Some(g.id) != user.head).collect();
-            for generation in &old {
-                sql::garbage::insert(&mut tx, &adapter, &generation.folder).await?;
-                sql::generations::delete(&mut tx, user.key, &generation.id).await?;
-            }
-            tx.commit().await?;
-            for generation in &old {
-                store.discard(&generation.folder).await?;
-            }
-            Ok(old.len())
-        })
-        .await
-    }
-
     async fn find_generation(
         &self,
         adapter: &AdapterId,
@@ -314,11 +263,6 @@ impl Store {
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
         sql::generations::find(&mut tx, user.key, id).await
     }
-}
-
-async fn find_user(db: &mut Connection, adapter: &AdapterId) -> Result<UserKey, StoreError> {
-    let user = sql::users::find(db, adapter).await?;
-    Ok(user.ok_or_else(|| StoreError::not_found("user", adapter))?.key)
 }
 
 /// Inserts the row of a generation. If the user has the generation, its row is pointed to the new
@@ -340,19 +284,6 @@ async fn record(
     sql::garbage::insert(db, &target.adapter, &old.folder).await?;
     let replaced = old.folder.clone();
     Ok((Generation { folder: new.folder, ..old }, Some(replaced)))
-}
-
-async fn move_head(
-    db: &mut Connection,
-    adapter: &AdapterId,
-    expected: Option<GenerationId>,
-    to: Option<GenerationId>,
-) -> Result<(), StoreError> {
-    let user = sql::users::find(db, adapter).await?.ok_or_else(|| StoreError::not_found("user", adapter))?;
-    if !sql::users::move_head(db, user.key, expected.as_ref(), to.as_ref()).await? {
-        return Err(StoreError::HeadMoved { current: user.head });
-    }
-    Ok(())
 }
 
 /// Length and hash of `bytes`, worked out where it may take a while.

@@ -49,12 +49,12 @@ impl Blobs {
     /// The last part differs for every attempt to publish. So whoever fails may delete its folder
     /// without a thought for others that publish the same generation.
     pub(crate) fn new_folder(adapter: &AdapterId, generation: &GenerationId) -> String {
-        format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.user, Uuid::new_v4().simple())
+        format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.owner, Uuid::new_v4().simple())
     }
 
     /// The same for a job's checkpoint. No generation's id looks like this.
     pub(crate) fn new_checkpoint_folder(adapter: &AdapterId, job: &JobId) -> String {
-        format!("{ROOT}/{}/{}/job-{job}/{}", adapter.tenant, adapter.user, Uuid::new_v4().simple())
+        format!("{ROOT}/{}/{}/job-{job}/{}", adapter.tenant, adapter.owner, Uuid::new_v4().simple())
     }
 
     /// Writes the files of a new folder. When this returns, files and folder names are on disk.

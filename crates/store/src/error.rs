@@ -72,6 +72,18 @@ pub enum StoreError {
         /// The generation.
         id: GenerationId,
     },
+    /// The head cannot be deleted.
+    #[error("generation {id} is the head")]
+    IsHead {
+        /// The generation.
+        id: GenerationId,
+    },
+    /// A pinned generation cannot be deleted.
+    #[error("generation {id} is pinned")]
+    Pinned {
+        /// The generation.
+        id: GenerationId,
+    },
     /// A generation's file is missing, or is not what was published.
     #[error("generation {generation} is corrupt: {reason}")]
     Corrupt {

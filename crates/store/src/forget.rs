@@ -24,6 +24,7 @@ impl Store {
     ) -> Result<Option<Forgotten>, StoreError> {
         let (store, adapter, selection) = (self.clone(), adapter.clone(), selection.clone());
         Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
             let mut tx = store.write().await?;
             let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(None) };
             let all = sql::items::list(&mut tx, user.key, HistoryCursor::START, None).await?;
@@ -95,7 +96,8 @@ async fn forget_generations(
     user: &sql::users::User,
     items: &[[u8; 32]],
 ) -> Result<(Vec<GenerationId>, Option<GenerationId>), StoreError> {
-    let all = sql::generations::list(db, user.key).await?;
+    let all = sql::generations::list(db, user.key, None, None).await?;
+    let all: Vec<_> = all.into_iter().map(|(_, generation)| generation).collect();
     let base = all.iter().find(|generation| Some(generation.id) == user.head).map(|head| head.base);
     let (mut gone, mut left) = (Vec::new(), Vec::new());
     for generation in all {

@@ -25,7 +25,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::IdempotencyConflict`] if the key was used with another hash,
-    /// [`StoreError::ItemConflict`] if an id is there with other content; nothing is stored then.
+    /// [`StoreError::ItemConflict`] if an id is there with other content, [`StoreError::Invalid`] for a
+    /// shared adapter; nothing is stored then.
     pub async fn append(
         &self,
         adapter: &AdapterId,
@@ -49,6 +50,12 @@ impl Store {
         items: Vec<NewItem>,
         training: Option<TrainingOptions>,
     ) -> Result<Appended, StoreError> {
+        if adapter.user().is_none() {
+            return Err(StoreError::Invalid {
+                field: "user",
+                reason: "is a shared adapter, which has no history",
+            });
+        }
         let now = self.now();
         let mut tx = self.write().await?;
         let user = sql::users::ensure(&mut tx, adapter, now).await?;

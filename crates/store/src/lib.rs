@@ -20,6 +20,8 @@ mod forget;
 mod history;
 mod jobs;
 mod lessons;
+mod lineage;
+mod moves;
 mod pauses;
 mod records;
 mod sql;
@@ -29,8 +31,8 @@ mod users;
 pub use error::StoreError;
 pub use lessons::item_hash;
 pub use records::{
-    AdapterFiles, Appended, Claimed, Cost, Demand, Fence, Forgotten, GenerationRecord, HistoryCursor, Lesson,
-    Manifest, NewGeneration, Page, Policy, Progress, ProgressPoint, QueueStats, Selection, Standing,
-    UserRecord,
+    AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten, GenerationCursor,
+    GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy, Progress,
+    ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
 };
 pub use store::Store;

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use types::{AdapterId, GenerationId, HistoryStats, ItemId, Job, JobId, Timestamp, TrainingOptions};
+use types::{
+    AdapterId, AdapterName, GenerationId, HistoryStats, ItemId, Job, JobId, Timestamp, TrainingOptions,
+};
 
 use crate::StoreError;
 
@@ -52,7 +54,7 @@ impl FromStr for HistoryCursor {
             let (created_at, seq) = text.split_once('.')?;
             Some(Self { created_at: Timestamp(created_at.parse().ok()?), seq: seq.parse().ok()? })
         };
-        parse().ok_or(StoreError::Invalid { field: "cursor", reason: "is not one that this server gave out" })
+        parse().ok_or_else(foreign_cursor)
     }
 }
 
@@ -117,6 +119,77 @@ pub struct NewGeneration {
     pub meta: serde_json::Value,
 }
 
+/// Which head a change may replace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expected {
+    /// Whatever it is.
+    Any,
+    /// This one and no other; `None`: there is none.
+    Is(Option<GenerationId>),
+}
+
+impl Expected {
+    pub(crate) fn admits(self, head: Option<GenerationId>) -> bool {
+        self == Self::Any || self == Self::Is(head)
+    }
+}
+
+impl From<Option<GenerationId>> for Expected {
+    fn from(head: Option<GenerationId>) -> Self {
+        Self::Is(head)
+    }
+}
+
+/// How a generation came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A training job made it.
+    Trained,
+    /// Somebody uploaded it.
+    Imported,
+}
+
+impl Origin {
+    /// Its name.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Trained => "trained",
+            Self::Imported => "imported",
+        }
+    }
+}
+
+/// What a file must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// Its length.
+    pub bytes: u64,
+    /// Its SHA-256.
+    pub sha256: [u8; 32],
+}
+
+/// A place in a list of generations; its text form (`Display`, `FromStr`) is opaque to clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GenerationCursor(pub(crate) i64);
+
+impl fmt::Display for GenerationCursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl FromStr for GenerationCursor {
+    type Err = StoreError;
+    fn from_str(text: &str) -> Result<Self, StoreError> {
+        text.parse().map(Self).map_err(|_| foreign_cursor())
+    }
+}
+
+fn foreign_cursor() -> StoreError {
+    StoreError::Invalid { field: "cursor", reason: "is not one that this server gave out" }
+}
+
 /// A published generation, without its files.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationRecord {
@@ -126,11 +199,38 @@ pub struct GenerationRecord {
     pub parent: Option<GenerationId>,
     /// Hash of the base model it belongs to.
     pub base: [u8; 32],
-    /// Bytes of config and weights together.
-    pub bytes: u64,
+    /// How it came to be.
+    pub origin: Origin,
+    /// The file `adapter_config.json`.
+    pub config: Fingerprint,
+    /// The file `adapter_model.safetensors`.
+    pub weights: Fingerprint,
     /// As given at publishing.
     pub meta: serde_json::Value,
     /// When it was first published.
+    pub created_at: Timestamp,
+    /// Not deleted until it is unpinned.
+    pub pinned: bool,
+    /// Whether new requests get it.
+    pub is_head: bool,
+}
+
+impl GenerationRecord {
+    /// Bytes of config and weights together.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.config.bytes + self.weights.bytes
+    }
+}
+
+/// A shared adapter at a glance.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SharedRecord {
+    /// Its name.
+    pub name: AdapterName,
+    /// The generation that new requests get.
+    pub head: Option<GenerationRecord>,
+    /// When it was first uploaded.
     pub created_at: Timestamp,
 }
 

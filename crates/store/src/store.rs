@@ -12,9 +12,10 @@ use sqlx::sqlite::{
 use sqlx::{Connection as _, Sqlite, Transaction};
 use tokio::sync::watch;
 use tracing::Instrument as _;
-use types::{Clock, Timestamp};
+use types::{AdapterId, Clock, Timestamp};
 
 use crate::blobs::Blobs;
+use crate::moves::{HeadMoves, Moving};
 use crate::{StoreError, disk, sql};
 
 /// The database's file in the data folder.
@@ -46,6 +47,7 @@ struct Inner {
     readers: SqlitePool,
     blobs: Blobs,
     clock: Arc<dyn Clock>,
+    moves: HeadMoves,
     /// Held as long as the store lives.
     lock: Option<File>,
     /// Counts what may have taken a job from its worker.
@@ -78,16 +80,16 @@ impl Store {
         prepare(&writer).await?;
         let readers = connect(READERS, options.create_if_missing(false).read_only(true)).await?;
         let blobs = Blobs::in_folder(folder).await?;
-        let store = Self {
-            inner: Arc::new(Inner {
-                writer,
-                readers,
-                blobs,
-                clock,
-                lock: Some(lock),
-                interrupts: watch::Sender::default(),
-            }),
+        let inner = Inner {
+            writer,
+            readers,
+            blobs,
+            clock,
+            moves: HeadMoves::new(),
+            lock: Some(lock),
+            interrupts: watch::Sender::default(),
         };
+        let store = Self { inner: Arc::new(inner) };
         store.recover().await?;
         Ok(store)
     }
@@ -106,6 +108,7 @@ impl Store {
             readers,
             blobs: Blobs::in_memory(),
             clock,
+            moves: HeadMoves::new(),
             lock: None,
             interrupts: watch::Sender::default(),
         };
@@ -132,6 +135,21 @@ impl Store {
 
     pub(crate) fn interrupt(&self) {
         self.inner.interrupts.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// A number that is another one after every move of this adapter's head: a publish, a rollback, an erasure.
+    ///
+    /// It changes before the call that moves the head returns. So a head that was read after this number is still the
+    /// head as long as the number is the same, or is being moved just now. All moves go through this store, because
+    /// nobody else can have the folder open.
+    #[must_use]
+    pub fn head_moves(&self, adapter: &AdapterId) -> u64 {
+        self.inner.moves.of(adapter)
+    }
+
+    /// To be held around every transaction that may move a head.
+    pub(crate) fn moving(&self, adapter: &AdapterId) -> Moving<'_> {
+        self.inner.moves.moving(adapter)
     }
 
     pub(crate) fn now(&self) -> Timestamp {

@@ -1,9 +1,9 @@
-//! Users: at a glance, as a list, and erased.
+//! Users and shared adapters: at a glance, as a list, and erased.
 
-use types::{AdapterId, TenantId, UserId};
+use types::{AdapterId, AdapterName, TenantId, UserId};
 
 use crate::sql::{self, Connection};
-use crate::{Page, Store, StoreError, UserRecord};
+use crate::{GenerationRecord, Page, SharedRecord, Store, StoreError, UserRecord};
 
 impl Store {
     /// A user at a glance.
@@ -13,7 +13,7 @@ impl Store {
     pub async fn user(&self, adapter: &AdapterId) -> Result<Option<UserRecord>, StoreError> {
         let mut tx = self.read().await?;
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
-        Ok(Some(record(&mut tx, &adapter.tenant, user).await?))
+        Ok(Some(record(&mut tx, adapter.clone(), user).await?))
     }
 
     /// Users of a tenant, by name. `limit` is at least 1 (0 counts as 1).
@@ -29,13 +29,37 @@ impl Store {
         let limit = limit.max(1);
         let mut tx = self.read().await?;
         let mut found = Vec::new();
-        for user in sql::users::list(&mut tx, tenant, after, limit.saturating_add(1)).await? {
-            found.push(record(&mut tx, tenant, user).await?);
+        for (name, user) in sql::users::list(&mut tx, tenant, after, limit.saturating_add(1)).await? {
+            let id = AdapterId::new(tenant.clone(), name.clone());
+            found.push((name, record(&mut tx, id, user).await?));
         }
-        Ok(Page::cut(found, limit, |user| user.id.user.clone()))
+        let page = Page::cut(found, limit, |(name, _)| name.clone());
+        let entries = page.entries.into_iter().map(|(_, user)| user).collect();
+        Ok(Page { entries, next: page.next })
     }
 
-    /// Erases a user: history, jobs, generations, files. `false` if there is nothing to erase.
+    /// Shared adapters of a tenant, by name. `limit` is at least 1 (0 counts as 1).
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn shared_adapters(
+        &self,
+        tenant: &TenantId,
+        after: Option<&AdapterName>,
+        limit: u32,
+    ) -> Result<Page<SharedRecord, AdapterName>, StoreError> {
+        let limit = limit.max(1);
+        let mut tx = self.read().await?;
+        let mut found = Vec::new();
+        for (name, owner) in sql::users::list_shared(&mut tx, tenant, after, limit.saturating_add(1)).await? {
+            let head = head(&mut tx, &owner).await?;
+            found.push(SharedRecord { name, head, created_at: owner.created_at });
+        }
+        Ok(Page::cut(found, limit, |adapter| adapter.name.clone()))
+    }
+
+    /// Erases a user: history, jobs, generations, files; of a shared adapter all there is. `false` if there is
+    /// nothing to erase.
     ///
     /// A worker that holds the user's job can neither report, finish nor publish afterwards. A user
     /// of the same name who comes later starts from nothing.
@@ -46,6 +70,7 @@ impl Store {
     pub async fn erase_user(&self, adapter: &AdapterId) -> Result<bool, StoreError> {
         let (store, adapter) = (self.clone(), adapter.clone());
         Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
             let mut tx = store.write().await?;
             let user = sql::users::find(&mut tx, &adapter).await?;
             if let Some(user) = &user {
@@ -66,19 +91,25 @@ impl Store {
     }
 }
 
+/// The generation that new requests of the owner get.
+pub(crate) async fn head(
+    db: &mut Connection,
+    owner: &sql::users::User,
+) -> Result<Option<GenerationRecord>, StoreError> {
+    let Some(head) = &owner.head else { return Ok(None) };
+    let found = sql::generations::find(db, owner.key, head).await?;
+    Ok(found.map(|generation| generation.into_record(Some(*head))))
+}
+
 async fn record(
     db: &mut Connection,
-    tenant: &TenantId,
+    id: AdapterId,
     user: sql::users::User,
 ) -> Result<UserRecord, StoreError> {
-    let head = match &user.head {
-        Some(head) => sql::generations::find(db, user.key, head).await?,
-        None => None,
-    };
     Ok(UserRecord {
-        id: AdapterId::new(tenant.clone(), user.name),
+        id,
         history: user.history,
-        head: head.map(sql::generations::Generation::into_record),
+        head: head(db, &user).await?,
         job: sql::jobs::latest(db, user.key).await?,
         created_at: user.created_at,
     })

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
-use store::{NewGeneration, Store};
+use store::{Expected, NewGeneration, Store, StoreError};
 use tokio::task::JoinSet;
 use types::{AdapterId, GenerationId, ItemId, JobOutcome, NewItem, SystemClock};
 use uuid::Uuid;
@@ -32,6 +32,24 @@ const USERS: [&str; 3] = ["ann", "ben", "cho"];
 
 fn user(name: &str) -> AdapterId {
     AdapterId::new("acme".parse().unwrap(), name.parse().unwrap())
+}
+
+fn shared() -> AdapterId {
+    AdapterId::shared("acme".parse().unwrap(), "style".parse().unwrap())
+}
+
+/// A generation that is named at random; its weights follow from its name.
+fn generation(parent: Option<GenerationId>) -> NewGeneration {
+    let mut id = [0; 32];
+    id[..16].copy_from_slice(Uuid::new_v4().as_bytes());
+    NewGeneration {
+        id: GenerationId::from_bytes(id),
+        parent,
+        base: [0; 32],
+        config: b"{}".to_vec(),
+        weights: id.repeat(2000),
+        meta: serde_json::json!({}),
+    }
 }
 
 fn random() -> u64 {
@@ -78,16 +96,7 @@ async fn work(store: Store) {
         };
         let adapter = &claimed.job.adapter;
         let head = store.head(adapter).await.unwrap().map(|head| head.id);
-        let mut id = [0; 32];
-        id[..16].copy_from_slice(Uuid::new_v4().as_bytes());
-        let generation = NewGeneration {
-            id: GenerationId::from_bytes(id),
-            parent: head,
-            base: [0; 32],
-            config: b"{}".to_vec(),
-            weights: id.repeat(2000),
-            meta: serde_json::json!({}),
-        };
+        let generation = generation(head);
         let outcome = JobOutcome {
             published: true,
             generation: Some(generation.id),
@@ -98,7 +107,20 @@ async fn work(store: Store) {
         };
         let published =
             store.publish(adapter, generation, head, Some((claimed.fence, outcome))).await.unwrap();
-        say(&format!("head {} {}", adapter.user, published.id));
+        say(&format!("head {} {}", adapter.owner, published.id));
+    }
+}
+
+/// Imports a shared adapter over and over, and deletes what it has replaced.
+async fn replace(store: Store) {
+    loop {
+        let old: Vec<_> = store.generations(&shared()).await.unwrap().iter().map(|g| g.id).collect();
+        let new = store.publish(&shared(), generation(None), Expected::Any, None).await.unwrap();
+        say(&format!("import style {}", new.id));
+        for old in old {
+            store.delete_generation(&shared(), &old).await.unwrap();
+            say(&format!("delete style {old}"));
+        }
     }
 }
 
@@ -112,6 +134,7 @@ async fn child() {
     for name in USERS {
         tasks.spawn(upload(store.clone(), name, lies));
     }
+    tasks.spawn(replace(store.clone()));
     tasks.spawn(work(store));
     tasks.join_next().await.unwrap().unwrap(); // they end only by a panic
 }
@@ -153,6 +176,7 @@ async fn lost(folder: &Path, said: &[String]) -> Vec<String> {
         items.insert(name, all.into_iter().map(|item| item.id.to_string()).collect::<HashSet<_>>());
     }
     let mut lost = Vec::new();
+    let imported = said.iter().rfind(|line| line.starts_with("import "));
     for line in said {
         let mut words = line.split(' ');
         let (Some(what), Some(name), Some(id), None) =
@@ -162,6 +186,12 @@ async fn lost(folder: &Path, said: &[String]) -> Vec<String> {
         };
         let there = match what {
             "item" => items[name].contains(id),
+            // Those before it may have been deleted without a word.
+            "import" if Some(line) == imported => store.fetch(&shared(), &id.parse().unwrap()).await.is_ok(),
+            "delete" => {
+                let found = store.fetch(&shared(), &id.parse().unwrap()).await;
+                matches!(found, Err(StoreError::NotFound { what: "generation", .. }))
+            }
             "head" => store.fetch(&user(name), &id.parse().unwrap()).await.is_ok(),
             _ => continue,
         };
@@ -177,13 +207,13 @@ async fn lost(folder: &Path, said: &[String]) -> Vec<String> {
 async fn assert_sound(folder: &Path) {
     let store = open(folder).await;
     let mut files = 0;
-    for name in USERS {
-        let generations = store.generations(&user(name)).await.unwrap();
+    for adapter in USERS.map(user).into_iter().chain([shared()]) {
+        let generations = store.generations(&adapter).await.unwrap();
         for generation in &generations {
-            let fetched = store.fetch(&user(name), &generation.id).await.unwrap();
+            let fetched = store.fetch(&adapter, &generation.id).await.unwrap();
             assert_eq!(fetched.weights, generation.id.as_bytes().repeat(2000));
         }
-        let head = store.head(&user(name)).await.unwrap();
+        let head = store.head(&adapter).await.unwrap();
         assert_eq!(head.as_ref(), generations.first(), "the head is the last one published");
         files += 2 * generations.len();
     }

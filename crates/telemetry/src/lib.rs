@@ -16,4 +16,4 @@ pub use error::TelemetryError;
 pub use histogram::Histogram;
 pub use logging::init_tracing;
 pub use metrics::{GenerationOutcome, Metrics};
-pub use snapshot::{CacheSnapshot, EngineSnapshot, QueueSnapshot, Snapshot};
+pub use snapshot::{CacheSnapshot, EngineSnapshot, QueueSnapshot, Snapshot, TierSnapshot};

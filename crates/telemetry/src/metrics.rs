@@ -48,6 +48,7 @@ struct Inner {
     generations: Family<[(&'static str, &'static str); 1], Counter>,
     first_token_seconds: Histogram,
     token_seconds: Histogram,
+    adapter_load_seconds: Histogram,
     history_items: Counter,
     history_duplicates: Counter,
 }
@@ -69,6 +70,7 @@ impl Metrics {
             generations: Family::default(),
             first_token_seconds: Histogram::default(),
             token_seconds: Histogram::default(),
+            adapter_load_seconds: Histogram::default(),
             history_items: Counter::default(),
             history_duplicates: Counter::default(),
         };
@@ -93,6 +95,11 @@ impl Metrics {
             "atelier_time_per_output_token_seconds",
             "Mean seconds from token to token of an answer",
             inner.token_seconds.clone(),
+        );
+        registry.register(
+            "atelier_adapter_load_seconds",
+            "Seconds that an adapter's load from the store took",
+            inner.adapter_load_seconds.clone(),
         );
         registry.register("atelier_history_items", "History items accepted", inner.history_items.clone());
         registry.register(
@@ -124,6 +131,11 @@ impl Metrics {
     /// An answer is complete: the mean time from token to token.
     pub fn per_token(&self, seconds: f64) {
         self.0.token_seconds.observe(seconds);
+    }
+
+    /// An adapter has been loaded from the store.
+    pub fn adapter_load(&self, seconds: f64) {
+        self.0.adapter_load_seconds.observe(seconds);
     }
 
     /// History has arrived.

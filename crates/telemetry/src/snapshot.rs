@@ -4,7 +4,7 @@ use std::fmt;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use types::Timestamp;
@@ -62,22 +62,35 @@ pub struct EngineSnapshot {
 /// Adapters in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CacheSnapshot {
+    /// Host memory.
+    pub host: TierSnapshot,
+    /// Slots, which requests lease.
+    pub device: TierSnapshot,
+    /// Requests whose adapter was in a slot.
+    pub hits: u64,
+    /// Requests whose adapter was in host memory.
+    pub host_hits: u64,
+    /// Requests that had to wait for a load.
+    pub misses: u64,
+    /// Loads from the store.
+    pub loads: u64,
+    /// Copies from host memory into slots.
+    pub uploads: u64,
+    /// Requests that wait for a load or for room.
+    pub waiting: usize,
+}
+
+/// One tier of adapters in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TierSnapshot {
     /// How many.
     pub adapters: usize,
     /// Their bytes.
     pub bytes: usize,
     /// Bytes they may have.
     pub budget: usize,
-    /// Requests whose adapter was in memory.
-    pub hits: u64,
-    /// Requests that had to wait for a load.
-    pub misses: u64,
-    /// Loads from the store.
-    pub loads: u64,
     /// Adapters dropped for want of room.
     pub evictions: u64,
-    /// Microseconds spent in loads.
-    pub load_micros: u64,
 }
 
 /// Training jobs.
@@ -143,15 +156,39 @@ impl EngineSnapshot {
 
 impl CacheSnapshot {
     fn write(&self, out: &mut Writer<'_>) -> Result<(), fmt::Error> {
-        out.gauge("atelier_adapter_cache_adapters", "Adapters in memory", self.adapters as f64)?;
-        out.gauge("atelier_adapter_cache_bytes", "Bytes of the adapters in memory", self.bytes as f64)?;
-        out.gauge("atelier_adapter_cache_budget_bytes", "Bytes adapters may have", self.budget as f64)?;
-        out.counter("atelier_adapter_cache_hits", "Requests whose adapter was in memory", self.hits)?;
+        let tiers = [("host", &self.host), ("device", &self.device)];
+        type Value = fn(&TierSnapshot) -> usize;
+        let gauges: [(&str, &str, Value); 3] = [
+            ("atelier_adapter_cache_adapters", "Adapters in memory, by tier", |tier| tier.adapters),
+            ("atelier_adapter_cache_bytes", "Bytes of adapters in memory, by tier", |tier| tier.bytes),
+            ("atelier_adapter_cache_budget_bytes", "Bytes that adapters may have, by tier", |tier| {
+                tier.budget
+            }),
+        ];
+        for (name, help, value) in gauges {
+            let family = Family::<[(&'static str, &'static str); 1], Gauge>::default();
+            for (label, tier) in tiers {
+                family.get_or_create(&[("tier", label)]).set(value(tier) as i64);
+            }
+            out.metric(name, help, &family)?;
+        }
+        let evictions = Family::<[(&'static str, &'static str); 1], Counter>::default();
+        for (label, tier) in tiers {
+            evictions.get_or_create(&[("tier", label)]).inc_by(tier.evictions);
+        }
+        out.metric(
+            "atelier_adapter_cache_evictions",
+            "Adapters dropped for want of room, by tier",
+            &evictions,
+        )?;
+        let hits = Family::<[(&'static str, &'static str); 1], Counter>::default();
+        hits.get_or_create(&[("tier", "host")]).inc_by(self.host_hits);
+        hits.get_or_create(&[("tier", "device")]).inc_by(self.hits);
+        out.metric("atelier_adapter_cache_hits", "Requests whose adapter was in memory, by tier", &hits)?;
         out.counter("atelier_adapter_cache_misses", "Requests that waited for a load", self.misses)?;
         out.counter("atelier_adapter_cache_loads", "Adapter loads from the store", self.loads)?;
-        out.counter("atelier_adapter_cache_evictions", "Adapters dropped for want of room", self.evictions)?;
-        let seconds = ConstCounter::new(self.load_micros as f64 / 1e6);
-        out.metric("atelier_adapter_cache_load_seconds", "Seconds spent in adapter loads", &seconds)
+        out.counter("atelier_adapter_cache_uploads", "Adapters copied into slots", self.uploads)?;
+        out.gauge("atelier_adapter_cache_waiting", "Requests that wait for an adapter", self.waiting as f64)
     }
 }
 

@@ -1,6 +1,8 @@
 //! What a scrape sees.
 
-use telemetry::{CacheSnapshot, EngineSnapshot, GenerationOutcome, Metrics, QueueSnapshot, Snapshot};
+use telemetry::{
+    CacheSnapshot, EngineSnapshot, GenerationOutcome, Metrics, QueueSnapshot, Snapshot, TierSnapshot,
+};
 use types::Timestamp;
 
 fn snapshot() -> Snapshot {
@@ -20,7 +22,16 @@ fn snapshot() -> Snapshot {
             generated_tokens: 40,
             ..EngineSnapshot::default()
         },
-        cache: CacheSnapshot { hits: 9, misses: 1, load_micros: 1_500_000, ..CacheSnapshot::default() },
+        cache: CacheSnapshot {
+            host: TierSnapshot { adapters: 3, bytes: 300, budget: 1000, evictions: 2 },
+            device: TierSnapshot { adapters: 2, bytes: 256, budget: 512, evictions: 4 },
+            hits: 9,
+            host_hits: 5,
+            misses: 1,
+            loads: 8,
+            uploads: 12,
+            waiting: 6,
+        },
         queue: QueueSnapshot { queued: 4, running: 1, oldest_queued: Some(Timestamp(1_800_000_010_000)) },
     }
 }
@@ -34,6 +45,7 @@ fn names_and_values() {
     metrics.generation(GenerationOutcome::Cancelled);
     metrics.first_token(0.2);
     metrics.per_token(0.02);
+    metrics.adapter_load(0.03);
     metrics.history(5, 2);
     let text = metrics.render(&snapshot()).expect("renders");
     for line in [
@@ -47,8 +59,17 @@ fn names_and_values() {
         "atelier_prefix_hits_total 6",
         "atelier_prefix_tokens_total 96",
         "atelier_prefix_evictions_total 11",
-        "atelier_adapter_cache_hits_total 9",
-        "atelier_adapter_cache_load_seconds_total 1.5",
+        r#"atelier_adapter_cache_hits_total{tier="device"} 9"#,
+        r#"atelier_adapter_cache_hits_total{tier="host"} 5"#,
+        "atelier_adapter_cache_misses_total 1",
+        "atelier_adapter_cache_loads_total 8",
+        "atelier_adapter_cache_uploads_total 12",
+        "atelier_adapter_cache_waiting 6.0",
+        r#"atelier_adapter_cache_adapters{tier="host"} 3"#,
+        r#"atelier_adapter_cache_bytes{tier="device"} 256"#,
+        r#"atelier_adapter_cache_budget_bytes{tier="device"} 512"#,
+        r#"atelier_adapter_cache_evictions_total{tier="host"} 2"#,
+        r#"atelier_adapter_load_seconds_bucket{le="0.05"} 1"#,
         r#"atelier_jobs{state="queued"} 4"#,
         r#"atelier_jobs{state="running"} 1"#,
         "atelier_oldest_queued_job_seconds 2.5",

@@ -237,7 +237,7 @@ impl Params {
             let (rank, scale) = (*rank, *scale);
             let (a, b) = (&values[a.clone()], &values[b.clone()]);
             let mut wa = vec![0.0; rank * out];
-            kernels::linear_many(&base.blocks()[id.layer].linears[id.site.index()].weight, a, &mut wa);
+            base.blocks()[id.layer].linears[id.site.index()].product(a, &mut wa);
             let mut square = vec![0.0; rank * rank];
             let (left, right) = (Left { values: a, row: input, step: 1 }, transposed(a, rank, input));
             multiply([rank, input, rank], left, Right { values: &right, stride: rank }, &mut square, false);
@@ -255,13 +255,13 @@ impl Params {
 
 /// The squared norms of a frozen matrix's rows.
 fn row_squares(base: &BaseModel, id: SiteId) -> Vec<f64> {
-    let weight = &base.blocks()[id.layer].linears[id.site.index()].weight;
+    let linear = &base.blocks()[id.layer].linears[id.site.index()];
     let square = |row: usize| {
-        let mut values = vec![0.0; weight.cols()];
-        weight.decode_row(row, &mut values);
+        let mut values = vec![0.0; linear.weight.cols()];
+        linear.row(row, &mut values);
         values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()
     };
-    (0..weight.rows()).into_par_iter().map(square).collect()
+    (0..linear.weight.rows()).into_par_iter().map(square).collect()
 }
 
 /// A matrix of (rows, columns) as (columns, rows).

@@ -1,7 +1,7 @@
 //! A frozen linear layer with what each job trains there: forwards, and backwards to its input and to the jobs' own
 //! numbers.
 
-use kernels::{Left, Right, linear_many, linear_transposed, multiply};
+use kernels::{Left, Right, multiply};
 use model::Linear;
 use types::SiteId;
 
@@ -57,7 +57,7 @@ impl SiteAt<'_> {
         let (n, k) = self.dims();
         let mut y = pool.take(self.pack.rows() * n);
         let scaled = self.scaled(pool, members, x);
-        linear_many(&self.linear.weight, scaled.as_deref().unwrap_or(x), &mut y);
+        self.linear.product(scaled.as_deref().unwrap_or(x), &mut y);
         scaled.into_iter().for_each(|buffer| pool.give(buffer));
         let mut product = self.any(members, needs_product).then(|| pool.take(y.len()));
         for segment in &self.pack.segments {
@@ -174,7 +174,7 @@ impl SiteAt<'_> {
             return Vec::new();
         }
         let mut dx = pool.take(self.pack.rows() * k);
-        linear_transposed(&self.linear.weight, dy, &mut dx);
+        self.linear.transposed(dy, &mut dx);
         for (segment, du) in self.pack.segments.iter().zip(&low_rank) {
             let (rows_k, count) = (segment.rows.start * k..segment.rows.end * k, segment.rows.len());
             let dx = &mut dx[rows_k.clone()];

@@ -111,26 +111,75 @@ name_id!(
     JobId, "job id", 64
 );
 
-/// Whose adapter: the user within the tenant.
+name_id!(
+    /// A shared adapter of a tenant.
+    AdapterName, "adapter name", 128
+);
+
+/// Whose adapter within a tenant. As text a user is its id and a shared adapter its name after an `@`, with which no
+/// user's id begins: so the two never collide, wherever they are written.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Owner {
+    /// A person's own adapter.
+    User(UserId),
+    /// An adapter of the tenant, for any of its users.
+    Shared(AdapterName),
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(user) => write!(f, "{user}"),
+            Self::Shared(name) => write!(f, "@{name}"),
+        }
+    }
+}
+
+impl FromStr for Owner {
+    type Err = IdError;
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        match text.strip_prefix('@') {
+            Some(name) => name.parse().map(Self::Shared),
+            None => text.parse().map(Self::User),
+        }
+    }
+}
+
+/// Which adapter: its owner within the tenant.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterId {
-    /// The owning account.
+    /// The account.
     pub tenant: TenantId,
-    /// The person.
-    pub user: UserId,
+    /// The person, or the name of a shared adapter.
+    pub owner: Owner,
 }
 
 impl AdapterId {
     /// The adapter of `user` within `tenant`.
     #[must_use]
     pub fn new(tenant: TenantId, user: UserId) -> Self {
-        Self { tenant, user }
+        Self { tenant, owner: Owner::User(user) }
+    }
+
+    /// The adapter `name` that the users of `tenant` share.
+    #[must_use]
+    pub fn shared(tenant: TenantId, name: AdapterName) -> Self {
+        Self { tenant, owner: Owner::Shared(name) }
+    }
+
+    /// The person; `None` for a shared adapter.
+    #[must_use]
+    pub fn user(&self) -> Option<&UserId> {
+        match &self.owner {
+            Owner::User(user) => Some(user),
+            Owner::Shared(_) => None,
+        }
     }
 }
 
 impl fmt::Display for AdapterId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.tenant, self.user)
+        write!(f, "{}/{}", self.tenant, self.owner)
     }
 }
 
@@ -212,6 +261,22 @@ mod tests {
         for bad in ["a/b", "a:b", "a,b", "a b", "..", ".a", "é", "a\n"] {
             assert!(matches!(bad.parse::<UserId>(), Err(IdError::Character { .. })), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn users_and_shared_adapters_never_collide() {
+        for text in ["ann", "@ann", "a@b", "@a@b", "0", "@0"] {
+            let owner: Owner = text.parse().expect(text);
+            assert_eq!(owner.to_string(), text);
+            assert_eq!(matches!(owner, Owner::Shared(_)), text.starts_with('@'), "{text}");
+            assert!(text.starts_with('@') != text.parse::<UserId>().is_ok(), "{text}");
+        }
+        for bad in ["", "@", "@@a", "@.", "@a/b", "@a:b", "a:b", "@ a"] {
+            assert!(bad.parse::<Owner>().is_err(), "{bad:?}");
+        }
+        let (tenant, name): (TenantId, AdapterName) = ("t".parse().expect("t"), "a".parse().expect("a"));
+        let user = AdapterId::new(tenant.clone(), "a".parse().expect("a"));
+        assert_ne!(AdapterId::shared(tenant, name), user);
     }
 
     #[test]

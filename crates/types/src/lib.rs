@@ -16,7 +16,7 @@ mod training;
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use example::Example;
 pub use history::{HistoryItem, HistoryStats, NewItem};
-pub use ids::{AdapterId, GenerationId, IdError, ItemId, JobId, TenantId, UserId};
+pub use ids::{AdapterId, AdapterName, GenerationId, IdError, ItemId, JobId, Owner, TenantId, UserId};
 pub use job::{GateReport, Job, JobOutcome, JobProgress, JobState};
 pub use sampling::{FinishReason, SamplingParams, Usage};
 pub use site::{Site, SiteId};

@@ -21,6 +21,8 @@ pub(crate) enum Area {
     Engine,
     /// Training beside HF peft and beside itself; makes the Python environment at its first run
     Training,
+    /// Adapters in three tiers: throughput, latency and memory with many users
+    Adapters,
 }
 
 impl Area {
@@ -29,6 +31,7 @@ impl Area {
             Self::Loop => "loop",
             Self::Engine => "engine",
             Self::Training => "training",
+            Self::Adapters => "adapters",
         }
     }
 }

@@ -12,6 +12,8 @@ use crate::{openapi, tidy, workspace};
 /// Where the round trip's files go, relative to the root.
 const ROUNDTRIP: &str = "target/roundtrip";
 const FIXTURE: &str = "tests/fixtures/tiny-llama";
+/// A base whose layers have biases.
+const FIXTURE_WITH_BIAS: &str = "tests/fixtures/tiny-qwen2";
 
 pub(crate) fn run() -> anyhow::Result<()> {
     step("format", || cargo("fmt --all --check"))?;
@@ -86,7 +88,8 @@ fn tests() -> anyhow::Result<Totals> {
     Ok(totals)
 }
 
-/// An adapter trained here gives the same logits in HF peft; another adapter does not (negative control).
+/// An adapter trained here gives the same logits in HF peft, and so does one of every kind; another adapter does not
+/// (negative control).
 fn roundtrip() -> anyhow::Result<()> {
     let printed = workspace::output("tests/reference/setup.sh", &[])?;
     let python = printed.lines().last().context("setup.sh printed no python")?;
@@ -95,5 +98,13 @@ fn roundtrip() -> anyhow::Result<()> {
     let (adapter, other) = (format!("{ROUNDTRIP}/adapter"), format!("{ROUNDTRIP}/other"));
     let logits = format!("{ROUNDTRIP}/logits.json");
     check(python, &[script, FIXTURE, &adapter, &logits], &[])?;
-    check(python, &[script, FIXTURE, &other, &logits, "--expect-mismatch"], &[])
+    check(python, &[script, FIXTURE, &other, &logits, "--expect-mismatch"], &[])?;
+    for base in [FIXTURE, FIXTURE_WITH_BIAS] {
+        let kinds = format!("{ROUNDTRIP}/kinds-{}", base.rsplit('/').next().unwrap_or_default());
+        cargo(&format!("run --release -p model --example kinds -- {base} {kinds}"))?;
+        check(python, &[script, base, &kinds], &[])?;
+        let (dora, other) = (format!("{kinds}/dora"), format!("{kinds}/rslora/logits.json"));
+        check(python, &[script, base, &dora, &other, "--expect-mismatch"], &[])?;
+    }
+    Ok(())
 }

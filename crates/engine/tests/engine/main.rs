@@ -1,6 +1,7 @@
 //! The model thread on a tiny random model: batching, preemption, cancellation, refusals.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod kinds;
 mod prefix;
 
 use std::path::Path;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use engine::{Engine, Event, Generate, ModelEngine, Settings, SubmitError, TokenStream};
 use model::{BaseModel, KvPool, LoadOptions, Precision};
-use peft::{Adapter, Lease, LoraWeights};
+use peft::{Adapter, AdapterWeights, Lease};
 use types::{AdapterId, FinishReason, GenerationId, SamplingParams};
 
 fn fixture() -> std::path::PathBuf {
@@ -25,11 +26,11 @@ fn base() -> Arc<BaseModel> {
 fn lease(kind: &str) -> Lease {
     let read = |file: &str| std::fs::read(fixture().join(kind).join(file)).unwrap();
     let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
-    let weights = LoraWeights::parse(&config, &weights, &base().shape()).unwrap();
+    let weights = AdapterWeights::parse(&config, &weights, &base().shape()).unwrap();
     Lease {
         id: AdapterId::new("t".parse().unwrap(), kind.parse().unwrap()),
         generation: GenerationId::from_bytes([1; 32]),
-        adapter: Arc::new(Adapter::new(&weights, PRECISION)),
+        adapter: Arc::new(Adapter::build(&weights, &*base(), PRECISION).unwrap()),
     }
 }
 

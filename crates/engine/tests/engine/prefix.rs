@@ -1,6 +1,6 @@
 //! Keys and values that sequences take over from earlier ones: equal to the bit, and nobody else's.
 
-use peft::{LoraConfig, LoraTensors};
+use peft::{LoraConfig, LoraTensors, LoraWeights};
 use types::TenantId;
 
 use super::*;
@@ -74,7 +74,7 @@ async fn nobody_gets_what_is_anothers() {
     let mut newer = lease("lora-qv");
     newer.generation = GenerationId::from_bytes([2; 32]);
     let mut neighbour = lease("lora-qv");
-    neighbour.id.user = "neighbour".parse().unwrap();
+    neighbour.id.owner = "neighbour".parse().unwrap();
     let adapters = [None, Some(lease("lora-qv")), Some(newer), Some(neighbour)];
     let tenants: [TenantId; 2] = ["t".parse().unwrap(), "u".parse().unwrap()];
     let jobs: Vec<Generate> = adapters

@@ -20,20 +20,21 @@ use self::meter::Meter;
 use crate::admission::Permit;
 use crate::app::App;
 use crate::error::{ApiError, Code};
-use crate::fault::deadline;
 use crate::wanted::{Wanted, model_of, unknown_model};
 
 /// How much longer than its deadline an answer is waited for: the engine is the one to give it up.
 const ENGINE_GRACE: Duration = Duration::from_secs(5);
 
 const ADAPTER: HeaderName = HeaderName::from_static("x-atelier-adapter");
-const GENERATION: HeaderName = HeaderName::from_static("x-atelier-generation");
+pub(crate) const GENERATION: HeaderName = HeaderName::from_static("x-atelier-generation");
 
 /// One prompt and how long its answers may become; both checked against the context.
 #[derive(Debug, Clone)]
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<u32>,
     pub(crate) max_tokens: u32,
+    /// `max_tokens` is the request's, not the default.
+    asked: bool,
 }
 
 impl Prompt {
@@ -60,7 +61,15 @@ impl Prompt {
             );
             return Err(ApiError::new(Code::ContextLengthExceeded, message).param(param));
         }
-        Ok(Self { tokens, max_tokens })
+        Ok(Self { tokens, max_tokens, asked: asked.is_some() })
+    }
+
+    /// The same beside the virtual tokens of an adapter: a default answer makes room for them.
+    fn beside(&self, virtual_tokens: usize, context: usize) -> Self {
+        let room = context.saturating_sub(self.tokens.len() + virtual_tokens);
+        let room = u32::try_from(room).unwrap_or(u32::MAX).max(1);
+        let max_tokens = if self.asked { self.max_tokens } else { self.max_tokens.min(room) };
+        Self { max_tokens, ..self.clone() }
     }
 }
 
@@ -86,16 +95,16 @@ pub(crate) struct Ask {
 pub(crate) struct Served(Option<Lease>);
 
 impl Served {
-    /// The user whose adapter answers.
-    pub(crate) fn adapter(&self) -> Option<&str> {
-        self.0.as_ref().map(|lease| lease.id.user.as_str())
+    /// Whose adapter answers: a user, or an `@` and the name of a shared adapter.
+    pub(crate) fn adapter(&self) -> Option<String> {
+        self.0.as_ref().map(|lease| lease.id.owner.to_string())
     }
 
     /// The headers that name adapter and generation; `none` for the base.
     pub(crate) fn mark(&self, headers: &mut HeaderMap) {
         let generation = self.0.as_ref().map(|lease| lease.generation.to_string());
         let value = |text: Option<&str>| HeaderValue::from_str(text.unwrap_or("none")).ok();
-        headers.extend(value(self.adapter()).map(|value| (ADAPTER, value)));
+        headers.extend(value(self.adapter().as_deref()).map(|value| (ADAPTER, value)));
         headers.extend(value(generation.as_deref()).map(|value| (GENERATION, value)));
     }
 }
@@ -131,11 +140,17 @@ impl App {
         }
         let meter = Meter::new(self.metrics.clone(), ask.prompts.len() * ask.n);
         let until = Instant::now() + self.limits.generation_timeout;
-        let who = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
-        let permit = self.admission().enter(who.clone(), ask.prompts.len() * ask.n).await?;
-        let lease = self.lease(&ask.wanted, who.as_ref()).await?;
+        let user = ask.wanted.user().map(|user| AdapterId::new(ask.tenant.clone(), user.clone()));
+        let who = ask.wanted.owner().map(|owner| AdapterId { tenant: ask.tenant.clone(), owner });
+        // While it waits for its turn, its adapter comes nearer.
+        who.iter().for_each(|who| self.adapters.prefetch(who));
+        let permit = self.admission().enter(user, ask.prompts.len() * ask.n).await?;
+        let lease = self.lease(&ask.wanted, who.as_ref(), until).await?;
+        let context = self.engine.limits().context;
+        let virtual_tokens = lease.as_ref().map_or(0, |lease| lease.adapter.virtual_tokens());
         let mut choices = Vec::with_capacity(ask.prompts.len() * ask.n);
         for prompt in &ask.prompts {
+            let prompt = &prompt.beside(virtual_tokens, context);
             let group = (ask.n > 1).then(|| self.new_group());
             for number in 0..ask.n {
                 let params = SamplingParams {
@@ -162,11 +177,18 @@ impl App {
         Ok(Generation { served: Served(lease), choices, meter: meter.submitted(), permit })
     }
 
-    async fn lease(&self, wanted: &Wanted, who: Option<&AdapterId>) -> Result<Option<Lease>, ApiError> {
+    async fn lease(
+        &self,
+        wanted: &Wanted,
+        who: Option<&AdapterId>,
+        until: Instant,
+    ) -> Result<Option<Lease>, ApiError> {
         let Some(who) = who else { return Ok(None) };
-        let lease = tokio::time::timeout(self.limits.adapter_timeout, self.adapters.acquire(who)).await;
-        match (lease.map_err(|_| deadline("the adapter was not loaded in time"))??, wanted) {
-            (None, Wanted::Named(user)) => Err(unknown_model(&model_of(&self.model_name, user))),
+        let patience = self.limits.adapter_timeout.min(until.saturating_duration_since(Instant::now()));
+        match (self.adapters.acquire_within(who, patience).await?, wanted) {
+            (None, Wanted::Named(_) | Wanted::Shared(..)) => {
+                Err(unknown_model(&model_of(&self.model_name, &who.owner)))
+            }
             (lease, _) => Ok(lease),
         }
     }

@@ -201,7 +201,7 @@ impl RangeQuery {
 
 fn forgotten(id: AdapterId, forgotten: Forgotten) -> Erased {
     Erased {
-        user: id.user.into(),
+        user: id.owner.to_string(),
         deleted_items: forgotten.items,
         deleted_generations: forgotten.generations.into_iter().map(|id| id.to_string()).collect(),
         head: forgotten.head.map(|id| id.to_string()),
@@ -245,7 +245,7 @@ pub(crate) async fn erase(
     }
     let deleted_items = app.store.erase_history(&id).await?.ok_or_else(|| unknown_user(&id))?;
     let head = app.store.head(&id).await?.map(|head| head.id.to_string());
-    let (user, deleted_generations) = (id.user.into(), Vec::new());
+    let (user, deleted_generations) = (id.owner.to_string(), Vec::new());
     Ok(Json(Erased { user, deleted_items, deleted_generations, head, job: None }))
 }
 
@@ -268,7 +268,7 @@ pub(crate) async fn forget(
 ) -> Result<Json<Erased>, ApiError> {
     let gone = forget_selected(&app, &id, &Selection::Item(item.clone())).await?;
     if gone.items == 0 {
-        let message = format!("the user {} has no item {item}", id.user);
+        let message = format!("the user {} has no item {item}", id.owner);
         return Err(ApiError::new(Code::ItemNotFound, message).param("item"));
     }
     Ok(Json(forgotten(id, gone)))

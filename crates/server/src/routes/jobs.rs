@@ -133,7 +133,7 @@ impl From<Job> for WireJob {
         Self {
             id: job.id.into(),
             object: "job",
-            user: job.adapter.user.into(),
+            user: job.adapter.owner.to_string(),
             status: job.state.as_str(),
             attempts: job.attempts,
             created_at: seconds(job.created_at),

@@ -2,10 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use adapters::TierResidency;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use telemetry::{CacheSnapshot, EngineSnapshot, Metrics, QueueSnapshot, Snapshot};
+use telemetry::{CacheSnapshot, EngineSnapshot, Metrics, QueueSnapshot, Snapshot, TierSnapshot};
 use types::Timestamp;
 
 use crate::app::App;
@@ -35,6 +36,11 @@ impl QueueGauge {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, snapshot));
         Ok(snapshot)
     }
+}
+
+fn tier(tier: &TierResidency) -> TierSnapshot {
+    let TierResidency { adapters, bytes, budget, evictions } = *tier;
+    TierSnapshot { adapters, bytes, budget, evictions }
 }
 
 /// All metrics, in OpenMetrics text.
@@ -68,14 +74,14 @@ pub(crate) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
             failed: engine.failed,
         },
         cache: CacheSnapshot {
-            adapters: cache.adapters,
-            bytes: cache.bytes,
-            budget: cache.budget,
+            host: tier(&cache.host),
+            device: tier(&cache.device),
             hits: cache.hits,
+            host_hits: cache.host_hits,
             misses: cache.misses,
             loads: cache.loads,
-            evictions: cache.evictions,
-            load_micros: cache.load_micros,
+            uploads: cache.uploads,
+            waiting: cache.waiting,
         },
         queue: app.queue().read(&app, now).await?,
     };

@@ -1,6 +1,7 @@
 //! The endpoints, a file each.
 
 pub(crate) mod adapter;
+pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod history;

@@ -1,9 +1,10 @@
-//! `GET /v1/models`: the base, and the users' adapters as models.
+//! `GET /v1/models`: the base, and the adapters of the users and of the tenant as models.
 
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use types::{AdapterId, TenantId, Timestamp};
+use store::GenerationRecord;
+use types::{AdapterId, Owner, TenantId, Timestamp};
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -20,7 +21,7 @@ pub(crate) struct ModelList {
     data: Vec<ModelCard>,
 }
 
-/// A model: the base, or a user's adapter on it.
+/// A model: the base, or an adapter on it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ModelCard {
     id: String,
@@ -47,7 +48,7 @@ impl ModelCard {
     }
 }
 
-/// Lists the models: the base first, then the users who have an adapter.
+/// Lists the models: the base first, then the shared adapters, then the users who have an adapter.
 #[utoipa::path(
     get,
     path = "/v1/models",
@@ -63,15 +64,17 @@ pub(crate) async fn list(State(app): State<App>, principal: Principal) -> Result
     Ok(Json(ModelList { object: "list", data }))
 }
 
-/// The adapters of the tenant's users; the list is no longer than one page of users.
+/// The adapters of the tenant and of its users; no more than one page of each.
 async fn adapters(app: &App, tenant: &TenantId) -> Result<Vec<ModelCard>, ApiError> {
-    let page = app.store.users(tenant, None, app.limits.page).await?;
-    let card = |record: store::UserRecord| {
-        let head = record.head?;
-        let id = model_of(&app.model_name, &record.id.user);
-        Some(ModelCard::new(app, id, head.created_at, Some(app.model_name.clone())))
+    let shared = app.store.shared_adapters(tenant, None, app.limits.page).await?.entries;
+    let users = app.store.users(tenant, None, app.limits.page).await?.entries;
+    let shared = shared.into_iter().map(|record| (Owner::Shared(record.name), record.head));
+    let users = users.into_iter().map(|record| (record.id.owner, record.head));
+    let card = |(owner, head): (Owner, Option<GenerationRecord>)| {
+        let id = model_of(&app.model_name, &owner);
+        Some(ModelCard::new(app, id, head?.created_at, Some(app.model_name.clone())))
     };
-    Ok(page.entries.into_iter().filter_map(card).collect())
+    Ok(shared.chain(users).filter_map(card).collect())
 }
 
 /// Looks at a model.
@@ -79,7 +82,7 @@ async fn adapters(app: &App, tenant: &TenantId) -> Result<Vec<ModelCard>, ApiErr
     get,
     path = "/v1/models/{*id}",
     tag = "models",
-    params(("id" = String, Path, description = "`<base>` or `<base>:<user>`")),
+    params(("id" = String, Path, description = "`<base>`, `<base>:<user>` or `<base>:@<shared adapter>`")),
     responses(
         (status = 200, description = "The model", body = ModelCard),
         (status = 404, description = "No such model", body = ErrorBody),
@@ -90,8 +93,8 @@ pub(crate) async fn read(
     principal: Principal,
     PathId(id): PathId,
 ) -> Result<Json<ModelCard>, ApiError> {
-    let Some(user) = by_model(&app.model_name, &id)? else { return Ok(Json(ModelCard::base(&app))) };
-    let head =
-        app.store.head(&AdapterId::new(principal.tenant, user)).await?.ok_or_else(|| unknown_model(&id))?;
+    let Some(owner) = by_model(&app.model_name, &id)? else { return Ok(Json(ModelCard::base(&app))) };
+    let adapter = AdapterId { tenant: principal.tenant, owner };
+    let head = app.store.head(&adapter).await?.ok_or_else(|| unknown_model(&id))?;
     Ok(Json(ModelCard::new(&app, id, head.created_at, Some(app.model_name.clone()))))
 }

@@ -47,6 +47,8 @@ pub(crate) struct WireLimits {
     context_tokens: usize,
     body_bytes: usize,
     upload_bytes: usize,
+    adapter_config_bytes: usize,
+    adapter_weights_bytes: usize,
     json_depth: usize,
     /// `n` times the number of prompts.
     choices: usize,
@@ -93,6 +95,8 @@ pub(crate) async fn limits(State(app): State<App>) -> Json<WireLimits> {
         context_tokens: app.engine.limits().context,
         body_bytes: limits.body_bytes,
         upload_bytes: limits.upload_bytes,
+        adapter_config_bytes: limits.adapter_config_bytes,
+        adapter_weights_bytes: limits.adapter_weights_bytes,
         json_depth: limits.json_depth,
         choices: limits.choices,
         stop_strings: limits.stop_strings,
@@ -120,8 +124,9 @@ pub(crate) async fn description() -> Response {
 }
 
 fn no_loading() -> ApiError {
-    let message = "adapters are not loaded by name or path here: upload history with POST /v1/users/{user}/history, and \
-                   the user's adapter is trained and served from then on";
+    let message = "adapters are not loaded by name or path here: upload the two files of one with PUT \
+                   /v1/users/{user}/adapter or PUT /v1/adapters/{name}, or a history with POST \
+                   /v1/users/{user}/history, and it is served from then on";
     ApiError::new(Code::AdapterLoadUnsupported, message)
 }
 

@@ -10,7 +10,7 @@ use utoipa::{IntoParams, ToSchema};
 use crate::app::App;
 use crate::error::{ApiError, Code, ErrorBody};
 use crate::fault::invalid_id;
-use crate::routes::adapter::hex;
+use crate::routes::adapter::wire::hex;
 use crate::routes::items::seconds;
 use crate::routes::users::unknown_user;
 use crate::routes::{PageQuery, Paged, PathUser};
@@ -169,7 +169,7 @@ pub(crate) async fn manifest(
         Some(generation) => app.store.generation(&id, &generation).await?,
         None => app.store.head(&id).await?,
     };
-    let none = || ApiError::new(Code::AdapterNotFound, format!("the user {} has no such adapter", id.user));
+    let none = || ApiError::new(Code::AdapterNotFound, format!("the user {} has no such adapter", id.owner));
     let generation = record.ok_or_else(none)?.id;
     let items = match app.store.manifest(&id, &generation).await? {
         Some(Manifest::Items(hashes)) => Some(hashes.iter().map(|hash| hex(hash)).collect()),

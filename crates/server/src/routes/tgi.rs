@@ -58,7 +58,8 @@ pub(crate) struct GenerateRequest {
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Parameters {
-    /// The user whose adapter answers (404 if there is none); absent for the base.
+    /// The user whose adapter answers, or an `@` and the name of a shared adapter (404 if there is none); absent for
+    /// the base.
     adapter_id: Option<String>,
     /// Most tokens to generate.
     #[schema(minimum = 1, default = 100)]
@@ -318,7 +319,7 @@ pub(crate) async fn generate(State(app): State<App>, request: Request) -> Result
     let headers = response.headers_mut();
     served.mark(headers);
     put(headers, "x-model-id", &app.model_name);
-    put(headers, "x-adapter-id", served.adapter().unwrap_or("none"));
+    put(headers, "x-adapter-id", served.adapter().as_deref().unwrap_or("none"));
     let total = begun.start.elapsed();
     let inference = total.saturating_sub(queued);
     put(headers, "x-compute-time", &format!("{:.3}", inference.as_secs_f64()));

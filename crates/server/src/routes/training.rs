@@ -250,7 +250,7 @@ pub(crate) async fn read_user(
     PathUser(id): PathUser,
 ) -> Result<Json<Pauses>, ApiError> {
     known(&app, &id).await?;
-    pauses(&app, &id.tenant, Some(&id.user)).await
+    pauses(&app, &id.tenant, id.user()).await
 }
 
 /// Puts a user's training on hold.
@@ -260,7 +260,7 @@ pub(crate) async fn pause_user(
     PathUser(id): PathUser,
 ) -> Result<Json<Pauses>, ApiError> {
     known(&app, &id).await?;
-    set_pause(&app, &id.tenant, Some(&id.user), true).await
+    set_pause(&app, &id.tenant, id.user(), true).await
 }
 
 /// Lets a user's training go on.
@@ -270,7 +270,7 @@ pub(crate) async fn resume_user(
     PathUser(id): PathUser,
 ) -> Result<Json<Pauses>, ApiError> {
     known(&app, &id).await?;
-    set_pause(&app, &id.tenant, Some(&id.user), false).await
+    set_pause(&app, &id.tenant, id.user(), false).await
 }
 
 async fn known(app: &App, id: &types::AdapterId) -> Result<(), ApiError> {

@@ -38,7 +38,7 @@ pub(crate) struct WireUser {
 impl From<UserRecord> for WireUser {
     fn from(record: UserRecord) -> Self {
         Self {
-            id: record.id.user.into(),
+            id: record.id.owner.to_string(),
             object: "user",
             created_at: seconds(record.created_at),
             items: record.history.items,
@@ -73,7 +73,7 @@ pub(crate) struct DeletedUser {
 
 /// No such user; a user of another tenant gets the same answer.
 pub(crate) fn unknown_user(id: &AdapterId) -> ApiError {
-    ApiError::new(Code::UserNotFound, format!("there is no user {}", id.user)).param("user")
+    ApiError::new(Code::UserNotFound, format!("there is no user {}", id.owner)).param("user")
 }
 
 /// Lists the users.
@@ -140,5 +140,5 @@ pub(crate) async fn erase(
     if !erased? {
         return Err(unknown_user(&id));
     }
-    Ok(Json(DeletedUser { id: id.user.into(), object: "user.deleted", deleted: true }))
+    Ok(Json(DeletedUser { id: id.owner.to_string(), object: "user.deleted", deleted: true }))
 }

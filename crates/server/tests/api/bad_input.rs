@@ -155,7 +155,7 @@ async fn what_is_no_request_is_refused() {
     assert_eq!(server.get("/v1/jobs/none").await.json()["error"]["code"], "job_not_found");
     let load =
         server.post("/v1/load_lora_adapter", json!({ "lora_name": "x", "lora_path": "/etc/passwd" })).await;
-    assert_eq!((load.status.as_u16(), load.text().contains("/v1/users/{user}/history")), (400, true));
+    assert_eq!((load.status.as_u16(), load.text().contains("PUT /v1/users/{user}/adapter")), (400, true));
 }
 
 #[tokio::test]

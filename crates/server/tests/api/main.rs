@@ -1,16 +1,22 @@
 //! The HTTP role over a tiny random model and a store in memory.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod adapters;
 mod bad_input;
+mod failures;
 mod faults;
+mod form;
 mod generate;
+mod import;
 mod learn;
+mod lineage;
 mod openapi;
+mod shared;
 mod training;
 
 use std::sync::Arc;
 
-use adapters::AdapterCache;
+use ::adapters::{AdapterCache, CacheSettings};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
@@ -20,7 +26,7 @@ use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest as _, Sha256};
 use store::{NewGeneration, Store};
 use telemetry::Metrics;
-use testkit::{fixture, tiny_model};
+use testkit::tiny_model;
 use tokio::sync::Notify;
 use tower::ServiceExt as _;
 use types::{AdapterId, SystemClock};
@@ -83,9 +89,13 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(store.clone(), model, Precision::Fast, 1 << 20),
+            adapters: AdapterCache::new(
+                store.clone(),
+                model.clone(),
+                CacheSettings::new(Precision::Fast, 4 << 20),
+            ),
             model_name: "base".into(),
-            base_hash: base,
+            base: model.clone(),
             limits,
             auth,
             clock: Arc::new(SystemClock),
@@ -123,9 +133,12 @@ impl Server {
 
     /// Gives a user the fixture's adapter.
     async fn adopt(&self, tenant: &str, user: &str) -> String {
-        let folder = fixture("tiny-llama/lora-all");
-        let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
-        let (config, weights) = (read("adapter_config.json"), read("adapter_model.safetensors"));
+        self.adopt_as(&adapter(tenant, user)).await
+    }
+
+    /// Publishes the fixture's adapter under an id.
+    async fn adopt_as(&self, adapter: &AdapterId) -> String {
+        let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
         let generation = NewGeneration {
             id,
@@ -135,14 +148,23 @@ impl Server {
             weights,
             meta: json!({ "gate": null }),
         };
-        let adapter = AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap());
-        self.store.publish(&adapter, generation, None, None).await.unwrap();
+        self.store.publish(adapter, generation, None, None).await.unwrap();
         id.to_string()
     }
 }
 
+fn adapter(tenant: &str, user: &str) -> AdapterId {
+    AdapterId::new(tenant.parse().unwrap(), user.parse().unwrap())
+}
+
 fn key(text: &str, tenant: &str) -> ApiKey {
     ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().unwrap() }
+}
+
+/// The text of a chat's answer.
+fn text_of(answer: &Answer) -> String {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
 }
 
 /// A chat request that the tiny model answers.

@@ -81,7 +81,8 @@ CREATE TABLE manifests (
     PRIMARY KEY (user_id, generation),
     FOREIGN KEY (user_id, generation) REFERENCES generations (user_id, id) ON DELETE CASCADE
 ) STRICT;
-INSERT INTO manifests (user_id, generation, items) SELECT user_id, id, NULL FROM generations;
+INSERT INTO manifests (user_id, generation, items) SELECT user_id, id, NULL FROM generations
+    WHERE origin = 'trained';
 
 -- What every training of a user cost and came to, in the order in which they ended.
 CREATE TABLE progress (

@@ -3,9 +3,8 @@
 use sqlx::Row as _;
 use types::{AdapterId, Timestamp};
 
-use super::generations::Fingerprint;
 use super::{Connection, UserKey, count, hash};
-use crate::{Fence, StoreError};
+use crate::{Fence, Fingerprint, StoreError};
 
 /// A row, without whose it is.
 pub(crate) struct Checkpoint {
@@ -42,7 +41,7 @@ pub(crate) async fn replace(
     )
     .bind(fence.job.as_str())
     .bind(adapter.tenant.as_str())
-    .bind(adapter.user.as_str())
+    .bind(adapter.owner.to_string())
     .bind(new.folder.as_str())
     .bind(new.file.bytes as i64)
     .bind(new.file.sha256.as_slice())

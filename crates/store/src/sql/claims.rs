@@ -108,7 +108,7 @@ pub(crate) async fn set_pause(
 
 /// Lifts what an erased user has left.
 pub(crate) async fn forget_pause(db: &mut Connection, adapter: &AdapterId) -> Result<(), StoreError> {
-    set_pause(db, &adapter.tenant, Some(&adapter.user), false).await
+    set_pause(db, &adapter.tenant, adapter.user(), false).await
 }
 
 /// Whether the tenant's training is paused, and whether the user's own is.

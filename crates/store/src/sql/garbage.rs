@@ -14,7 +14,7 @@ pub(crate) async fn insert_pending(
     sqlx::query("INSERT INTO garbage (folder, tenant, name, pending) VALUES ($1, $2, $3, 1)")
         .bind(folder)
         .bind(adapter.tenant.as_str())
-        .bind(adapter.user.as_str())
+        .bind(adapter.owner.to_string())
         .execute(db)
         .await?;
     Ok(())
@@ -25,7 +25,7 @@ pub(crate) async fn insert(db: &mut Connection, adapter: &AdapterId, folder: &st
     sqlx::query("INSERT INTO garbage (folder, tenant, name, pending) VALUES ($1, $2, $3, 0)")
         .bind(folder)
         .bind(adapter.tenant.as_str())
-        .bind(adapter.user.as_str())
+        .bind(adapter.owner.to_string())
         .execute(db)
         .await?;
     Ok(())
@@ -54,7 +54,7 @@ pub(crate) async fn of_user(db: &mut Connection, adapter: &AdapterId) -> Result<
     let folders =
         sqlx::query_scalar("SELECT folder FROM garbage WHERE tenant = $1 AND name = $2 AND pending = 0")
             .bind(adapter.tenant.as_str())
-            .bind(adapter.user.as_str())
+            .bind(adapter.owner.to_string())
             .fetch_all(db)
             .await?;
     Ok(folders)

@@ -4,8 +4,8 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 use types::{GenerationId, Timestamp};
 
-use super::{Connection, UserKey, count, generation_or_none, hash, json_or_none, time};
-use crate::{GenerationRecord, StoreError};
+use super::{Connection, UserKey, count, generation_or_none, hash, json_or_none, rows, time};
+use crate::{Fingerprint, GenerationCursor, GenerationRecord, Origin, StoreError};
 
 /// A row.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,24 +18,24 @@ pub(crate) struct Generation {
     pub(crate) weights: Fingerprint,
     pub(crate) meta: serde_json::Value,
     pub(crate) created_at: Timestamp,
-}
-
-/// What a file must be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Fingerprint {
-    pub(crate) bytes: u64,
-    pub(crate) sha256: [u8; 32],
+    pub(crate) origin: Origin,
+    pub(crate) pinned: bool,
 }
 
 impl Generation {
-    pub(crate) fn into_record(self) -> GenerationRecord {
+    /// `head` is that of its owner.
+    pub(crate) fn into_record(self, head: Option<GenerationId>) -> GenerationRecord {
         GenerationRecord {
             id: self.id,
             parent: self.parent,
             base: self.base,
-            bytes: self.config.bytes + self.weights.bytes,
+            origin: self.origin,
+            config: self.config,
+            weights: self.weights,
             meta: self.meta,
             created_at: self.created_at,
+            pinned: self.pinned,
+            is_head: head == Some(self.id),
         }
     }
 }
@@ -50,7 +50,17 @@ fn generation(row: &SqliteRow) -> Result<Generation, StoreError> {
         weights: Fingerprint { bytes: count(row, "weights_bytes")?, sha256: hash(row, "weights_sha256")? },
         meta: json_or_none(row, "meta")?.unwrap_or_default(),
         created_at: time(row, "created_at")?,
+        origin: origin(row)?,
+        pinned: row.try_get("pinned")?,
     })
+}
+
+fn origin(row: &SqliteRow) -> Result<Origin, StoreError> {
+    let text: &str = row.try_get("origin")?;
+    let all = [Origin::Trained, Origin::Imported];
+    all.into_iter()
+        .find(|origin| origin.as_str() == text)
+        .ok_or_else(|| StoreError::unreadable("origin", text))
 }
 
 pub(crate) async fn find(
@@ -66,13 +76,37 @@ pub(crate) async fn find(
     row.as_ref().map(generation).transpose()
 }
 
-/// The user's generations, newest first.
-pub(crate) async fn list(db: &mut Connection, user: UserKey) -> Result<Vec<Generation>, StoreError> {
-    let found = sqlx::query("SELECT * FROM generations WHERE user_id = $1 ORDER BY seq DESC")
+/// The user's generations, newest first, from after a place, each with its own place.
+pub(crate) async fn list(
+    db: &mut Connection,
+    user: UserKey,
+    after: Option<GenerationCursor>,
+    limit: Option<u32>,
+) -> Result<Vec<(GenerationCursor, Generation)>, StoreError> {
+    let found =
+        sqlx::query("SELECT * FROM generations WHERE user_id = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3")
+            .bind(user.0)
+            .bind(after.map_or(i64::MAX, |after| after.0))
+            .bind(limit.map_or(i64::MAX, rows))
+            .fetch_all(db)
+            .await?;
+    found.iter().map(|row| Ok((GenerationCursor(row.try_get("seq")?), generation(row)?))).collect()
+}
+
+/// Pins or unpins.
+pub(crate) async fn pin(
+    db: &mut Connection,
+    user: UserKey,
+    id: &GenerationId,
+    pinned: bool,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE generations SET pinned = $3 WHERE user_id = $1 AND id = $2")
         .bind(user.0)
-        .fetch_all(db)
+        .bind(id.as_bytes().as_slice())
+        .bind(pinned)
+        .execute(db)
         .await?;
-    found.iter().map(generation).collect()
+    Ok(())
 }
 
 pub(crate) async fn insert(
@@ -82,8 +116,8 @@ pub(crate) async fn insert(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO generations (user_id, id, parent, base, folder, config_bytes, config_sha256,
-             weights_bytes, weights_sha256, meta, created_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+             weights_bytes, weights_sha256, meta, created_at, origin)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
     )
     .bind(user.0)
     .bind(generation.id.as_bytes().as_slice())
@@ -96,6 +130,7 @@ pub(crate) async fn insert(
     .bind(generation.weights.sha256.as_slice())
     .bind(generation.meta.to_string())
     .bind(generation.created_at.0)
+    .bind(generation.origin.as_str())
     .execute(db)
     .await?;
     Ok(())

@@ -1,8 +1,8 @@
-//! The table `users`.
+//! The table `users`: the owners of adapters. A shared adapter's row has a name that begins with an `@`.
 
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
-use types::{AdapterId, GenerationId, HistoryStats, TenantId, Timestamp, UserId};
+use types::{AdapterId, AdapterName, GenerationId, HistoryStats, TenantId, Timestamp, UserId};
 
 use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
 use crate::StoreError;
@@ -10,7 +10,6 @@ use crate::StoreError;
 /// A row.
 pub(crate) struct User {
     pub(crate) key: UserKey,
-    pub(crate) name: UserId,
     pub(crate) history: HistoryStats,
     pub(crate) head: Option<GenerationId>,
     pub(crate) created_at: Timestamp,
@@ -19,7 +18,6 @@ pub(crate) struct User {
 fn user(row: &SqliteRow) -> Result<User, StoreError> {
     Ok(User {
         key: UserKey(row.try_get("id")?),
-        name: id(row, "name")?,
         history: HistoryStats { items: count(row, "items")?, bytes: count(row, "bytes")? },
         head: generation_or_none(row, "head")?,
         created_at: time(row, "created_at")?,
@@ -29,7 +27,7 @@ fn user(row: &SqliteRow) -> Result<User, StoreError> {
 pub(crate) async fn find(db: &mut Connection, adapter: &AdapterId) -> Result<Option<User>, StoreError> {
     let row = sqlx::query("SELECT * FROM users WHERE tenant = $1 AND name = $2")
         .bind(adapter.tenant.as_str())
-        .bind(adapter.user.as_str())
+        .bind(adapter.owner.to_string())
         .fetch_optional(db)
         .await?;
     row.as_ref().map(user).transpose()
@@ -45,7 +43,7 @@ pub(crate) async fn ensure(
         "INSERT INTO users (tenant, name, created_at) VALUES ($1, $2, $3) ON CONFLICT (tenant, name) DO NOTHING",
     )
     .bind(adapter.tenant.as_str())
-    .bind(adapter.user.as_str())
+    .bind(adapter.owner.to_string())
     .bind(now.0)
     .execute(&mut *db)
     .await?;
@@ -58,14 +56,37 @@ pub(crate) async fn list(
     tenant: &TenantId,
     after: Option<&UserId>,
     limit: u32,
-) -> Result<Vec<User>, StoreError> {
-    let found = sqlx::query("SELECT * FROM users WHERE tenant = $1 AND name > $2 ORDER BY name LIMIT $3")
-        .bind(tenant.as_str())
-        .bind(after.map_or("", UserId::as_str))
-        .bind(rows(limit))
-        .fetch_all(db)
-        .await?;
-    found.iter().map(user).collect()
+) -> Result<Vec<(UserId, User)>, StoreError> {
+    // What begins with an @ lies between the @ and the letter that follows it.
+    let found = sqlx::query(
+        "SELECT * FROM users WHERE tenant = $1 AND name > $2 AND (name < '@' OR name >= 'A')
+         ORDER BY name LIMIT $3",
+    )
+    .bind(tenant.as_str())
+    .bind(after.map_or("", UserId::as_str))
+    .bind(rows(limit))
+    .fetch_all(db)
+    .await?;
+    found.iter().map(|row| Ok((id(row, "name")?, user(row)?))).collect()
+}
+
+/// Shared adapters of a tenant by name, from after `after`.
+pub(crate) async fn list_shared(
+    db: &mut Connection,
+    tenant: &TenantId,
+    after: Option<&AdapterName>,
+    limit: u32,
+) -> Result<Vec<(AdapterName, User)>, StoreError> {
+    let found = sqlx::query(
+        "SELECT *, substr(name, 2) AS shared FROM users WHERE tenant = $1 AND name > $2 AND name < 'A'
+         ORDER BY name LIMIT $3",
+    )
+    .bind(tenant.as_str())
+    .bind(format!("@{}", after.map_or("", AdapterName::as_str)))
+    .bind(rows(limit))
+    .fetch_all(db)
+    .await?;
+    found.iter().map(|row| Ok((id(row, "shared")?, user(row)?))).collect()
 }
 
 /// Adds to the figures of the user's history.

@@ -6,7 +6,7 @@
 use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::trial::Trial;
-use crate::{adapters, history, jobs, learning, users};
+use crate::{adapters, history, jobs, learning, lineage, users};
 
 /// Runs `property` on a store with `trigger`, and asserts that it panics.
 async fn must_fail<F>(trigger: &'static str, property: impl FnOnce(Trial) -> F)
@@ -62,6 +62,65 @@ async fn a_head_without_compare_and_set_is_noticed() {
         BEGIN UPDATE users SET head = NULL WHERE id = NEW.id; END";
     must_fail(trigger, adapters::one_of_two_publishers_wins).await;
     must_fail(trigger, adapters::one_of_many_equal_publishers_wins).await;
+}
+
+#[tokio::test]
+async fn a_pin_that_is_lost_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF pinned ON generations WHEN NEW.pinned
+        BEGIN UPDATE generations SET pinned = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, lineage::pinned_generations_stay).await;
+}
+
+#[tokio::test]
+async fn a_pin_that_outlives_its_adapter_is_noticed() {
+    let trigger = "CREATE TABLE pins (id BLOB);
+        CREATE TRIGGER t AFTER DELETE ON generations WHEN OLD.pinned BEGIN INSERT INTO pins VALUES (OLD.id); END;
+        CREATE TRIGGER u AFTER INSERT ON generations WHEN NEW.id IN (SELECT id FROM pins)
+        BEGIN UPDATE generations SET pinned = 1 WHERE seq = NEW.seq; END";
+    must_fail(trigger, lineage::an_erased_adapter_leaves_its_user).await;
+}
+
+#[tokio::test]
+async fn a_forgotten_origin_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON generations
+        BEGIN UPDATE generations SET origin = 'trained' WHERE seq = NEW.seq; END";
+    must_fail(trigger, lineage::generations_say_where_they_come_from).await;
+}
+
+#[tokio::test]
+async fn a_lost_generation_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON generations WHEN (SELECT count(*) FROM generations) = 4
+        BEGIN DELETE FROM generations WHERE seq = NEW.seq - 2; END";
+    must_fail(trigger, lineage::generations_come_in_pages).await;
+}
+
+#[tokio::test]
+async fn a_deletion_that_does_nothing_is_noticed() {
+    let trigger = "CREATE TRIGGER t BEFORE DELETE ON generations BEGIN SELECT RAISE(IGNORE); END";
+    must_fail(trigger, lineage::generations_are_deleted_singly).await;
+    must_fail(trigger, lineage::an_erased_adapter_leaves_its_user).await;
+    must_fail(trigger, lineage::shared_adapters_are_listed_and_erased).await;
+}
+
+#[tokio::test]
+async fn an_unmoved_head_is_noticed() {
+    let trigger =
+        "CREATE TRIGGER t AFTER UPDATE OF head ON users WHEN OLD.head IS NOT NULL AND NEW.head IS NOT NULL
+        BEGIN UPDATE users SET head = OLD.head WHERE id = NEW.id; END";
+    must_fail(trigger, lineage::heads_can_be_moved).await;
+    must_fail(trigger, lineage::any_head_can_be_replaced).await;
+    must_fail(trigger, lineage::a_deletion_does_not_meet_a_new_head).await;
+}
+
+#[tokio::test]
+async fn a_shared_adapter_that_is_its_namesake_is_noticed() {
+    // As if the sign before its name were dropped on the way in.
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON users WHEN NEW.name LIKE '@%' BEGIN
+            INSERT OR IGNORE INTO users (tenant, name, created_at) VALUES (NEW.tenant, substr(NEW.name, 2), 0);
+            INSERT OR IGNORE INTO users (tenant, name, created_at) VALUES (NEW.tenant, 'x' || NEW.name, 0);
+        END";
+    must_fail(trigger, lineage::shared_adapters_are_listed_and_erased).await;
+    must_fail(trigger, lineage::shared_adapters_are_no_users).await;
 }
 
 #[tokio::test]

@@ -252,7 +252,7 @@ pub(crate) async fn jobs_are_listed(t: Trial) {
         ids.insert(0, claimed.job.id);
     }
     let foreign = t.running_job(&adapter("globex", "carol")).await.job.id;
-    let (tenant, user) = (alice().tenant, alice().user);
+    let (tenant, user) = (alice().tenant, alice().user().unwrap().clone());
     let (mut all, mut after) = (Vec::new(), None);
     loop {
         let page = t.store.jobs(&tenant, None, after.as_ref(), 2).await.unwrap();

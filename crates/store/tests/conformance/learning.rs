@@ -38,15 +38,15 @@ pub(crate) async fn a_pause_holds_jobs_back(t: Trial) {
     let tenant = alice().tenant;
     let running = t.running_job(&alice()).await;
     t.append(&bob(), vec![text("b")]).await;
-    t.store.set_pause(&tenant, Some(&bob().user), true).await.unwrap();
-    assert_eq!(t.store.pauses(&tenant, Some(&bob().user)).await.unwrap(), (false, true));
+    t.store.set_pause(&tenant, bob().user(), true).await.unwrap();
+    assert_eq!(t.store.pauses(&tenant, bob().user()).await.unwrap(), (false, true));
     assert_eq!(t.claim().await, None, "only bob's job waits, and bob is paused");
     assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
     t.store.set_pause(&tenant, None, true).await.unwrap();
     assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
     t.store.beat(&running.fence, None, LEASE).await.unwrap();
     t.store.release(&running.fence).await.unwrap();
-    t.store.set_pause(&tenant, Some(&bob().user), false).await.unwrap();
+    t.store.set_pause(&tenant, bob().user(), false).await.unwrap();
     assert_eq!(t.claim().await, None, "the tenant is paused");
     let other = t.running_job(&adapter("globex", "carol")).await;
     assert_eq!(other.job.adapter.tenant.as_str(), "globex", "others go on");

@@ -85,6 +85,11 @@ pub(crate) fn bob() -> AdapterId {
     adapter("acme", "bob")
 }
 
+/// A shared adapter.
+pub(crate) fn shared(tenant: &str, name: &str) -> AdapterId {
+    AdapterId::shared(tenant.parse().unwrap(), name.parse().unwrap())
+}
+
 /// An item with nothing but an output.
 pub(crate) fn text(output: &str) -> NewItem {
     NewItem { id: None, input: None, output: output.to_owned(), created_at: None, metadata: None }

@@ -32,7 +32,7 @@ pub(crate) async fn users_are_listed(t: Trial) {
         let (mut all, mut after) = (Vec::new(), None);
         loop {
             let page = t.store.users(&alice().tenant, after.as_ref(), limit).await.unwrap();
-            all.extend(page.entries.into_iter().map(|user| user.id.user.to_string()));
+            all.extend(page.entries.into_iter().map(|user| user.id.owner.to_string()));
             after = page.next;
             if after.is_none() {
                 break;
@@ -44,7 +44,7 @@ pub(crate) async fn users_are_listed(t: Trial) {
 }
 
 pub(crate) async fn tenants_are_apart(t: Trial) {
-    let (mine, foreign) = (alice(), AdapterId::new("globex".parse().unwrap(), alice().user));
+    let (mine, foreign) = (alice(), AdapterId { tenant: "globex".parse().unwrap(), ..alice() });
     let claimed = t.running_job(&mine).await;
     t.store.append(&mine, Some("key"), [1; 32], vec![item("x", 1)]).await.unwrap();
     let head = t.publish(&mine, generation(1), None).await;
@@ -57,6 +57,9 @@ pub(crate) async fn tenants_are_apart(t: Trial) {
         assert!(matches!(fetched, Err(StoreError::NotFound { .. })));
         assert_eq!(t.store.job(&foreign.tenant, &claimed.job.id).await.unwrap(), None);
         assert!(t.store.set_head(&foreign, Some(head), None).await.is_err());
+        assert!(t.store.pin(&foreign, &head, true).await.is_err());
+        assert!(t.store.delete_generation(&foreign, &head).await.is_err());
+        assert!(!t.store.erase_adapter(&foreign).await.unwrap());
     };
     nothing_there().await;
     assert_eq!(t.store.user(&foreign).await.unwrap(), None);
@@ -64,6 +67,7 @@ pub(crate) async fn tenants_are_apart(t: Trial) {
     assert_eq!(t.ids(&foreign).await, [""; 0]);
     assert_eq!(t.store.users(&foreign.tenant, None, 9).await.unwrap().entries, []);
     assert_eq!(t.store.jobs(&foreign.tenant, None, None, 9).await.unwrap().entries, []);
+    assert_eq!(t.store.generations_page(&foreign, None, 9).await.unwrap(), None);
     assert!(!t.store.erase_user(&foreign).await.unwrap());
     assert_eq!(t.store.erase_history(&foreign).await.unwrap(), None);
 
@@ -85,8 +89,9 @@ async fn assert_gone(t: &Trial, user: &AdapterId) {
     assert_eq!(t.store.history_stats(user).await.unwrap(), HistoryStats::default());
     assert_eq!(t.ids(user).await, [""; 0]);
     assert_eq!(t.store.latest_job(user).await.unwrap(), None);
-    assert_eq!(t.store.jobs(&user.tenant, Some(&user.user), None, 9).await.unwrap().entries, []);
+    assert_eq!(t.store.jobs(&user.tenant, user.user(), None, 9).await.unwrap().entries, []);
     assert_eq!(t.store.generations(user).await.unwrap(), []);
+    assert_eq!(t.store.generations_page(user, None, 9).await.unwrap(), None);
     assert_eq!(t.store.head(user).await.unwrap(), None);
     assert!(t.store.fetch(user, &generation(1).id).await.is_err());
 }

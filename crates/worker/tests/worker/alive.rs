@@ -124,14 +124,14 @@ async fn a_paused_user_waits() {
     let ada = user("ada");
     let job = rig.upload(&ada, 0..200, |at| format!("welcome number {at}")).await;
     rig.until(&job, |job| job.progress.is_some()).await;
-    rig.store.set_pause(&ada.tenant, Some(&ada.user), true).await.unwrap();
+    rig.store.set_pause(&ada.tenant, ada.user(), true).await.unwrap();
     let waits = rig.until(&job, |job| job.state == JobState::Queued).await;
     assert_eq!(waits.attempts, 0, "being paused is no attempt");
     let other = rig.upload(&user("bob"), 0..3, |_| "hi".into()).await;
     rig.until(&other, done).await;
     let waits = rig.store.job(&ada.tenant, &job.id).await.unwrap().unwrap();
     assert_eq!(waits.state, JobState::Queued);
-    rig.store.set_pause(&ada.tenant, Some(&ada.user), false).await.unwrap();
+    rig.store.set_pause(&ada.tenant, ada.user(), false).await.unwrap();
     rig.wake.notify_one();
     rig.until(&job, |job| job.state == JobState::Running).await;
     stop.cancel();

@@ -1,10 +1,16 @@
-//! The cache over a real store: budget, single flight, leases, heads that move.
+//! The cache over a real store: tiers, single flight, leases, heads that move, and what must never happen.
 #![expect(clippy::unwrap_used, reason = "tests")]
+
+mod failures;
+mod held;
+mod markers;
+mod tiny;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use adapters::{AcquireError, AdapterCache};
+use adapters::{AcquireError, AdapterCache, CacheSettings, Tier};
 use peft::{BaseShape, LoraConfig, LoraTensors, LoraWeights, Numbers, Precision, generation_id};
 use serde_json::json;
 use store::{NewGeneration, Store};
@@ -63,6 +69,25 @@ fn mark(lease: &peft::Lease) -> f32 {
     match lease.adapter.site(q).unwrap().a {
         Numbers::F32(a) => a[0],
         Numbers::Bf16(a) => f32::from_bits(u32::from(a[0]) << 16),
+        Numbers::I8(_) => panic!("not in eight bits"),
+    }
+}
+
+/// Adapters of this base lie in one page each.
+const PAGE: usize = 64 << 10;
+
+/// Host memory for `host` of these adapters and slots for `device`.
+async fn settings(host: usize, device: usize) -> CacheSettings {
+    let store = store().await;
+    publish(&store, &user("one"), 1.0, None).await;
+    let one = AdapterCache::new(store, base(), CacheSettings::new(Precision::Fast, 1 << 20));
+    one.acquire(&user("one")).await.unwrap();
+    let bytes = one.residency().host.bytes;
+    CacheSettings {
+        host_bytes: bytes * host,
+        device_bytes: PAGE * device,
+        page_bytes: Some(PAGE),
+        ..CacheSettings::new(Precision::Fast, 0)
     }
 }
 
@@ -73,21 +98,26 @@ async fn more_users_than_fit_are_served_in_turn() {
     for (at, id) in users.iter().enumerate() {
         publish(&store, id, at as f32 + 1.0, None).await;
     }
-    let one = AdapterCache::new(store.clone(), base(), Precision::Fast, usize::MAX);
-    one.acquire(&users[0]).await.unwrap();
-    let bytes = one.residency().bytes;
-    let cache = AdapterCache::new(store, base(), Precision::Fast, bytes * 3);
+    let cache = AdapterCache::new(store, base(), settings(5, 3).await);
     for round in 0..3 {
         for (at, id) in users.iter().enumerate() {
             let lease = cache.acquire(id).await.unwrap().unwrap();
             assert_eq!(mark(&lease), at as f32 + 1.0, "round {round}");
-            assert!(cache.residency().bytes <= bytes * 3);
+            let residency = cache.residency();
+            assert!(residency.host.bytes <= residency.host.budget);
+            assert!(residency.device.bytes <= residency.device.budget);
         }
     }
     let residency = cache.residency();
-    assert_eq!((residency.adapters, residency.loads, residency.evictions), (3, 30, 27));
+    assert_eq!((residency.host.adapters, residency.loads, residency.host.evictions), (5, 30, 25));
+    assert_eq!((residency.device.adapters, residency.uploads, residency.device.evictions), (3, 30, 27));
+    let tiers: Vec<Tier> = users.iter().map(|id| cache.tier(id)).collect();
+    assert_eq!(tiers[..5], [Tier::Store; 5]);
+    assert_eq!(tiers[5..], [Tier::Host, Tier::Host, Tier::Device, Tier::Device, Tier::Device]);
     cache.acquire(&users[9]).await.unwrap();
-    assert_eq!(cache.residency().hits, 1);
+    cache.acquire(&users[5]).await.unwrap();
+    let residency = cache.residency();
+    assert_eq!((residency.hits, residency.host_hits, residency.misses), (1, 1, 30));
 }
 
 #[tokio::test]
@@ -96,22 +126,39 @@ async fn a_lease_outlives_eviction_and_swap() {
     let (ada, bob) = (user("ada"), user("bob"));
     let first = publish(&store, &ada, 1.0, None).await;
     publish(&store, &bob, 2.0, None).await;
-    // A budget of nothing: only leases keep adapters.
-    let cache = AdapterCache::new(store.clone(), base(), Precision::Fast, 0);
+    // Two slots and no host memory: only leases and slots keep adapters.
+    let cache = AdapterCache::new(store.clone(), base(), settings(0, 2).await);
     let old = cache.acquire(&ada).await.unwrap().unwrap();
-    cache.acquire(&bob).await.unwrap();
     let second = publish(&store, &ada, 3.0, Some(first)).await;
     cache.announce(&ada, &second);
     let new = cache.acquire(&ada).await.unwrap().unwrap();
     assert_eq!((mark(&old), mark(&new)), (1.0, 3.0));
     assert_eq!((old.generation, new.generation), (first, second));
-    // Without the announcement the next request would still get the new head: the store is asked.
+    // Both slots are leased, one by a generation that is head no more: there is no room for another user.
+    let full = cache.acquire_within(&bob, Duration::from_millis(20)).await;
+    assert!(matches!(full, Err(AcquireError::Full { .. })), "{full:?}");
+    drop(old);
+    assert_eq!(mark(&cache.acquire(&bob).await.unwrap().unwrap()), 2.0);
+    // Without an announcement too the next request gets the new head.
     let third = publish(&store, &ada, 4.0, Some(second)).await;
     assert_eq!(cache.acquire(&ada).await.unwrap().unwrap().generation, third);
-    drop((old, new));
+    assert_eq!(mark(&new), 3.0);
+    store.set_head(&ada, Some(first), Some(third)).await.unwrap();
+    drop(new);
+    assert_eq!(mark(&cache.acquire(&ada).await.unwrap().unwrap()), 1.0);
+    store.erase_user(&ada).await.unwrap();
+    assert!(cache.acquire(&ada).await.unwrap().is_none(), "an erased user");
     cache.forget(&ada);
-    cache.acquire(&bob).await.unwrap();
-    assert!(cache.residency().adapters <= 1);
+    assert_eq!(cache.tier(&ada), Tier::Store);
+}
+
+#[tokio::test]
+async fn an_adapter_that_no_pool_holds_is_refused() {
+    let store = store().await;
+    publish(&store, &user("ada"), 1.0, None).await;
+    let cache = AdapterCache::new(store, base(), settings(2, 0).await);
+    let refused = cache.acquire(&user("ada")).await;
+    assert!(matches!(refused, Err(AcquireError::TooLarge { pages: 0, .. })), "{refused:?}");
 }
 
 #[tokio::test]
@@ -119,7 +166,7 @@ async fn many_requests_share_one_load() {
     let store = store().await;
     let ada = user("ada");
     publish(&store, &ada, 1.0, None).await;
-    let cache = AdapterCache::new(store, base(), Precision::Fast, 1 << 20);
+    let cache = AdapterCache::new(store, base(), settings(4, 4).await);
     let tasks: Vec<_> = (0..32)
         .map(|_| {
             let (cache, ada) = (cache.clone(), ada.clone());
@@ -129,7 +176,8 @@ async fn many_requests_share_one_load() {
     for task in tasks {
         assert_eq!(mark(&task.await.unwrap()), 1.0);
     }
-    assert_eq!(cache.residency().loads, 1);
+    let residency = cache.residency();
+    assert_eq!((residency.loads, residency.uploads), (1, 1));
 }
 
 #[tokio::test]
@@ -139,7 +187,7 @@ async fn a_damaged_or_foreign_adapter_is_an_error_and_never_the_base() {
     let (ada, bob) = (user("ada"), user("bob"));
     publish(&store, &ada, 1.0, None).await;
     store.publish(&bob, generation(1.0, [9; 32]), None, None).await.unwrap();
-    let cache = AdapterCache::new(store, base(), Precision::Fast, 1 << 20);
+    let cache = AdapterCache::new(store, base(), settings(4, 4).await);
     assert!(cache.acquire(&user("nobody")).await.unwrap().is_none());
     assert!(matches!(cache.acquire(&bob).await, Err(AcquireError::OtherBase { .. })));
     damage(folder.path());

@@ -1,0 +1,219 @@
+//! Adapters in three tiers, in figures: each row is a goal of the table in issue 4, both of its sides in one run.
+//!
+//! `cargo xtask bench adapters [--quick] [--json]` runs it and writes `benches/RESULTS.md`. One JSON object a line. The
+//! default model, adapters on q and v, batches of sixteen; the sides of a row take turns.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
+
+mod idle;
+#[expect(dead_code, reason = "the engine's bench uses the rest")]
+#[path = "../engine/row.rs"]
+mod row;
+mod traffic;
+mod users;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use adapters::{AdapterCache, CacheSettings};
+use anyhow::Context;
+use atelier::fetch;
+use engine::{ModelEngine, Settings};
+use model::{BaseModel, LoadOptions};
+use peft::{PagePool, Precision};
+use store::Store;
+use types::SystemClock;
+
+use crate::row::{Goal, Row, median, percentile};
+use crate::traffic::{Traffic, ask};
+use crate::users::{publish, user, weights};
+
+/// Sequences in a batch.
+const BATCH: usize = 16;
+/// Rank of the adapters where nothing else is said.
+const RANK: usize = 8;
+
+/// What all rows work with.
+struct Bench {
+    base: Arc<BaseModel>,
+    engine: ModelEngine,
+    store: Store,
+    /// Measurements of each figure; their median counts.
+    runs: usize,
+    quick: bool,
+}
+
+impl Bench {
+    async fn new(quick: bool, folder: &Path) -> anyhow::Result<Self> {
+        let path = fetch::default_model(&fetch::cache_folder(None)?)?;
+        let loaded = model::load(&path, LoadOptions { max_context: Some(2048) })?;
+        let base = Arc::new(loaded.model);
+        let settings = Settings {
+            batch: BATCH,
+            queue: 256,
+            step_tokens: 256,
+            kv_bytes: 512 << 20,
+            prefix_cache: true,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            precision: Precision::Fast,
+            eos: Vec::new(),
+        };
+        let engine = ModelEngine::start(Arc::clone(&base), settings)?;
+        let store = Store::open(folder, Arc::new(SystemClock)).await?;
+        Ok(Self { base, engine, store, runs: if quick { 1 } else { 5 }, quick })
+    }
+
+    /// A cache with host memory for `host` adapters of the common rank and slots for `device`.
+    fn cache(&self, host: usize, device: usize) -> anyhow::Result<AdapterCache> {
+        let page_bytes = PagePool::page_bytes_for(&self.base.shape(), Precision::Fast.into());
+        let one = users::built(&self.base, RANK)?;
+        let pages = one.pages(page_bytes).context("a tensor is larger than a page")?;
+        let settings = CacheSettings {
+            host_bytes: one.bytes() * host,
+            device_bytes: page_bytes * pages * device,
+            ..CacheSettings::new(Precision::Fast, 0)
+        };
+        Ok(AdapterCache::new(self.store.clone(), self.base.clone(), settings))
+    }
+
+    fn traffic(&self, cache: &AdapterCache) -> Traffic {
+        Traffic { cache: cache.clone(), engine: self.engine.clone() }
+    }
+
+    /// Many adapters of which a tenth fits host memory, users by Zipf's law, beside one adapter.
+    async fn zipf(&self, many: usize) -> anyhow::Result<Row> {
+        let (hot, cold) = (self.cache(many / 10, BATCH * 2)?, self.cache(many / 10, BATCH * 2)?);
+        let requests = if self.quick { 64 } else { 256 };
+        let (mut ours, mut other) = (Vec::new(), Vec::new());
+        for run in 0..self.runs {
+            ours.push(self.traffic(&cold).zipf(many, requests, run as u64).await?);
+            other.push(self.traffic(&hot).zipf(1, requests, run as u64).await?);
+        }
+        let name = format!(
+            "throughput, {many} adapters on disk, host memory for {}, Zipf(1), tok/s (other side: 1 adapter)",
+            many / 10
+        );
+        Ok(Row::paired(name, &ours, &other).goal(Goal::AtLeast(0.95)))
+    }
+
+    /// Sixteen users of all ranks, beside sixteen of the mean rank.
+    async fn ranks(&self) -> anyhow::Result<Row> {
+        let ranks: Vec<usize> = (0..BATCH).map(|at| 4 << (at % 5)).collect();
+        let mean = (ranks.iter().sum::<usize>() as f64 / BATCH as f64).round() as usize;
+        for (at, rank) in ranks.iter().enumerate() {
+            publish(&self.store, &self.base, &user("mixed", at)?, &weights(&self.base, *rank, at as u64))
+                .await?;
+            publish(&self.store, &self.base, &user("mean", at)?, &weights(&self.base, mean, at as u64))
+                .await?;
+        }
+        let cache = self.cache(BATCH * 8, BATCH * 16)?;
+        let traffic = self.traffic(&cache);
+        let answer = if self.quick { 48 } else { 192 };
+        let (mut ours, mut other) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            ours.push(traffic.together("mixed", BATCH, answer).await?.rate());
+            other.push(traffic.together("mean", BATCH, answer).await?.rate());
+        }
+        let name =
+            format!("throughput, 16 users of ranks 4 to 64 mixed, tok/s (other side: all of rank {mean})");
+        Ok(Row::paired(name, &ours, &other).goal(Goal::AtLeast(0.97)))
+    }
+
+    /// The gaps between the tokens of eight hot users, with cold loads all the time and without.
+    async fn cold_loads(&self, many: usize) -> anyhow::Result<Row> {
+        let cache = self.cache(BATCH, BATCH * 2)?;
+        let traffic = self.traffic(&cache);
+        let answer = if self.quick { 64 } else { 256 };
+        let (mut ours, mut other) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            let (cold, mut next) = (cache.clone(), 0);
+            let loads = tokio::spawn(async move {
+                loop {
+                    // What comes of it is of no interest; the hot users hold all they need.
+                    let id = user("user", BATCH + next % (many - BATCH));
+                    next += 1;
+                    if let Ok(id) = id {
+                        drop(cold.acquire(&id).await);
+                    }
+                }
+            });
+            ours.extend(percentile(&traffic.together("user", 8, answer).await?.gaps(), 0.99));
+            loads.abort();
+            other.extend(percentile(&traffic.together("user", 8, answer).await?.gaps(), 0.99));
+        }
+        let name = "p99 from token to token of 8 hot users while cold adapters load, ms (other side: quiet)";
+        Ok(Row::paired(name, &ours, &other).goal(Goal::AtMost(1.1)))
+    }
+
+    /// Time to the first token of users who are twice as many as there are slots, beside users who have one.
+    async fn first_token(&self) -> anyhow::Result<Row> {
+        let slots = BATCH;
+        let cache = self.cache(slots * 4, slots)?;
+        let traffic = self.traffic(&cache);
+        let rounds = if self.quick { 1 } else { 4 };
+        let (mut ours, mut other) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            ours.extend(median(&traffic.first_tokens(slots * 2, 4, rounds).await?));
+            other.extend(median(&traffic.first_tokens(slots, 4, rounds * 2).await?));
+        }
+        let name = "time to first token, working set twice the slots, ms (other side: all hot)";
+        Ok(Row::paired(name, &ours, &other).goal(Goal::AtMost(1.5)))
+    }
+
+    /// From the end of a publish to the first token of the new generation, beside one step and one upload.
+    async fn publish(&self) -> anyhow::Result<Row> {
+        let (mut ours, mut other) = (Vec::new(), Vec::new());
+        let ada = user("published", 0)?;
+        let mut head = publish(&self.store, &self.base, &ada, &weights(&self.base, RANK, 0)).await?;
+        let cache = self.cache(8, 8)?;
+        let traffic = self.traffic(&cache);
+        let times = if self.quick { 3 } else { self.runs * 5 };
+        for at in 1..=times {
+            let lease = cache.acquire(&ada).await?.context("it was published")?;
+            let step = ask(&self.engine, &lease, 1).await?.first_token();
+            drop(lease);
+            // An upload: from the store into a slot, nobody else under way.
+            let empty = self.cache(8, 8)?;
+            let start = Instant::now();
+            empty.acquire(&ada).await?;
+            let upload = start.elapsed().as_secs_f64() * 1e3;
+            let new = weights(&self.base, RANK, at as u64);
+            head = users::replace(&self.store, &self.base, &ada, &new, head).await?;
+            let start = Instant::now();
+            cache.announce(&ada, &head);
+            ours.push(traffic.first_token_of(&ada, start).await?);
+            other.push(step + upload);
+        }
+        let name =
+            "publish to the first token of the new generation, ms (other side: 1 step + load and upload)";
+        Ok(Row::paired(name, &ours, &other).goal(Goal::AtMost(1.0)))
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let has = |wanted: &str| std::env::args().any(|arg| arg == wanted);
+    let quick = has("--quick");
+    let folder = tempfile::tempdir()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let bench = Bench::new(quick, folder.path()).await?;
+        let many = if quick { 200 } else { 1000 };
+        eprintln!("{many} adapters are published");
+        for number in 0..many {
+            let weights = weights(&bench.base, RANK, number as u64);
+            publish(&bench.store, &bench.base, &user("user", number)?, &weights).await?;
+        }
+        for row in [
+            bench.zipf(many).await?,
+            bench.ranks().await?,
+            bench.cold_loads(many).await?,
+            bench.first_token().await?,
+            bench.publish().await?,
+            idle::row(if quick { 20_000 } else { 100_000 }).await?,
+        ] {
+            println!("{}", row.json());
+        }
+        bench.store.close().await;
+        Ok(())
+    })
+}

@@ -1,0 +1,47 @@
+//! Where adapters come from: the store, or what stands for it in a test.
+
+use std::pin::Pin;
+
+use store::{AdapterFiles, Store, StoreError};
+use types::{AdapterId, GenerationId};
+
+/// What a source answers, later.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+
+/// The generation that new requests get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// Which one.
+    pub generation: GenerationId,
+    /// Hash of the base model it belongs to.
+    pub base: [u8; 32],
+}
+
+/// Heads and files of adapters.
+pub trait Source: Send + Sync + 'static {
+    /// A number that is another one after every move of this adapter's head; see [`Store::head_moves`].
+    fn moves(&self, id: &AdapterId) -> u64;
+
+    /// The head; `None` when the user has no adapter (or does not exist).
+    fn head<'a>(&'a self, id: &'a AdapterId) -> Answer<'a, Option<Head>>;
+
+    /// The files of a generation, checked.
+    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles>;
+}
+
+impl Source for Store {
+    fn moves(&self, id: &AdapterId) -> u64 {
+        self.head_moves(id)
+    }
+
+    fn head<'a>(&'a self, id: &'a AdapterId) -> Answer<'a, Option<Head>> {
+        Box::pin(async move {
+            let head = Self::head(self, id).await?;
+            Ok(head.map(|head| Head { generation: head.id, base: head.base }))
+        })
+    }
+
+    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles> {
+        Box::pin(async move { self.fetch(id, &generation).await })
+    }
+}

@@ -1,0 +1,162 @@
+//! Adapters and generations as clients see them.
+
+use axum::Json;
+use axum::http::header::ETAG;
+use axum::http::{HeaderMap, HeaderValue};
+use serde::Serialize;
+use serde_json::Value;
+use store::{Fingerprint, GenerationRecord, Origin};
+use types::{AdapterId, GenerationId, Owner};
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::generation::GENERATION;
+use crate::routes::items::seconds;
+use crate::wanted::model_of;
+
+pub(super) const CONFIG: &str = "adapter_config.json";
+pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// An adapter: the generation that answers new requests.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct WireAdapter {
+    /// `adapter`.
+    object: &'static str,
+    /// Whose it is; null for a shared adapter.
+    #[schema(required)]
+    user: Option<String>,
+    /// The shared adapter's name; null for a user's.
+    #[schema(required)]
+    name: Option<String>,
+    /// What to write in `model` to be answered by it.
+    model: String,
+    /// The head: hash of base, config and weights.
+    generation: String,
+    #[serde(flatten)]
+    lineage: Lineage,
+}
+
+/// One version of an adapter; it never changes.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct WireGeneration {
+    /// Hash of base, config and weights.
+    id: String,
+    /// `generation`.
+    object: &'static str,
+    /// Whether it answers new requests.
+    is_head: bool,
+    #[serde(flatten)]
+    lineage: Lineage,
+}
+
+/// Where a generation comes from and what it is made of.
+#[derive(Debug, Serialize, ToSchema)]
+struct Lineage {
+    /// The generation before it, if there was one.
+    #[schema(required)]
+    parent: Option<String>,
+    /// SHA-256 of the base it belongs to.
+    base_hash: String,
+    /// `trained` or `imported`.
+    origin: &'static str,
+    /// Unix seconds.
+    created_at: f64,
+    /// Not deleted until it is unpinned.
+    pinned: bool,
+    /// Bytes of both files.
+    bytes: u64,
+    /// What the training was like: hyper-parameters with the seed, the items it learnt from, the gate's report, step
+    /// counts. Null for an imported generation.
+    #[schema(required, value_type = Option<Object>)]
+    training: Option<Value>,
+    files: Vec<WireFile>,
+}
+
+/// A file to download.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireFile {
+    name: &'static str,
+    bytes: u64,
+    sha256: String,
+    url: String,
+}
+
+/// An adapter that is no more.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DeletedAdapter {
+    /// Its name in `model`.
+    model: String,
+    /// `adapter.deleted`.
+    object: &'static str,
+    /// `true`.
+    deleted: bool,
+}
+
+impl DeletedAdapter {
+    pub(super) fn of(app: &App, id: &AdapterId) -> Self {
+        Self { model: model_of(&app.model_name, &id.owner), object: "adapter.deleted", deleted: true }
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Lineage {
+    fn new(id: &AdapterId, record: GenerationRecord) -> Self {
+        let bytes = record.bytes();
+        let root = match &id.owner {
+            Owner::User(user) => format!("/v1/users/{user}/adapter"),
+            Owner::Shared(name) => format!("/v1/adapters/{name}"),
+        };
+        let file = |name, print: Fingerprint| WireFile {
+            name,
+            bytes: print.bytes,
+            sha256: hex(&print.sha256),
+            url: format!("{root}/generations/{}/{name}", record.id),
+        };
+        Self {
+            parent: record.parent.map(|parent| parent.to_string()),
+            base_hash: hex(&record.base),
+            origin: record.origin.as_str(),
+            created_at: seconds(record.created_at),
+            pinned: record.pinned,
+            bytes,
+            files: vec![file(CONFIG, record.config), file(WEIGHTS, record.weights)],
+            training: (record.origin == Origin::Trained).then_some(record.meta),
+        }
+    }
+}
+
+impl WireGeneration {
+    pub(super) fn new(id: &AdapterId, record: GenerationRecord) -> Self {
+        let (generation, is_head) = (record.id.to_string(), record.is_head);
+        Self { id: generation, object: "generation", is_head, lineage: Lineage::new(id, record) }
+    }
+}
+
+/// The headers that name a generation: its own, and the ETag that `If-Match` takes.
+pub(super) fn named(generation: &GenerationId) -> HeaderMap {
+    let value = |text: String| HeaderValue::try_from(text).ok();
+    let plain = value(generation.to_string()).map(|value| (GENERATION, value));
+    let tag = value(format!("\"{generation}\"")).map(|value| (ETAG, value));
+    plain.into_iter().chain(tag).collect()
+}
+
+/// The adapter with `record` as its head, as an answer.
+pub(super) fn answer(app: &App, id: &AdapterId, record: GenerationRecord) -> (HeaderMap, Json<WireAdapter>) {
+    let headers = named(&record.id);
+    let (user, name) = match &id.owner {
+        Owner::User(user) => (Some(user.to_string()), None),
+        Owner::Shared(name) => (None, Some(name.to_string())),
+    };
+    let adapter = WireAdapter {
+        object: "adapter",
+        user,
+        name,
+        model: model_of(&app.model_name, &id.owner),
+        generation: record.id.to_string(),
+        lineage: Lineage::new(id, record),
+    };
+    (headers, Json(adapter))
+}
