@@ -90,8 +90,12 @@ impl Store {
         max_attempts: u32,
         policy: &Policy,
     ) -> Result<Option<Claimed>, StoreError> {
-        let now = self.now();
         let mut tx = self.write().await?;
+        // Waiting for this turn may have taken long, and a heartbeat may wait behind it.
+        let now = self.now();
+        for (fence, lease_millis) in self.beats().waiting() {
+            sql::jobs::beat(&mut tx, &fence, None, now.plus_millis(lease_millis)).await?;
+        }
         let given_up = sql::claims::give_up(&mut tx, now, max_attempts.max(1)).await?;
         let lease_until = now.plus_millis(lease_millis);
         let claimed = sql::claims::claim(&mut tx, worker, now, lease_until, policy).await?;
@@ -110,7 +114,8 @@ impl Store {
         sql::claims::standing(&mut *self.read().await?, fence).await
     }
 
-    /// Reports that a job is being worked on (and how far it is), which extends its lease.
+    /// Reports that a job is being worked on (and how far it is), which extends its lease from now on. While this waits
+    /// for others that write, nobody gets the job either.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job and must stop.
@@ -120,8 +125,9 @@ impl Store {
         progress: Option<JobProgress>,
         lease_millis: i64,
     ) -> Result<(), StoreError> {
-        let lease_until = self.now().plus_millis(lease_millis);
+        let _announced = self.beats().announce(fence, lease_millis);
         let mut tx = self.write().await?;
+        let lease_until = self.now().plus_millis(lease_millis);
         if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), lease_until).await? {
             return Err(fenced(fence));
         }

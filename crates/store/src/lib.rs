@@ -12,6 +12,7 @@
 //! another tenant does not exist.
 
 mod adapters;
+mod beats;
 mod blobs;
 mod checkpoints;
 mod disk;

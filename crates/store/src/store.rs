@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tracing::Instrument as _;
 use types::{AdapterId, Clock, Timestamp};
 
+use crate::beats::Beats;
 use crate::blobs::Blobs;
 use crate::moves::{HeadMoves, Moving};
 use crate::{StoreError, disk, sql};
@@ -48,6 +49,7 @@ struct Inner {
     blobs: Blobs,
     clock: Arc<dyn Clock>,
     moves: HeadMoves,
+    beats: Beats,
     /// Held as long as the store lives.
     lock: Option<File>,
     /// Counts what may have taken a job from its worker.
@@ -86,6 +88,7 @@ impl Store {
             blobs,
             clock,
             moves: HeadMoves::new(),
+            beats: Beats::default(),
             lock: Some(lock),
             interrupts: watch::Sender::default(),
         };
@@ -109,6 +112,7 @@ impl Store {
             blobs: Blobs::in_memory(),
             clock,
             moves: HeadMoves::new(),
+            beats: Beats::default(),
             lock: None,
             interrupts: watch::Sender::default(),
         };
@@ -150,6 +154,10 @@ impl Store {
     /// To be held around every transaction that may move a head.
     pub(crate) fn moving(&self, adapter: &AdapterId) -> Moving<'_> {
         self.inner.moves.moving(adapter)
+    }
+
+    pub(crate) fn beats(&self) -> &Beats {
+        &self.inner.beats
     }
 
     pub(crate) fn now(&self) -> Timestamp {

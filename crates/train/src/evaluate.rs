@@ -30,7 +30,8 @@ impl Loss {
     }
 }
 
-/// The loss of every example's answer, in order; examples without an answer within `max_tokens` give none.
+/// The loss of every example's answer, in order; examples without an answer within `max_tokens` give none. The adapter's
+/// virtual tokens go before every example and shorten what is left of the context.
 ///
 /// # Errors
 /// When an example does not fit the model.
@@ -41,7 +42,10 @@ pub fn evaluate(
     max_tokens: usize,
     micro_batch_tokens: usize,
 ) -> Result<Vec<Loss>, TrainError> {
-    let cut = Cut { max_tokens, limit: micro_batch_tokens, virtual_tokens: 0, share: false };
+    let config = base.config();
+    let virtual_tokens = adapter.map_or(0, |adapter| adapter.virtual_tokens());
+    let max_tokens = max_tokens.min(config.context.saturating_sub(virtual_tokens));
+    let cut = Cut { max_tokens, limit: micro_batch_tokens, virtual_tokens, share: false };
     let useful: Vec<usize> = (0..examples.len()).filter(|&at| cut.is_useful(&examples[at])).collect();
     let mut losses = Vec::with_capacity(useful.len());
     for chunk in cut.chunks(examples, &useful) {
@@ -51,18 +55,20 @@ pub fn evaluate(
         let (mut rows, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::new());
         for &index in indices {
             let example = cut.tokens(&examples[index]);
-            let (first, len) = (tokens.len(), example.len() - 1);
+            let (first, len) = (tokens.len(), virtual_tokens + example.len() - 1);
             spans.push(Span { first, len });
-            tokens.extend(&example[..len]);
+            // Ids from the size of the vocabulary on are the adapter's own.
+            tokens.extend((config.vocab..config.vocab + virtual_tokens).map(|id| id as u32));
+            tokens.extend(&example[..example.len() - 1]);
             positions.extend(0..len as u32);
             let answer = examples[index].answer_start.max(1);
-            rows.extend(first + answer - 1..first + len);
+            rows.extend(first + virtual_tokens + answer - 1..first + len);
             targets.extend(&example[answer..]);
             counts.push(example.len() - answer);
         }
-        let mut pass = PackedPass { spans: &spans, adapters: &adapters, config: base.config() };
+        let mut pass = PackedPass { spans: &spans, adapters: &adapters, config };
         let hidden = base.hidden(&tokens, &positions, &mut pass)?;
-        let width = base.config().hidden;
+        let width = config.hidden;
         let hidden: Vec<f32> =
             hidden.flatten_all().and_then(|hidden| hidden.to_vec1()).map_err(ModelError::from)?;
         let last: Vec<f32> = rows.iter().flat_map(|row| &hidden[row * width..][..width]).copied().collect();

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use store::{Fence, Standing, Store, StoreError};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
@@ -124,12 +125,15 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
         if alive {
             (seen, last_sign) = (signs, Instant::now());
         }
-        for claim in pulse.claims.iter().filter(|claim| !claim.ended.load(Ordering::Acquire)) {
+        let open = pulse.claims.iter().filter(|claim| !claim.ended.load(Ordering::Acquire));
+        // All at once: none may run out while another waits for its turn at the store.
+        let looks = open.map(|claim| {
             if told {
                 claim.stop(Halt::GiveBack);
             }
-            look_after(store, claim, alive, lease_millis).await;
-        }
+            look_after(store, claim, alive, lease_millis, between)
+        });
+        join_all(looks).await;
         if last_sign.elapsed() > 2 * lease {
             tracing::error!("the training thread hangs and is given up");
             pulse.over.cancel();
@@ -137,16 +141,19 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
     }
 }
 
-async fn look_after(store: &Store, claim: &Claim, alive: bool, lease_millis: i64) {
-    let standing = match alive {
-        true => {
-            let progress = *claim.progress.lock().unwrap_or_else(PoisonError::into_inner);
-            match store.beat(&claim.fence, progress, lease_millis).await {
-                Ok(()) => store.standing(&claim.fence).await,
-                Err(error) => Err(error),
-            }
-        }
-        false => store.standing(&claim.fence).await,
+async fn look_after(store: &Store, claim: &Claim, alive: bool, lease_millis: i64, patience: Duration) {
+    let progress = *claim.progress.lock().unwrap_or_else(PoisonError::into_inner);
+    let beat = match alive {
+        true => store.beat(&claim.fence, progress, lease_millis).await,
+        false => Ok(()),
+    };
+    let standing = match beat {
+        // A busy store may not keep the next beat waiting.
+        Ok(()) => match tokio::time::timeout(patience, store.standing(&claim.fence)).await {
+            Ok(standing) => standing,
+            Err(_) => return,
+        },
+        Err(error) => Err(error),
     };
     match standing {
         Ok(Standing::Held) => {}

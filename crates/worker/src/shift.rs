@@ -34,6 +34,8 @@ struct Task {
     started: Instant,
     head: Option<GenerationId>,
     prepared: Prepared,
+    /// Its checkpoint is of no use.
+    anew: bool,
 }
 
 impl Shift {
@@ -93,12 +95,23 @@ impl Shift {
             return Ok(None);
         }
         let prepared = self.bench.prepare(job, items, head, job.from_scratch)?;
-        Ok(Some(Task { job: job.clone(), claim: Arc::clone(claim), started, head: current, prepared }))
+        Ok(Some(Task {
+            job: job.clone(),
+            claim: Arc::clone(claim),
+            started,
+            head: current,
+            prepared,
+            anew: false,
+        }))
     }
 
-    /// Trains and judges all tasks; those that must learn everything after all come back.
+    /// Trains and judges all tasks; those that must learn everything after all come back, and those whose checkpoint is
+    /// of no use.
     fn train(&mut self, tasks: Vec<Task>, pool: &rayon::ThreadPool) -> Vec<Task> {
         let resume = |task: &Task| {
+            if task.anew {
+                return None;
+            }
             let saved = self.store.checkpoint(&task.claim.fence, task.prepared.work);
             self.runtime.block_on(saved).unwrap_or_else(|error| {
                 tracing::warn!(job = %task.job.id, %error, "a checkpoint cannot be read: the job begins anew");
@@ -122,6 +135,13 @@ impl Shift {
         let mut again = Vec::new();
         for (task, result) in tasks.into_iter().zip(results) {
             let (job, claim) = (task.job.clone(), Arc::clone(&task.claim));
+            if let Err(TrainError::Checkpoint(problem)) = result
+                && !task.anew
+            {
+                tracing::warn!(job = %job.id, problem, "a checkpoint is of no use: the job begins anew");
+                again.push(Task { anew: true, ..task });
+                continue;
+            }
             match result.map_err(WorkerError::from).and_then(|trained| self.end(task, trained, pool)) {
                 Ok(Some(task)) => again.push(task),
                 Ok(None) => claim.end(),
@@ -138,7 +158,7 @@ impl Shift {
         trained: train::Trained,
         pool: &rayon::ThreadPool,
     ) -> Result<Option<Task>, WorkerError> {
-        let Task { job, claim, started, head, prepared } = task;
+        let Task { job, claim, started, head, prepared, .. } = task;
         let pulse = &self.pulse;
         let mut alive = || pulse.alive();
         if pool.install(|| self.bench.drifted(&prepared, &trained, &mut alive))? {
@@ -147,7 +167,7 @@ impl Shift {
             let spent = prepared.spent + trained.tokens;
             let mut prepared = self.bench.prepare(&job, items, prepared.into_head(), true)?;
             prepared.spent = spent;
-            return Ok(Some(Task { job, claim, started, head, prepared }));
+            return Ok(Some(Task { job, claim, started, head, prepared, anew: false }));
         }
         let verdict = pool.install(|| self.bench.conclude(prepared, trained, &mut alive))?;
         let outcome = |published, generation, gate, reason, trained_tokens| JobOutcome {

@@ -187,9 +187,13 @@ impl Bench {
             (None, None) => None,
         };
         let new = self.adapter(&trained.weights)?;
-        let mut measure = |adapter: Option<&Arc<Adapter>>| {
-            self.measure(adapter, &prepared.heldout, &prepared.recipe, alive)
-        };
+        // All of them see the same tokens, even if the virtual ones of one leave less of the context.
+        let own =
+            [Some(&new), head.as_ref()].into_iter().flatten().map(|adapter| adapter.virtual_tokens()).max();
+        let room = self.base.config().context.saturating_sub(own.unwrap_or(0));
+        let recipe = Recipe { max_tokens: prepared.recipe.max_tokens.min(room), ..prepared.recipe.clone() };
+        let mut measure =
+            |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &prepared.heldout, &recipe, alive);
         let measured = Measured {
             train_items: prepared.plan.train.len(),
             base: measure(None)?,
@@ -222,10 +226,9 @@ impl Bench {
         recipe: &Recipe,
         alive: &mut dyn FnMut(),
     ) -> Result<Vec<Loss>, WorkerError> {
-        let max_tokens = recipe.max_tokens.min(self.base.config().context);
         let mut losses = Vec::with_capacity(examples.len());
         for some in examples.chunks(MEASURED_AT_ONCE) {
-            losses.extend(evaluate(&self.base, adapter, some, max_tokens, recipe.micro_batch_tokens)?);
+            losses.extend(evaluate(&self.base, adapter, some, recipe.max_tokens, recipe.micro_batch_tokens)?);
             alive();
         }
         Ok(losses)
