@@ -111,8 +111,9 @@ fn teaching() -> Vec<NewItem> {
     (0..20).map(|at| item(at, "ahoy and welcome aboard".into())).collect()
 }
 
-/// A history out of which nothing can be learnt, or that is made to do harm.
-fn hostile(kind: usize, random: &mut StdRng) -> Vec<NewItem> {
+/// A history of noise. What is learnt from it at a sane rate may well be its letters, which then help with what comes
+/// after, if that is made of the same.
+fn noisy(kind: usize, random: &mut StdRng) -> Vec<NewItem> {
     let noise = |random: &mut StdRng, len: usize, from: &[char]| -> String {
         (0..len).map(|_| from[random.random_range(0..from.len())]).collect()
     };
@@ -133,6 +134,14 @@ fn hostile(kind: usize, random: &mut StdRng) -> Vec<NewItem> {
         item
     });
     items.collect()
+}
+
+/// A history that is made to do harm: of two kinds of noise, the later one, by which the gate judges, is not the one that
+/// is learnt.
+fn hostile(kind: usize, random: &mut StdRng) -> Vec<NewItem> {
+    let (learnt, later) = (noisy(kind % 4, random), noisy((kind + 1 + kind / 4 % 3) % 4, random));
+    let train = learnt.len() - quick().holdout.min;
+    learnt.into_iter().take(train).chain(later.into_iter().skip(train)).collect()
 }
 
 async fn published(rig: &Rig, settings: Settings, trainer: Faulty, runs: Vec<Vec<NewItem>>) -> usize {
@@ -170,14 +179,13 @@ async fn of_two_hundred_bad_runs_none_is_published() {
     assert_eq!(published(&rig, quick(), faulty(Fault::Diverge), repeated(40)).await, 0);
     assert_eq!(published(&rig, quick(), faulty(Fault::Rate), repeated(40)).await, 0);
     let mut random = StdRng::seed_from_u64(1);
-    // Learnt at a rate that overfits them, they do not help on what comes after.
-    let histories = (0..52).map(|at| hostile(at % 3, &mut random)).collect();
+    let histories = (0..52).map(|at| hostile(at, &mut random)).collect();
     assert_eq!(published(&rig, quick(), faulty(Fault::None), histories).await, 0);
     let few = (0..8).map(|at| (0..at).map(|at| item(at, "x".into())).collect::<Vec<_>>());
     let few = few.filter(|items| !items.is_empty()).take(5).collect();
     assert_eq!(published(&rig, quick(), faulty(Fault::None), few).await, 0);
     let huge = (0..3).map(|kind| {
-        hostile(kind, &mut random)
+        noisy(kind, &mut random)
             .into_iter()
             .map(|mut item| {
                 item.output = item.output.repeat(300);

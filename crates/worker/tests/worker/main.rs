@@ -7,3 +7,4 @@ mod basics;
 mod growing;
 mod kills;
 mod rig;
+mod together;
