@@ -37,8 +37,9 @@ impl Judgement {
     }
 }
 
-/// Whether the new generation is better than the base and than the head, by a paired test over the held-out items of
-/// the loss of whole answers. A loss that is not a number never wins, nor does a lead that too few items show.
+/// Whether the new generation is better than the base and than the head, by more than a trifle, by a paired test over the
+/// held-out items of the loss of whole answers. A loss that is not a number never wins, nor does a lead that too few
+/// items show.
 #[must_use]
 pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
     let Measured { train_items, base, head, new } = measured;
@@ -51,13 +52,18 @@ pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
         return Judgement::no("the loss on held-out items is not a finite number");
     }
     let versus = |other: &[Loss]| {
-        let differences: Vec<f64> = other.iter().zip(new).map(|(other, new)| other.nats - new.nats).collect();
+        let goal = |other: &Loss| other.nats * (1.0 - rules.min_gain);
+        let differences: Vec<f64> =
+            other.iter().zip(new).map(|(other, new)| goal(other) - new.nats).collect();
         // Different items cannot be compared.
         if other.len() == new.len() { chance(&differences) } else { 1.0 }
     };
     let (p_base, p_head) = (versus(base), head.as_deref().map(versus));
     let publish = p_base <= rules.level && p_head.is_none_or(|p| p <= rules.level);
     let against = |name: &str, other: f64, p: f64| match (new_bits < other, p <= rules.level) {
+        (true, false) if new_bits > other * (1.0 - rules.min_gain) => {
+            format!("hardly ahead of the {name} ({other:.3})")
+        }
         (true, true) => format!("better than the {name} ({other:.3}, p {p:.2e})"),
         (true, false) => format!("ahead of the {name} ({other:.3}), but that may be chance (p {p:.3})"),
         (false, _) => format!("not better than the {name} ({other:.3})"),
@@ -88,7 +94,7 @@ pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
 mod tests {
     use super::*;
 
-    const RULES: GateRules = GateRules { level: 0.05, max_norm: 10.0 };
+    const RULES: GateRules = GateRules { level: 0.05, min_gain: 0.005, max_norm: 10.0 };
 
     fn losses(nats: &[f64]) -> Vec<Loss> {
         nats.iter().map(|&nats| Loss { nats, tokens: 2 }).collect()
@@ -107,6 +113,8 @@ mod tests {
         let (four, three) = ([4.0; 6], [3.0; 6]);
         assert!(publish(&four, None, &three));
         assert!(!publish(&four, None, &four), "equal is not better");
+        assert!(!publish(&four, None, &[3.99; 6]), "a trifle");
+        assert!(publish(&four, None, &[3.97; 6]));
         assert!(!publish(&four, None, &[f64::NAN, 1.0, 1.0, 1.0, 1.0, 1.0]));
         assert!(!publish(&four, None, &[f64::INFINITY, 1.0, 1.0, 1.0, 1.0, 1.0]));
         assert!(publish(&four, Some(&three), &[2.0; 6]));
@@ -124,6 +132,7 @@ mod tests {
         says(&judged(&[4.0; 4], None, &[1.0; 4]), "4 held-out items are too few to tell");
         says(&judged(&[4.0; 6], Some(&[2.0; 6]), &[3.0; 6]), "not better than the current adapter");
         says(&judged(&[4.0; 6], None, &[0.0, 0.0, 4.1, 4.1, 4.1, 4.1]), "may be chance");
+        says(&judged(&[4.0; 6], None, &[3.99; 6]), "hardly ahead of the base");
         says(&judged(&[4.0; 6], None, &[f64::NAN; 6]), "not a finite number");
         assert!(judged(&[4.0; 6], None, &[f64::NAN; 6]).report.is_none());
     }

@@ -50,6 +50,10 @@ pub struct GateRules {
     /// With n held-out items the smallest p is 2^-n, so at 0.05 no fewer than five items can decide: with fewer the
     /// head stays.
     pub level: f64,
+    /// The share of the other's loss by which the new one must be ahead: the tests ask whether it is ahead by more. A
+    /// smaller lead changes no answer that anyone would notice, and every adapter that has learnt where answers end has
+    /// one, even of noise.
+    pub min_gain: f64,
     /// Largest root mean square, over an adapted layer's outputs, of the norm of what the adapter adds to a row of
     /// weights. A row of a base layer has a norm of about 1.
     pub max_norm: f64,
@@ -76,7 +80,7 @@ impl Default for Settings {
             recipe: Recipe::oppu(),
             tenants: BTreeMap::new(),
             holdout: Holdout { share: 0.2, min: 5, max: 64 },
-            gate: GateRules { level: 0.05, max_norm: 10.0 },
+            gate: GateRules { level: 0.05, min_gain: 0.005, max_norm: 10.0 },
             growth: Growth { replay: 1.0, min_replay: 8, full_every: 8, max_drift: 0.05, drift_items: 32 },
             policy: Policy { min_new_items: 1, debounce_millis: 500, max_staleness_millis: 600_000 },
             min_items: 8,

@@ -154,6 +154,9 @@ async fn published(rig: &Rig, settings: Settings, trainer: Faulty, runs: Vec<Vec
         match (&job.outcome, &job.error) {
             (Some(outcome), None) => {
                 assert!(!outcome.reason.is_empty());
+                if outcome.published {
+                    println!("run {at} is {}", outcome.reason);
+                }
                 published += usize::from(outcome.published);
             }
             (None, Some(error)) => assert!(job.state == JobState::Failed && !error.is_empty()),
@@ -179,7 +182,10 @@ async fn of_two_hundred_bad_runs_none_is_published() {
     assert_eq!(published(&rig, quick(), faulty(Fault::Diverge), repeated(40)).await, 0);
     assert_eq!(published(&rig, quick(), faulty(Fault::Rate), repeated(40)).await, 0);
     let mut random = StdRng::seed_from_u64(1);
-    let histories = (0..52).map(|at| hostile(at, &mut random)).collect();
+    // Not the noise of six letters: that these come again is something to learn.
+    let histories = (0..26).map(|at| noisy([0, 2, 3][at % 3], &mut random)).collect();
+    assert_eq!(published(&rig, quick(), faulty(Fault::None), histories).await, 0);
+    let histories = (0..26).map(|at| hostile(at, &mut random)).collect();
     assert_eq!(published(&rig, quick(), faulty(Fault::None), histories).await, 0);
     let few = (0..8).map(|at| (0..at).map(|at| item(at, "x".into())).collect::<Vec<_>>());
     let few = few.filter(|items| !items.is_empty()).take(5).collect();
@@ -201,7 +207,7 @@ async fn of_two_hundred_bad_runs_none_is_published() {
 async fn a_broken_gate_is_noticed_and_good_runs_pass() {
     let rig = Rig::new().await;
     let mut open = quick();
-    open.gate = GateRules { level: 1.0, max_norm: f64::INFINITY };
+    open.gate = GateRules { level: 1.0, min_gain: 0.0, max_norm: f64::INFINITY };
     let through = published(&rig, open, faulty(Fault::Rate), vec![teaching(); 5]).await;
     assert!(through > 0, "without its rules the gate lets the worst through");
     assert_eq!(published(&rig, settings(), faulty(Fault::None), vec![teaching(); 5]).await, 5);
