@@ -70,6 +70,8 @@ pub(crate) trait Lanes: Copy {
     type Signed: Copy;
     /// Whether there are registers for tall tiles (32 of 512 bits).
     const TALL: bool;
+    /// The unit.
+    const ISA: Isa;
 
     /// All zero.
     fn zero() -> Self;
@@ -195,6 +197,7 @@ impl Lanes for Portable {
     type Bytes = [u8; 64];
     type Signed = [[i8; 32]; 2];
     const TALL: bool = false;
+    const ISA: Isa = Isa::Portable;
 
     #[inline(always)]
     fn zero() -> Self {

@@ -4,7 +4,7 @@
 
 use std::arch::aarch64::*;
 
-use crate::lanes::{Lanes, half_to_f32};
+use crate::lanes::{Isa, Lanes, half_to_f32};
 
 type Four<T> = [T; 4];
 
@@ -33,6 +33,7 @@ macro_rules! neon_lanes {
             type Bytes = Four<uint8x16_t>;
             type Signed = Four<int8x16_t>;
             const TALL: bool = false;
+            const ISA: Isa = Isa::$name;
 
             #[inline(always)]
             fn zero() -> Self {

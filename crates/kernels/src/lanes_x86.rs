@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanes::Lanes;
+use crate::lanes::{Isa, Lanes};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(__m512);
@@ -13,6 +13,7 @@ impl Lanes for Avx512 {
     /// The bytes, and -128 times their sums by fours: signed bytes enter the product as unsigned ones, 128 too large.
     type Signed = [__m512i; 2];
     const TALL: bool = true;
+    const ISA: Isa = Isa::Avx512;
 
     #[inline(always)]
     fn zero() -> Self {
@@ -229,6 +230,7 @@ impl Lanes for Avx2 {
     type Bytes = [__m256i; 2];
     type Signed = [__m256i; 2];
     const TALL: bool = false;
+    const ISA: Isa = Isa::Avx2;
 
     #[inline(always)]
     fn zero() -> Self {

@@ -356,23 +356,18 @@ fn stripe_body<L: Lanes>(
     site: usize,
     prepared: &Prepared,
 ) {
+    let adapted = !prepared.vectors.is_null() || prepared.under[site].rank > 0;
     for panel in from..to {
         let width = PANEL.min(target.n - panel * PANEL);
         // SAFETY: `Prepared` describes valid buffers, filled for this precision; tasks own disjoint columns.
         unsafe {
-            if !prepared.vectors.is_null() || prepared.under[site].rank > 0 {
-                let mut sink = adapted::<L>(target, panel, width, site, prepared);
-                panel_product(weight, panel, &prepared.view, &mut sink);
-            } else if width == PANEL {
-                let bias = match target.bias {
-                    Some(bias) => L::load(bias[panel * PANEL..][..PANEL].as_ptr()),
-                    None => L::zero(),
-                };
-                let mut sink = Whole::<L> { target, panel, bias };
-                panel_product(weight, panel, &prepared.view, &mut sink);
-            } else {
-                panel_product::<L>(weight, panel, &prepared.view, &mut Narrow { target, panel, width });
-            }
+            let plain = width == PANEL && !adapted;
+            let bias = match target.bias {
+                Some(bias) if plain => L::load(bias[panel * PANEL..][..PANEL].as_ptr()),
+                _ => L::zero(),
+            };
+            let rest = (!plain).then(|| Adapted::new(L::ISA, target, panel, width, site, prepared));
+            panel_product(weight, panel, &prepared.view, &mut Columns::<L> { target, panel, bias, rest });
             if prepared.sites > 0 {
                 expand::<L>(target, panel, width, site, prepared);
             }
@@ -380,71 +375,28 @@ fn stripe_body<L: Lanes>(
     }
 }
 
-/// The sink of a layer where rows' adapters have vectors, or an update lies under all rows.
-///
-/// # Safety
-/// As in [`stripe`].
-#[inline(always)]
-unsafe fn adapted<'a, L: Lanes>(
-    target: Target<'a>,
-    panel: usize,
-    width: usize,
-    site: usize,
-    prepared: &Prepared,
-) -> Adapted<'a, L> {
-    let (rows, under) = (prepared.view.rows, prepared.under[site]);
-    let vectors = prepared.vectors;
-    Adapted {
-        target,
-        panel,
-        width,
-        bias: match target.bias {
-            // SAFETY: the bias has a value per output.
-            Some(bias) => unsafe { Adapted::part(bias.as_ptr(), panel, width) },
-            None => L::zero(),
-        },
-        vectors: if vectors.is_null() { vectors } else { vectors.wrapping_add(site * rows) },
-        under,
-        shrunk: prepared.under_shrunk.wrapping_add(site * rows * prepared.under_rank),
-    }
-}
-
-/// Sixteen columns.
-struct Whole<'a, L> {
+/// The columns of a panel.
+struct Columns<'a, L> {
     target: Target<'a>,
     panel: usize,
     bias: L,
+    /// For the last columns of a matrix whose rows do not divide by sixteen, and for rows whose adapters do more.
+    rest: Option<Adapted<'a>>,
 }
 
-impl<L: Lanes> Sink<L> for Whole<'_, L> {
+impl<L: Lanes> Sink<L> for Columns<'_, L> {
     #[inline(always)]
     fn put(&mut self, row: usize, sums: L) {
+        if let Some(rest) = &self.rest {
+            // One call instead of a copy in every kernel.
+            return rest.put(row, &sums.to_array());
+        }
         // SAFETY: tasks own disjoint columns; one part is alive at a time.
         unsafe {
             let y = self.target.y.part(row * self.target.n + self.panel * PANEL, PANEL).as_mut_ptr();
             let sums = if self.target.bias.is_some() { sums.add(self.bias) } else { sums };
             let sums = if self.target.add { L::load(y).add(sums) } else { sums };
             sums.store(y);
-        }
-    }
-}
-
-/// The last columns of a matrix whose rows do not divide by sixteen.
-struct Narrow<'a> {
-    target: Target<'a>,
-    panel: usize,
-    width: usize,
-}
-
-impl<L: Lanes> Sink<L> for Narrow<'_> {
-    #[inline(always)]
-    fn put(&mut self, row: usize, sums: L) {
-        let first = self.panel * PANEL;
-        // SAFETY: as for `Whole`.
-        let y = unsafe { self.target.y.part(row * self.target.n + first, self.width) };
-        for (j, (y, sum)) in y.iter_mut().zip(sums.to_array()).enumerate() {
-            let sum = self.target.bias.map_or(sum, |bias| sum + bias[first + j]);
-            *y = if self.target.add { *y + sum } else { sum };
         }
     }
 }

@@ -1,10 +1,10 @@
 //! What a row's adapter does to a fused layer besides a low-rank update of its own: scales of the input and of the product,
 //! a bias, and the update that lies under all rows.
 
-use crate::lanes::Lanes;
+use crate::input::Prepared;
+use crate::lanes::{Isa, Lanes, multiversion};
 use crate::linear::Target;
 use crate::low_rank::{Route, up};
-use crate::panel::Sink;
 use crate::weight::PANEL;
 
 /// The vectors of one adapter at one site: `y = output * (W (input * x)) + bias of the base + bias + B (A (input * x))`.
@@ -44,72 +44,104 @@ impl RowVectors {
     }
 }
 
-/// The columns of a panel, for layers where a row has vectors or an update lies under all rows. A row without any
-/// goes through the same additions as in the plain sinks.
-pub(crate) struct Adapted<'a, L> {
-    pub(crate) target: Target<'a>,
-    pub(crate) panel: usize,
+/// The columns of a panel where they are not sixteen, a row has vectors, or an update lies under all rows. A row
+/// without any of it goes through the same additions as elsewhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Adapted<'a> {
+    isa: Isa,
+    target: Target<'a>,
+    panel: usize,
     /// Columns that are there, at most sixteen.
-    pub(crate) width: usize,
-    pub(crate) bias: L,
+    width: usize,
     /// By row; null if no row has any.
-    pub(crate) vectors: *const RowVectors,
+    vectors: *const RowVectors,
     /// The update under all rows; of rank 0 if there is none.
-    pub(crate) under: Route,
+    under: Route,
     /// (rows, rank): its `A x`.
-    pub(crate) shrunk: *const f32,
+    shrunk: *const f32,
 }
 
-impl<L: Lanes> Adapted<'_, L> {
-    /// This panel's part of a vector with a value per output.
-    ///
+impl<'a> Adapted<'a> {
     /// # Safety
-    /// The vector has as many values as the layer outputs.
-    #[inline(always)]
-    pub(crate) unsafe fn part(vector: *const f32, panel: usize, width: usize) -> L {
-        // SAFETY: `width` values are left at the panel.
-        unsafe {
-            let start = vector.add(panel * PANEL);
-            if width == PANEL {
-                return L::load(start);
-            }
-            let mut padded = [0.0; PANEL];
-            padded[..width].copy_from_slice(std::slice::from_raw_parts(start, width));
-            L::load(padded.as_ptr())
+    /// `prepared` describes valid buffers for as long as this lives; the columns belong to the caller; the CPU has the
+    /// unit.
+    pub(crate) unsafe fn new(
+        isa: Isa,
+        target: Target<'a>,
+        panel: usize,
+        width: usize,
+        site: usize,
+        prepared: &Prepared,
+    ) -> Self {
+        let (rows, vectors) = (prepared.view.rows, prepared.vectors);
+        Self {
+            isa,
+            target,
+            panel,
+            width,
+            vectors: if vectors.is_null() { vectors } else { vectors.wrapping_add(site * rows) },
+            under: prepared.under[site],
+            shrunk: prepared.under_shrunk.wrapping_add(site * rows * prepared.under_rank),
+        }
+    }
+
+    /// Takes row `row`'s sums.
+    pub(crate) fn put(&self, row: usize, sums: &[f32; PANEL]) {
+        put(self.isa, self, row, sums);
+    }
+}
+
+multiversion! {
+    fn put(to: &Adapted<'_>, row: usize, sums: &[f32; PANEL]) = put_body<Lanes>
+}
+
+#[inline(always)]
+fn put_body<L: Lanes>(to: &Adapted<'_>, row: usize, sums: &[f32; PANEL]) {
+    let Adapted { target, panel, width, under, .. } = *to;
+    // SAFETY: the vectors have the layer's lengths (checked when they were listed), `shrunk` a value per row and rank;
+    // tasks own disjoint columns, and one part is alive at a time.
+    unsafe {
+        let mut sums = L::load(sums.as_ptr());
+        if under.rank > 0 {
+            let [update] = up(&under, panel, to.shrunk.add(row * under.rank), 0);
+            sums = sums.add(update);
+        }
+        let vectors = if to.vectors.is_null() { None } else { Some(*to.vectors.add(row)) };
+        if let Some(vectors) = vectors.filter(|vectors| !vectors.output.is_null()) {
+            sums = sums.mul(part(vectors.output, panel, width));
+        }
+        if let Some(bias) = target.bias {
+            sums = sums.add(part(bias.as_ptr(), panel, width));
+        }
+        if let Some(vectors) = vectors.filter(|vectors| !vectors.bias.is_null()) {
+            sums = sums.add(part(vectors.bias, panel, width));
+        }
+        let y = target.y.part(row * target.n + panel * PANEL, width);
+        if target.add {
+            sums = part::<L>(y.as_ptr(), 0, width).add(sums);
+        }
+        if width == PANEL {
+            sums.store(y.as_mut_ptr());
+        } else {
+            y.copy_from_slice(&sums.to_array()[..width]);
         }
     }
 }
 
-impl<L: Lanes> Sink<L> for Adapted<'_, L> {
-    #[inline(always)]
-    fn put(&mut self, row: usize, mut sums: L) {
-        let Self { target, panel, width, .. } = *self;
-        // SAFETY: the vectors have the layer's lengths (checked when they were listed), `shrunk` a value per row and rank;
-        // tasks own disjoint columns, and one part is alive at a time.
-        unsafe {
-            if self.under.rank > 0 {
-                let [under] = up(&self.under, panel, self.shrunk.add(row * self.under.rank), 0);
-                sums = sums.add(under);
-            }
-            let vectors = if self.vectors.is_null() { None } else { Some(*self.vectors.add(row)) };
-            if let Some(vectors) = vectors.filter(|vectors| !vectors.output.is_null()) {
-                sums = sums.mul(Self::part(vectors.output, panel, width));
-            }
-            if target.bias.is_some() {
-                sums = sums.add(self.bias);
-            }
-            if let Some(vectors) = vectors.filter(|vectors| !vectors.bias.is_null()) {
-                sums = sums.add(Self::part(vectors.bias, panel, width));
-            }
-            let y = target.y.part(row * target.n + panel * PANEL, width);
-            if target.add {
-                sums = Self::part(y.as_ptr(), 0, width).add(sums);
-            }
-            if width == PANEL {
-                sums.store(y.as_mut_ptr());
-            } else {
-                y.copy_from_slice(&sums.to_array()[..width]);
-            }
+/// A panel's part of a vector with a value per output.
+///
+/// # Safety
+/// The vector has as many values as the layer outputs; the CPU has the unit of `L`.
+#[inline(always)]
+unsafe fn part<L: Lanes>(vector: *const f32, panel: usize, width: usize) -> L {
+    // SAFETY: `width` values are left at the panel.
+    unsafe {
+        let start = vector.add(panel * PANEL);
+        if width == PANEL {
+            return L::load(start);
         }
+        let mut padded = [0.0; PANEL];
+        padded[..width].copy_from_slice(std::slice::from_raw_parts(start, width));
+        L::load(padded.as_ptr())
     }
 }
