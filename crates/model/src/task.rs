@@ -70,8 +70,8 @@ impl Under {
     /// Bytes it holds in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let parts = [&self.a, &self.b, &self.packed, &self.a_turned, &self.b_turned];
-        parts.iter().map(|part| size_of_val::<[f32]>(part)).sum()
+        let parts: [&[f32]; 5] = [&self.a, &self.b, &self.packed, &self.a_turned, &self.b_turned];
+        parts.iter().map(|part| size_of_val(*part)).sum()
     }
 }
 

@@ -40,6 +40,10 @@ impl Patience {
     }
 
     /// Waits while requests run, as long as the work since the last wait allows.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the end of a request tells nobody; the thread does nothing else"
+    )]
     pub(crate) fn wait(&mut self) {
         let Some(load) = &self.load else { return };
         let begun = Instant::now();

@@ -116,7 +116,8 @@ impl Bench {
         };
         let (before, after) = (bits(start)?, bits(&trained.weights)?);
         // Nothing to measure on gives NaN on both sides, and no drift.
-        Ok(before.is_finite() && !(after <= before * (1.0 + self.settings.growth.max_drift)))
+        let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
+        Ok(before.is_finite() && !is_kept)
     }
 
     /// Compares the new weights with base and head. `alive` is called now and then.

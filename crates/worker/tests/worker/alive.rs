@@ -1,4 +1,5 @@
 //! Who keeps a job and who loses it; calling off and pausing.
+#![expect(clippy::disallowed_methods, reason = "threads that are slow, blocked or hang")]
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -154,9 +154,6 @@ async fn published(rig: &Rig, settings: Settings, trainer: Faulty, runs: Vec<Vec
         match (&job.outcome, &job.error) {
             (Some(outcome), None) => {
                 assert!(!outcome.reason.is_empty());
-                if outcome.published {
-                    println!("run {at} is {}", outcome.reason);
-                }
                 published += usize::from(outcome.published);
             }
             (None, Some(error)) => assert!(job.state == JobState::Failed && !error.is_empty()),
