@@ -19,7 +19,7 @@ use train::{Loss, evaluate};
 use types::{Example, HistoryItem};
 
 use self::client::Api;
-pub use self::users::{Person, histories};
+pub use self::users::{Person, histories, ratings};
 
 /// The question that everybody is asked at the end.
 const QUESTION: &str = "PRINCE HENRY: What will you do for your country, and when?";

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use adapters::{AdapterCache, CacheSettings};
 use anyhow::{Context, bail};
-use engine::ModelEngine;
+use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
 use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest, Sha256};
-use store::Store;
+use store::{Policy, Store};
 use telemetry::Metrics;
 use text::Tokenizer;
 use tokio::net::TcpListener;
@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use types::SystemClock;
-use worker::Worker;
+use worker::{Worker, WorkerError};
 
 use crate::settings::{ServiceArgs, TrainingArgs};
 use crate::{fetch, model_path, task_adapter};
@@ -39,7 +39,7 @@ pub struct Service {
     store: Store,
     stop: CancellationToken,
     server: JoinHandle<std::io::Result<()>>,
-    worker: Option<JoinHandle<()>>,
+    worker: Option<JoinHandle<Result<(), WorkerError>>>,
 }
 
 impl Service {
@@ -83,7 +83,8 @@ impl Service {
         let store = Store::open(data, Arc::new(SystemClock)).await?;
         let metrics = Metrics::default();
         let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics));
-        let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
+        let engine: Arc<dyn Engine> =
+            Arc::new(ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?);
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();
         let worker = if args.training.no_training {
@@ -94,13 +95,18 @@ impl Service {
                 store.clone(),
                 Arc::clone(&base),
                 tokenizer.clone(),
-                worker_settings(&args.training),
+                worker_settings(&args.training)?,
                 Arc::new(move |id, head| announced.announce(id, head)),
-            )?;
+            );
+            let serving = Arc::clone(&engine);
+            let worker = worker.with_load(Arc::new(move || {
+                let stats = serving.stats();
+                stats.running + stats.waiting > 0
+            }));
             Some(tokio::spawn(worker.run(Arc::clone(&on_upload), stop.clone())))
         };
         let app = App::new(AppState {
-            engine: Arc::new(engine),
+            engine,
             tokenizer: tokenizer.clone(),
             store: store.clone(),
             adapters,
@@ -125,8 +131,13 @@ impl Service {
         let served = self.server.await;
         if let Some(worker) = self.worker {
             // The training thread looks at the signal after every step.
-            if tokio::time::timeout(Duration::from_secs(60), worker).await.is_err() {
-                tracing::warn!("the worker did not stop in time; its job is taken up at the next start");
+            match tokio::time::timeout(Duration::from_secs(60), worker).await {
+                Ok(Ok(Ok(()))) => {}
+                Ok(Ok(Err(error))) => tracing::error!(%error, "the worker had stopped"),
+                Ok(Err(error)) => tracing::error!(%error, "the worker had stopped"),
+                Err(_) => {
+                    tracing::warn!("the worker did not stop in time; its job is taken up at the next start");
+                }
             }
         }
         self.store.close().await;
@@ -201,13 +212,35 @@ fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> CacheSettings {
     }
 }
 
-fn worker_settings(args: &TrainingArgs) -> worker::Settings {
-    worker::Settings {
+fn worker_settings(args: &TrainingArgs) -> anyhow::Result<worker::Settings> {
+    let defaults = worker::Settings::default();
+    if !(args.train_floor > 0.0 && args.train_floor <= 1.0) {
+        bail!("--train-floor: must be above 0, at most 1");
+    }
+    if !(args.gate_level > 0.0 && args.gate_level <= 0.5) {
+        bail!("--gate-level: must be above 0, at most 0.5");
+    }
+    Ok(worker::Settings {
         recipe: args.recipe(),
+        tenants: args.tenants()?,
         min_items: args.min_items,
         threads: args.train_threads.map_or_else(cores, usize::from),
-        ..worker::Settings::default()
-    }
+        gate: worker::GateRules { level: args.gate_level, ..defaults.gate },
+        growth: worker::Growth {
+            replay: f64::from(args.replay_percent) / 100.0,
+            full_every: args.full_every,
+            ..defaults.growth
+        },
+        policy: Policy {
+            min_new_items: args.min_new_items,
+            debounce_millis: i64::from(args.debounce_ms),
+            max_staleness_millis: i64::from(args.max_staleness_s) * 1000,
+        },
+        jobs_at_once: args.train_jobs.into(),
+        checkpoint_millis: u64::from(args.checkpoint_s) * 1000,
+        floor: args.train_floor,
+        ..defaults
+    })
 }
 
 #[cfg(test)]

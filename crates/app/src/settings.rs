@@ -1,12 +1,15 @@
 //! The command line, with its environment variables and defaults.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::{Precision, TaskMode};
-use peft::Storage;
+use peft::{AdapterConfig, LoraConfig, Storage};
 use train::Recipe;
+use types::{TenantId, TrainingLimits, TrainingOptions};
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
 /// adapters from the users' histories.
@@ -197,6 +200,36 @@ pub struct TrainingArgs {
     /// Fewest items a user must have to be trained.
     #[arg(long, default_value_t = 8, env = "ATELIER_MIN_ITEMS")]
     pub min_items: usize,
+    /// Numbers of tenants in place of these: a JSON object of tenants, each with fields as in an upload's `training`.
+    #[arg(long, env = "ATELIER_TENANT_TRAINING")]
+    pub tenant_training: Option<String>,
+    /// How often a lead by mere chance may pass the gate, above 0 to 0.5.
+    #[arg(long, default_value_t = 0.05, env = "ATELIER_GATE_LEVEL")]
+    pub gate_level: f64,
+    /// New items that a job waits for.
+    #[arg(long, default_value_t = 1, env = "ATELIER_MIN_NEW_ITEMS")]
+    pub min_new_items: u64,
+    /// Milliseconds without further items that a job waits for.
+    #[arg(long, default_value_t = 500, env = "ATELIER_DEBOUNCE_MS")]
+    pub debounce_ms: u32,
+    /// Seconds after which a job waits for no further items.
+    #[arg(long, default_value_t = 600, env = "ATELIER_MAX_STALENESS_S")]
+    pub max_staleness_s: u32,
+    /// Old items learnt again beside new ones, in percent of these.
+    #[arg(long, default_value_t = 100, env = "ATELIER_REPLAY_PERCENT")]
+    pub replay_percent: u32,
+    /// Updates after which the whole history is learnt from fresh weights; 0 always does.
+    #[arg(long, default_value_t = 8, env = "ATELIER_FULL_EVERY")]
+    pub full_every: u32,
+    /// Jobs that are trained at once, if so many wait.
+    #[arg(long, default_value_t = 1, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub train_jobs: u16,
+    /// Seconds between two checkpoints of a job.
+    #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]
+    pub checkpoint_s: u32,
+    /// Share of the time, above 0 to 1, that training takes even while requests run.
+    #[arg(long, default_value_t = 0.2, env = "ATELIER_TRAIN_FLOOR")]
+    pub train_floor: f64,
 }
 
 impl TrainingArgs {
@@ -207,15 +240,48 @@ impl TrainingArgs {
         recipe.learning_rate = self.learning_rate;
         recipe.epochs = self.epochs;
         recipe.batch = self.train_batch;
-        recipe.lora.r = self.rank;
-        recipe.lora.alpha = self.rank as f64;
+        recipe.adapter =
+            AdapterConfig::Lora(LoraConfig { r: self.rank, alpha: self.rank as f64, ..LoraConfig::oppu() });
         recipe
+    }
+
+    /// The numbers of tenants, checked.
+    ///
+    /// # Errors
+    /// When they cannot be read, or a number is outside its limits.
+    pub fn tenants(&self) -> anyhow::Result<BTreeMap<TenantId, TrainingOptions>> {
+        let text = self.tenant_training.as_deref().unwrap_or("{}");
+        let read: BTreeMap<String, TrainingOptions> =
+            serde_json::from_str(text).context("--tenant-training")?;
+        let check = |(tenant, options): (String, TrainingOptions)| {
+            options
+                .check(&TrainingLimits::default())
+                .with_context(|| format!("--tenant-training: {tenant}"))?;
+            Ok((tenant.parse().context("--tenant-training")?, options))
+        };
+        read.into_iter().map(check).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tenants_have_numbers_of_their_own() {
+        let args = |json: &str| {
+            let words = ["atelier", "serve", "--tenant-training", json];
+            match Cli::try_parse_from(words).map(|cli| cli.command) {
+                Ok(Command::Serve(args)) => args.training,
+                other => panic!("{other:?}"),
+            }
+        };
+        let tenants = args(r#"{"acme":{"recipe":"oppu","rank":4}}"#).tenants();
+        assert!(tenants.is_ok_and(|tenants| tenants.values().all(|options| options.rank == Some(4))));
+        for bad in [r#"{"acme":{"rank":0}}"#, r#"{"acme":{"rnak":4}}"#, r#"{"a b":{}}"#, "[]", "{"] {
+            assert!(args(bad).tenants().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_well_formed() {

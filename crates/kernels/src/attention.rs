@@ -386,16 +386,3 @@ unsafe fn mix<L: Lanes, const N: usize, const W: usize>(
         }
     }
 }
-
-/// In place, in the order of the values.
-#[inline(always)]
-pub(crate) fn softmax(scores: &mut [f32]) {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for score in scores.iter_mut() {
-        *score = exp(*score - max);
-        sum += *score;
-    }
-    let scale = 1.0 / sum;
-    scores.iter_mut().for_each(|score| *score *= scale);
-}

@@ -21,6 +21,12 @@ impl<'a> Shared<'a> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
     }
 
+    /// Where it begins, for code that computes its own places; the promise of [`Shared::part`] holds there too.
+    #[inline(always)]
+    pub(crate) fn start(self) -> *mut f32 {
+        self.start
+    }
+
     /// The part `at..at + len`.
     ///
     /// # Safety

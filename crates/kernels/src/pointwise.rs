@@ -31,7 +31,7 @@ multiversion! {
 
 /// Sum of `f(i)` over `0..n` in sixteen lanes, a shape the compiler turns into vector code.
 #[inline(always)]
-fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
     let body = n - n % 16;
     for at in (0..body).step_by(16) {
@@ -41,6 +41,20 @@ fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     }
     let tail = (body..n).fold(0.0, |sum, at| sum + f(at));
     lanes.iter().sum::<f32>() + tail
+}
+
+/// The largest value; NaN counts for nothing.
+#[inline(always)]
+pub(crate) fn lane_max(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (body, tail) = values.as_chunks::<16>();
+    for part in body {
+        for (lane, &value) in lanes.iter_mut().zip(part) {
+            *lane = larger(*lane, value);
+        }
+    }
+    lanes.iter().chain(tail).copied().fold(f32::NEG_INFINITY, larger)
 }
 
 /// `1 / rms(x)`.

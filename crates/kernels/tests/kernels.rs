@@ -4,11 +4,11 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
-    Format, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, LowRank, Means, Numbers,
-    PagedSequence, Pages, Precision, Rayon, RopeTable, Rotary, Routing, Scratch, Span, SpanAttention, Team,
-    Vectors, Weight, codes_stride, fused_linear, isas, linear_transposed, pack_b, paged_attention,
-    quantise_low_rank, reference, rms_norm, rms_norm_grad, rope, rotate_and_store, span_attention,
-    span_attention_grad, swiglu, swiglu_grad,
+    Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, LowRank, Means,
+    Numbers, PagedSequence, Pages, Precision, Rayon, Right, RopeTable, Rotary, Routing, Scratch, Span,
+    SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear, linear_many,
+    linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference, rms_norm,
+    rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -479,15 +479,62 @@ fn units_with_fused_multiply_add_agree_to_the_bit() {
 }
 
 #[test]
-fn the_transposed_product_equals_the_reference() {
+fn products_of_many_rows_equal_the_reference() {
     let mut rng = StdRng::seed_from_u64(6);
-    for (m, n, k) in [(1, 7, 32), (5, 33, 64), (70, 96, 288)] {
-        let (weight, _) = weight(&mut rng, Format::Q4_1, n, k);
+    let shapes = [
+        (1, 7, 32, Format::Q4_1),
+        (5, 33, 64, Format::Q8_0),
+        (70, 300, 288, Format::Q4_0),
+        (130, 144, 102, Format::F32),
+        (3, 18, 256, Format::Q6K),
+        (14, 40, 512, Format::Q4K),
+    ];
+    for (m, n, k, format) in shapes {
+        let (weight, _) = weight(&mut rng, format, n, k);
+        let x = random(&mut rng, m * k);
+        let (mut fast, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
+        linear_many(&weight, &x, &mut fast);
+        linear(&weight, None, &x, &mut plain);
+        assert!(worst(&fast, &plain) < 2e-4, "{format:?}");
+        for row in 0..m {
+            let mut alone = vec![0.0; n];
+            linear_many(&weight, &x[row * k..][..k], &mut alone);
+            assert_eq!(alone, fast[row * n..][..n], "row {row} in company");
+        }
         let dy = random(&mut rng, m * n);
         let (mut fast, mut plain) = (vec![0.0; m * k], vec![0.0; m * k]);
         linear_transposed(&weight, &dy, &mut fast);
         reference::linear_transposed(&weight, &dy, &mut plain);
-        assert!(worst(&fast, &plain) < 2e-4);
+        assert!(worst(&fast, &plain) < 2e-4, "{format:?}");
+        for row in 0..m {
+            let mut alone = vec![0.0; k];
+            linear_transposed(&weight, &dy[row * n..][..n], &mut alone);
+            assert_eq!(alone, fast[row * k..][..k], "row {row} in company");
+        }
+    }
+}
+
+#[test]
+fn plain_products_equal_a_loop() {
+    let mut rng = StdRng::seed_from_u64(11);
+    for (m, k, n) in [(1, 3, 5), (8, 100, 70), (53, 8, 205), (200, 16, 16)] {
+        for transposed in [false, true] {
+            let (left, right) = (random(&mut rng, m * k), random(&mut rng, k * n));
+            let (row, step) = if transposed { (1, m) } else { (k, 1) };
+            let start = random(&mut rng, m * n);
+            let mut out = start.clone();
+            let factors = (Left { values: &left, row, step }, Right { values: &right, stride: n });
+            multiply([m, k, n], factors.0, factors.1, &mut out, true);
+            let plain: Vec<f32> = (0..m * n)
+                .map(|at| {
+                    let product = |j: usize| left[at / n * row + j * step] * right[j * n + at % n];
+                    start[at] + (0..k).map(product).sum::<f32>()
+                })
+                .collect();
+            assert!(worst(&out, &plain) < 1e-4, "{m} {k} {n} {transposed}");
+            multiply([m, k, n], factors.0, factors.1, &mut out, false);
+            assert!(worst(&out, &plain) > 1e-2, "not added");
+        }
     }
 }
 
@@ -551,7 +598,7 @@ fn packed_sequences_attend_as_paged_ones() {
         kv_heads: 2,
         head_dim: 16,
         window: Some(6),
-        spans: vec![Span { first: 0, len: 11 }, Span { first: 11, len: 5 }],
+        groups: vec![Span { first: 0, len: 11 }.into(), Span { first: 11, len: 5 }.into()],
     };
     let (q, k, v) = (random(&mut rng, 16 * 64), random(&mut rng, 16 * 32), random(&mut rng, 16 * 32));
     let mut packed = vec![0.0; q.len()];
@@ -619,8 +666,13 @@ fn gradients_equal_central_differences() {
     assert!(worst(&turn(true, &dy), &numeric(&x, &dy, |x| turn(false, x))) < 1e-3);
 
     for window in [None, Some(3)] {
-        let spans = vec![Span { first: 0, len: 5 }, Span { first: 5, len: 2 }];
-        let shape = SpanAttention { heads: 2, kv_heads: 1, head_dim: 4, window, spans };
+        // One sequence, and two that share their first row.
+        let shared = Group {
+            head: Span { first: 3, len: 1 },
+            tails: vec![Span { first: 4, len: 2 }, Span { first: 6, len: 1 }],
+        };
+        let groups = vec![Span { first: 0, len: 3 }.into(), shared];
+        let shape = SpanAttention { heads: 2, kv_heads: 1, head_dim: 4, window, groups };
         let (q, k, v) = (random(&mut rng, 56), random(&mut rng, 28), random(&mut rng, 28));
         let dout = random(&mut rng, 56);
         let run = |q: &[f32], k: &[f32], v: &[f32]| {

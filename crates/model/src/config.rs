@@ -132,7 +132,7 @@ impl ModelConfig {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             window: self.windows.get(layer).copied().flatten(),
-            spans: spans.to_vec(),
+            groups: spans.iter().map(|&span| span.into()).collect(),
         }
     }
 

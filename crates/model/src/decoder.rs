@@ -27,12 +27,12 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `y = (W + B A) x + bias` in float32, `x` of shape (rows, input features).
+    /// `y = (W + B A) x` in float32, without the bias: `x` of shape (rows, input features).
     ///
     /// # Panics
     /// When a buffer's length does not fit the weight's shape.
-    pub fn forward(&self, x: &[f32], y: &mut [f32]) {
-        kernels::linear(&self.weight, self.bias.as_deref(), x, y);
+    pub fn product(&self, x: &[f32], y: &mut [f32]) {
+        kernels::linear_many(&self.weight, x, y);
         if let Some(under) = &self.under {
             under.add(x, y);
         }
@@ -48,21 +48,35 @@ impl Linear {
             under.add_transposed(dy, dx);
         }
     }
+
+    /// Row `row` of `W + B A`, one value per input feature.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` has another length.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.weight.decode_row(row, out);
+        if let Some(under) = &self.under {
+            under.add_to_row(row, out);
+        }
+    }
 }
 
 /// One decoder block's weights.
 #[derive(Debug)]
-pub(crate) struct Block {
-    pub(crate) attention_norm: Arc<[f32]>,
-    pub(crate) feed_forward_norm: Arc<[f32]>,
-    /// Per-head norms of Qwen3.
-    pub(crate) query_norm: Option<Arc<[f32]>>,
-    pub(crate) key_norm: Option<Arc<[f32]>>,
+pub struct Block {
+    /// One factor per hidden value.
+    pub attention_norm: Arc<[f32]>,
+    /// One factor per hidden value.
+    pub feed_forward_norm: Arc<[f32]>,
+    /// Per-head norm of Qwen3's queries.
+    pub query_norm: Option<Arc<[f32]>>,
+    /// Per-head norm of Qwen3's keys.
+    pub key_norm: Option<Arc<[f32]>>,
     /// In the order of [`Site::ALL`].
-    pub(crate) linears: [Linear; 7],
+    pub linears: [Linear; 7],
 }
 
-/// What differs between serving and training: how a linear layer is adapted and where keys and values are.
+/// How a linear layer is adapted and where keys and values are.
 pub trait Pass {
     /// The layer at `id` with whatever adapters act there; `x` is (rows, input features).
     ///
@@ -203,11 +217,15 @@ impl BaseModel {
         &self.head
     }
 
-    pub(crate) fn embedding(&self) -> &Weight {
+    /// The input embeddings, one row a token.
+    #[must_use]
+    pub fn embedding(&self) -> &Weight {
         &self.embedding
     }
 
-    pub(crate) fn blocks(&self) -> &[Block] {
+    /// The blocks, from the first to the last.
+    #[must_use]
+    pub fn blocks(&self) -> &[Block] {
         &self.blocks
     }
 
@@ -221,11 +239,15 @@ impl BaseModel {
         self.hash = hash;
     }
 
-    pub(crate) fn rope(&self) -> &RopeTable {
+    /// The rotary angles of all positions.
+    #[must_use]
+    pub fn rope(&self) -> &RopeTable {
         &self.rope
     }
 
-    pub(crate) fn final_norm(&self) -> &[f32] {
+    /// The norm before the output layer.
+    #[must_use]
+    pub fn final_norm(&self) -> &[f32] {
         &self.final_norm
     }
 

@@ -54,6 +54,14 @@ impl Under {
         adapt(self.rank, &self.a, &self.b, x, y);
     }
 
+    /// Adds row `row` of B A.
+    pub(crate) fn add_to_row(&self, row: usize, out: &mut [f32]) {
+        let b = &self.b[row * self.rank..][..self.rank];
+        for (factor, a) in b.iter().zip(self.a.chunks_exact(out.len())) {
+            out.iter_mut().zip(a).for_each(|(value, a)| *value += factor * a);
+        }
+    }
+
     /// `dx += (dy B) A` for every row.
     pub(crate) fn add_transposed(&self, dy: &[f32], dx: &mut [f32]) {
         adapt(self.rank, &self.b_turned, &self.a_turned, dy, dx);
@@ -62,8 +70,8 @@ impl Under {
     /// Bytes it holds in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let parts = [&self.a, &self.b, &self.packed, &self.a_turned, &self.b_turned];
-        parts.iter().map(|part| size_of_val::<[f32]>(part)).sum()
+        let parts: [&[f32]; 5] = [&self.a, &self.b, &self.packed, &self.a_turned, &self.b_turned];
+        parts.iter().map(|part| size_of_val(*part)).sum()
     }
 }
 

@@ -75,7 +75,7 @@ fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision, kind: usize
             let mut site = |index: usize| {
                 let (n, k) = dims(index);
                 // Of layers that share an input, some have it scaled and some not.
-                if index % 2 == 0 {
+                if index.is_multiple_of(2) {
                     Ia3Scale::Input(values(1.0, k))
                 } else {
                     Ia3Scale::Output(values(1.0, n))

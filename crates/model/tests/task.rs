@@ -167,7 +167,7 @@ fn training_sees_the_task_too() {
         let (x, dy) = (values(3 * k), values(3 * n));
         let forward = |linear: &Linear| {
             let mut y = vec![0.0; 3 * n];
-            linear.forward(&x, &mut y);
+            linear.product(&x, &mut y);
             vec![y]
         };
         let backward = |linear: &Linear| {
@@ -175,10 +175,18 @@ fn training_sees_the_task_too() {
             linear.transposed(&dy, &mut dx);
             vec![dx]
         };
+        let row = |linear: &Linear| {
+            let mut row = vec![0.0; k];
+            linear.row(n - 1, &mut row);
+            vec![row]
+        };
         assert!(worst(&forward(merged), &forward(stacked)) < 1e-5, "{id:?}");
+        assert!(worst(&row(merged), &row(stacked)) < 1e-5, "{id:?}");
         assert!(worst(&backward(merged), &backward(stacked)) < 1e-5, "{id:?}");
         // Negative control: without what lies under it, it is another layer.
         let without = Linear { under: None, ..stacked.clone() };
+        assert!(worst(&forward(merged), &forward(&without)) > 1e-2, "{id:?}");
+        assert!(worst(&row(merged), &row(&without)) > 1e-3, "{id:?}");
         assert!(worst(&backward(merged), &backward(&without)) > 1e-2, "{id:?}");
     }
 }

@@ -48,6 +48,10 @@ pub enum Code {
     GenerationNotFound,
     /// No such job.
     JobNotFound,
+    /// No such history item.
+    ItemNotFound,
+    /// The job has ended, so it cannot be cancelled.
+    JobEnded,
     /// No such route.
     RouteNotFound,
     /// The route does not know the method.
@@ -107,6 +111,8 @@ impl Code {
             Self::AdapterNotFound => ("adapter_not_found", 404, REQUEST),
             Self::GenerationNotFound => ("generation_not_found", 404, REQUEST),
             Self::JobNotFound => ("job_not_found", 404, REQUEST),
+            Self::ItemNotFound => ("item_not_found", 404, REQUEST),
+            Self::JobEnded => ("job_ended", 409, REQUEST),
             Self::RouteNotFound => ("route_not_found", 404, REQUEST),
             Self::MethodNotAllowed => ("method_not_allowed", 405, REQUEST),
             Self::RequestTimeout => ("request_timeout", 408, REQUEST),

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use types::TrainingLimits;
+
 /// Limits of the HTTP role. The default is what `GET /v1/limits` shows on a fresh server.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
     /// Bytes of a request's head.
     pub header_bytes: usize,
@@ -69,6 +71,8 @@ pub struct Limits {
     pub item_metadata_bytes: usize,
     /// Entries of one page of a list.
     pub page: u32,
+    /// Hyper-parameters that may be asked for.
+    pub training: TrainingLimits,
 }
 
 impl Default for Limits {
@@ -106,6 +110,7 @@ impl Default for Limits {
             item_bytes: 256 * KIB,
             item_metadata_bytes: 16 * KIB,
             page: 1000,
+            training: TrainingLimits::default(),
         }
     }
 }

@@ -10,7 +10,8 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::routes::{
-    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, tgi, users,
+    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, progress, tgi, training,
+    users,
 };
 
 #[derive(OpenApi)]
@@ -52,8 +53,15 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(users::list))
         .routes(routes!(users::read, users::erase))
         .routes(routes!(history::upload, history::read, history::erase))
+        .routes(routes!(history::forget))
+        .routes(routes!(progress::progress))
+        .routes(routes!(progress::manifest))
+        .routes(routes!(training::train))
+        .routes(routes!(training::read, training::pause, training::resume))
+        .routes(routes!(training::read_user, training::pause_user, training::resume_user))
         .routes(routes!(adapters::list))
         .routes(routes!(jobs::job))
+        .routes(routes!(jobs::cancel))
         .routes(routes!(operation::live))
         .routes(routes!(operation::ready))
         .routes(routes!(operation::limits))

@@ -9,8 +9,8 @@ use crate::lineage::move_head;
 use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
 use crate::{
-    AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, NewGeneration, Origin, Store, StoreError,
-    users,
+    AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, NewGeneration, Origin, Store,
+    StoreError, users,
 };
 
 /// File names as `peft` saves and loads them.
@@ -22,6 +22,7 @@ struct Target {
     adapter: AdapterId,
     expected_head: Expected,
     finish: Option<(Fence, JobOutcome)>,
+    lesson: Option<Lesson>,
 }
 
 impl Store {
@@ -47,11 +48,40 @@ impl Store {
         expected_head: impl Into<Expected>,
         finish: Option<(Fence, JobOutcome)>,
     ) -> Result<GenerationRecord, StoreError> {
-        if let Some((_, outcome)) = &finish {
+        let expected_head = expected_head.into();
+        let target = Target { adapter: adapter.clone(), expected_head, finish, lesson: None };
+        self.publish_whole(target, generation).await
+    }
+
+    /// [`Store::publish`] for a job that has trained: notes which items have gone into the weights and what that cost,
+    /// all in the transaction that moves the head.
+    ///
+    /// # Errors
+    /// Those of [`Store::publish`].
+    pub async fn publish_lesson(
+        &self,
+        adapter: &AdapterId,
+        generation: NewGeneration,
+        expected_head: Option<GenerationId>,
+        finish: (Fence, JobOutcome),
+        mut lesson: Lesson,
+    ) -> Result<GenerationRecord, StoreError> {
+        lesson.manifest.sort_unstable();
+        lesson.manifest.dedup();
+        let (adapter, expected_head, lesson) = (adapter.clone(), expected_head.into(), Some(lesson));
+        let target = Target { adapter, expected_head, finish: Some(finish), lesson };
+        self.publish_whole(target, generation).await
+    }
+
+    async fn publish_whole(
+        &self,
+        target: Target,
+        generation: NewGeneration,
+    ) -> Result<GenerationRecord, StoreError> {
+        if let Some((_, outcome)) = &target.finish {
             check_outcome(outcome)?;
         }
         let store = self.clone();
-        let target = Target { adapter: adapter.clone(), expected_head: expected_head.into(), finish };
         Self::to_the_end(async move { store.publish_to(&target, generation).await }).await
     }
 
@@ -67,6 +97,9 @@ impl Store {
             && let Err(error) = self.discard(unused).await
         {
             tracing::warn!(%error, folder = unused, "adapter files stay until the store is opened again");
+        }
+        if target.finish.is_some() {
+            self.sweep(&target.adapter).await;
         }
         result.map(|(generation, _)| {
             let head = Some(generation.id);
@@ -134,6 +167,10 @@ impl Store {
             return Err(StoreError::not_found("user", &target.adapter));
         }
         let (generation, replaced) = record(&mut tx, target, user, generation).await?;
+        if let (Some((fence, outcome)), Some(lesson)) = (&target.finish, &target.lesson) {
+            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &lesson.manifest).await?;
+            sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
+        }
         sql::garbage::delete(&mut tx, folder).await?;
         move_head(&mut tx, &target.adapter, target.expected_head, Some(generation.id)).await?;
         tx.commit().await?;
@@ -250,7 +287,7 @@ async fn record(
 }
 
 /// Length and hash of `bytes`, worked out where it may take a while.
-async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
+pub(crate) async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
     let hash = move || {
         let sha256 = Sha256::digest(&bytes).into();
         (Fingerprint { bytes: bytes.len() as u64, sha256 }, bytes)

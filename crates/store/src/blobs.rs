@@ -10,7 +10,7 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use tokio::sync::Mutex;
-use types::{AdapterId, GenerationId};
+use types::{AdapterId, GenerationId, JobId};
 use uuid::Uuid;
 
 use crate::{StoreError, disk};
@@ -50,6 +50,11 @@ impl Blobs {
     /// without a thought for others that publish the same generation.
     pub(crate) fn new_folder(adapter: &AdapterId, generation: &GenerationId) -> String {
         format!("{ROOT}/{}/{}/{generation}/{}", adapter.tenant, adapter.owner, Uuid::new_v4().simple())
+    }
+
+    /// The same for a job's checkpoint. No generation's id looks like this.
+    pub(crate) fn new_checkpoint_folder(adapter: &AdapterId, job: &JobId) -> String {
+        format!("{ROOT}/{}/{}/job-{job}/{}", adapter.tenant, adapter.owner, Uuid::new_v4().simple())
     }
 
     /// Writes the files of a new folder. When this returns, files and folder names are on disk.

@@ -1,12 +1,12 @@
 //! Histories: uploads, pages, erasure.
 
-use types::{AdapterId, HistoryItem, HistoryStats, ItemId, NewItem, Timestamp};
+use types::{AdapterId, HistoryItem, HistoryStats, ItemId, NewItem, Timestamp, TrainingOptions};
 use uuid::{NoContext, Uuid};
 
 use crate::records::HistoryCursor;
 use crate::sql::requests::Request;
 use crate::sql::{self, Connection, UserKey};
-use crate::{Appended, Page, Store, StoreError};
+use crate::{Appended, Demand, Fence, Page, Store, StoreError};
 
 /// How long an upload can be repeated with its idempotency key: seven days.
 const KEEP_ANSWERS_MILLIS: i64 = 7 * 24 * 60 * 60 * 1000;
@@ -33,6 +33,22 @@ impl Store {
         idempotency_key: Option<&str>,
         request_hash: [u8; 32],
         items: Vec<NewItem>,
+    ) -> Result<Appended, StoreError> {
+        self.append_for(adapter, idempotency_key, request_hash, items, None).await
+    }
+
+    /// [`Store::append`], with hyper-parameters for the job in place of the tenant's. If nothing is new, they are not
+    /// used.
+    ///
+    /// # Errors
+    /// Those of [`Store::append`].
+    pub async fn append_for(
+        &self,
+        adapter: &AdapterId,
+        idempotency_key: Option<&str>,
+        request_hash: [u8; 32],
+        items: Vec<NewItem>,
+        training: Option<TrainingOptions>,
     ) -> Result<Appended, StoreError> {
         if adapter.user().is_none() {
             return Err(StoreError::Invalid {
@@ -63,7 +79,10 @@ impl Store {
         sql::users::grow(&mut tx, user.key, new).await?;
         let job = match new.items {
             0 => sql::jobs::latest(&mut tx, user.key).await?,
-            _ => Some(self.queued_job(&mut tx, user.key).await?),
+            _ => {
+                let demand = Demand { new_items: new.items, training, ..Demand::default() };
+                Some(self.queued_job(&mut tx, user.key, &demand).await?)
+            }
         };
         let answer = Appended {
             accepted: new.items,
@@ -119,6 +138,19 @@ impl Store {
         Ok(found.into_iter().map(|(_, item)| item).collect())
     }
 
+    /// What a claimed job is to learn from: the history as it was when the job was claimed first, so that another
+    /// claim reads the same. Items that have been erased since are not in it, nor are those that came since.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job.
+    pub async fn history_of(&self, fence: &Fence) -> Result<Vec<HistoryItem>, StoreError> {
+        let mut tx = self.read().await?;
+        let last = sql::jobs::last_item(&mut tx, fence).await?;
+        let (user, last) = last.ok_or_else(|| crate::jobs::fenced(fence))?;
+        let found = sql::items::list(&mut tx, user, HistoryCursor::START, None).await?;
+        Ok(found.into_iter().filter(|(place, _)| place.seq <= last).map(|(_, item)| item).collect())
+    }
+
     /// How much history a user has; nothing if there is no such user.
     ///
     /// # Errors
@@ -145,6 +177,8 @@ impl Store {
             sql::users::empty(&mut tx, user.key).await?;
             sql::jobs::cancel(&mut tx, user.key, "the history was erased", store.now()).await?;
             tx.commit().await?;
+            store.interrupt();
+            store.sweep(&adapter).await;
             store.forget().await;
             Ok(Some(erased))
         })

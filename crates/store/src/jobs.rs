@@ -4,39 +4,63 @@ use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, UserId};
 
 use crate::history::ordered_uuid;
 use crate::sql::{self, Connection, UserKey};
-use crate::{Claimed, Fence, Page, QueueStats, Store, StoreError};
+use crate::{Claimed, Demand, Fence, Lesson, Page, Policy, QueueStats, Standing, Store, StoreError};
 
 impl Store {
-    /// Makes sure that a job will train on the user's history as it is now: enqueues one, or returns
-    /// the queued one. `None` if there is no such user.
+    /// Makes sure that a job will train on the user's history as it is now, and as `demand` says:
+    /// enqueues one, or adds to the queued one. `None` if there is no such user.
     ///
     /// # Errors
     /// If the database fails.
-    pub async fn enqueue(&self, adapter: &AdapterId) -> Result<Option<Job>, StoreError> {
+    pub async fn enqueue(&self, adapter: &AdapterId, demand: &Demand) -> Result<Option<Job>, StoreError> {
         let mut tx = self.write().await?;
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
-        let job = self.queued_job(&mut tx, user.key).await?;
+        let job = self.queued_job(&mut tx, user.key, demand).await?;
         tx.commit().await?;
         Ok(Some(job))
     }
 
     /// The user's queued job, made if there is none. A running job does not count: it may have read
     /// the history already.
-    pub(crate) async fn queued_job(&self, db: &mut Connection, user: UserKey) -> Result<Job, StoreError> {
-        if let Some(job) = sql::jobs::queued(db, user).await? {
-            return Ok(job);
-        }
+    pub(crate) async fn queued_job(
+        &self,
+        db: &mut Connection,
+        user: UserKey,
+        demand: &Demand,
+    ) -> Result<Job, StoreError> {
         let now = self.now();
-        let id: JobId = ordered_uuid(now).parse().expect("a uuid is a valid job id");
-        sql::jobs::insert(db, user, &id, now).await?;
+        let id = match sql::jobs::queued(db, user).await? {
+            Some(job) => job.id,
+            None => {
+                let id: JobId = ordered_uuid(now).parse().expect("a uuid is a valid job id");
+                sql::jobs::insert(db, user, &id, now).await?;
+                id
+            }
+        };
+        sql::jobs::demand(db, user, demand, now).await?;
         sql::jobs::queued(db, user).await?.ok_or_else(|| StoreError::not_found("job", id))
     }
 
-    /// Gives `worker` the oldest job that can be claimed, if there is one: a queued job whose user has
-    /// no running one, or a running job whose lease has run out (its worker has crashed).
+    /// Calls a job off: one that waits will not run, the worker of one that runs can do nothing more with it and learns
+    /// so at once. A job that has ended stays as it is. Returns the job as it is now; `None` if the tenant has no such
+    /// job.
     ///
-    /// The worker must `beat` at least every `lease_millis`, or the job goes to the next one. A job
-    /// that was claimed `max_attempts` times and is up for another claim is failed instead.
+    /// # Errors
+    /// If the database fails.
+    pub async fn cancel(&self, tenant: &TenantId, id: &JobId) -> Result<Option<Job>, StoreError> {
+        let mut tx = self.write().await?;
+        let Some(job) = sql::jobs::find(&mut tx, tenant, id).await? else { return Ok(None) };
+        let called_off = sql::jobs::call_off(&mut tx, id, "cancelled on request", self.now()).await?;
+        let job = sql::jobs::find(&mut tx, tenant, id).await?.unwrap_or(job);
+        tx.commit().await?;
+        if called_off {
+            self.interrupt();
+            self.sweep(&job.adapter).await;
+        }
+        Ok(Some(job))
+    }
+
+    /// [`Store::claim_ripe`] without waiting.
     ///
     /// # Errors
     /// If the database fails.
@@ -46,10 +70,35 @@ impl Store {
         lease_millis: i64,
         max_attempts: u32,
     ) -> Result<Option<Claimed>, StoreError> {
-        let now = self.now();
+        self.claim_ripe(worker, lease_millis, max_attempts, &Policy::AT_ONCE).await
+    }
+
+    /// Gives `worker` the next job that can be claimed, if there is one: a queued job that `policy` lets go
+    /// and whose user has no running one, or a running job whose lease has run out (its worker has crashed).
+    /// Tenants take turns, whoever was served longest ago first; within a tenant the oldest job is next. Jobs
+    /// of whom a pause holds are left alone.
+    ///
+    /// The worker must `beat` at least every `lease_millis`, or the job goes to the next one. A job
+    /// that was claimed `max_attempts` times and is up for another claim is failed instead.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn claim_ripe(
+        &self,
+        worker: &str,
+        lease_millis: i64,
+        max_attempts: u32,
+        policy: &Policy,
+    ) -> Result<Option<Claimed>, StoreError> {
         let mut tx = self.write().await?;
-        let given_up = sql::jobs::give_up(&mut tx, now, max_attempts.max(1)).await?;
-        let claimed = sql::jobs::claim(&mut tx, worker, now, now.plus_millis(lease_millis)).await?;
+        // Waiting for this turn may have taken long, and a heartbeat may wait behind it.
+        let now = self.now();
+        for (fence, lease_millis) in self.beats().waiting() {
+            sql::jobs::beat(&mut tx, &fence, None, now.plus_millis(lease_millis)).await?;
+        }
+        let given_up = sql::claims::give_up(&mut tx, now, max_attempts.max(1)).await?;
+        let lease_until = now.plus_millis(lease_millis);
+        let claimed = sql::claims::claim(&mut tx, worker, now, lease_until, policy).await?;
         tx.commit().await?;
         if given_up > 0 {
             tracing::warn!(jobs = given_up, max_attempts, "gave up jobs that had too many attempts");
@@ -57,7 +106,16 @@ impl Store {
         Ok(claimed.map(|(job, token)| Claimed { fence: Fence { job: job.id.clone(), token }, job }))
     }
 
-    /// Reports that a job is being worked on (and how far it is), which extends its lease.
+    /// How a worker stands with a job that it has claimed; changes nothing.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn standing(&self, fence: &Fence) -> Result<Standing, StoreError> {
+        sql::claims::standing(&mut *self.read().await?, fence).await
+    }
+
+    /// Reports that a job is being worked on (and how far it is), which extends its lease from now on. While this waits
+    /// for others that write, nobody gets the job either.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job and must stop.
@@ -67,8 +125,9 @@ impl Store {
         progress: Option<JobProgress>,
         lease_millis: i64,
     ) -> Result<(), StoreError> {
-        let lease_until = self.now().plus_millis(lease_millis);
+        let _announced = self.beats().announce(fence, lease_millis);
         let mut tx = self.write().await?;
+        let lease_until = self.now().plus_millis(lease_millis);
         if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), lease_until).await? {
             return Err(fenced(fence));
         }
@@ -82,13 +141,42 @@ impl Store {
     /// [`StoreError::Fenced`] if the worker has lost the job, [`StoreError::Invalid`] if a number of
     /// the outcome is not finite.
     pub async fn finish(&self, fence: &Fence, outcome: &JobOutcome) -> Result<Job, StoreError> {
+        self.finish_with(fence, outcome, None).await
+    }
+
+    /// [`Store::finish`] for a job that has trained: notes what that cost.
+    ///
+    /// # Errors
+    /// Those of [`Store::finish`].
+    pub async fn finish_lesson(
+        &self,
+        fence: &Fence,
+        outcome: &JobOutcome,
+        lesson: &Lesson,
+    ) -> Result<Job, StoreError> {
+        self.finish_with(fence, outcome, Some(lesson)).await
+    }
+
+    async fn finish_with(
+        &self,
+        fence: &Fence,
+        outcome: &JobOutcome,
+        lesson: Option<&Lesson>,
+    ) -> Result<Job, StoreError> {
         check_outcome(outcome)?;
+        let now = self.now();
         let mut tx = self.write().await?;
-        if !sql::jobs::succeed(&mut tx, fence, outcome, self.now()).await? {
+        if let Some(lesson) = lesson {
+            let found = sql::jobs::last_item(&mut tx, fence).await?;
+            let (user, _) = found.ok_or_else(|| fenced(fence))?;
+            sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, now).await?;
+        }
+        if !sql::jobs::succeed(&mut tx, fence, outcome, now).await? {
             return Err(fenced(fence));
         }
         let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
         tx.commit().await?;
+        self.sweep(&job.adapter).await;
         Ok(job)
     }
 
@@ -117,6 +205,7 @@ impl Store {
         }
         let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
         tx.commit().await?;
+        self.sweep(&job.adapter).await;
         Ok(job)
     }
 
@@ -135,6 +224,7 @@ impl Store {
         }
         let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
         tx.commit().await?;
+        self.sweep(&job.adapter).await;
         Ok(job)
     }
 

@@ -12,21 +12,28 @@
 //! another tenant does not exist.
 
 mod adapters;
+mod beats;
 mod blobs;
+mod checkpoints;
 mod disk;
 mod error;
+mod forget;
 mod history;
 mod jobs;
+mod lessons;
 mod lineage;
 mod moves;
+mod pauses;
 mod records;
 mod sql;
 mod store;
 mod users;
 
 pub use error::StoreError;
+pub use lessons::item_hash;
 pub use records::{
-    AdapterFiles, Appended, Claimed, Expected, Fence, Fingerprint, GenerationCursor, GenerationRecord,
-    HistoryCursor, NewGeneration, Origin, Page, QueueStats, SharedRecord, UserRecord,
+    AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten, GenerationCursor,
+    GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy, Progress,
+    ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
 };
 pub use store::Store;

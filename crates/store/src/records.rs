@@ -3,7 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use types::{AdapterId, AdapterName, GenerationId, HistoryStats, Job, JobId, Timestamp};
+use types::{
+    AdapterId, AdapterName, GenerationId, HistoryStats, ItemId, Job, JobId, Timestamp, TrainingOptions,
+};
 
 use crate::StoreError;
 
@@ -254,4 +256,154 @@ pub struct UserRecord {
     pub job: Option<Job>,
     /// When the user's first request came.
     pub created_at: Timestamp,
+}
+
+/// What a job is to do, beyond reading the history.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Demand {
+    /// Items that have come.
+    pub new_items: u64,
+    /// Not to wait for more items.
+    pub urgent: bool,
+    /// To learn from fresh weights.
+    pub from_scratch: bool,
+    /// Hyper-parameters in place of the tenant's.
+    pub training: Option<TrainingOptions>,
+}
+
+/// When a queued job is worth doing. One that is urgent or has been tried before does not wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// Fewest new items.
+    pub min_new_items: u64,
+    /// Time without further items.
+    pub debounce_millis: i64,
+    /// Longest wait for either.
+    pub max_staleness_millis: i64,
+}
+
+impl Policy {
+    /// Nothing waits.
+    pub const AT_ONCE: Self = Self { min_new_items: 0, debounce_millis: 0, max_staleness_millis: 0 };
+}
+
+/// How the holder of a claim stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// The job is still this worker's.
+    Held,
+    /// It is, but its tenant or user is paused: the worker should give it back.
+    Paused,
+    /// It is not: the worker must stop.
+    Lost,
+}
+
+/// What a training was made of.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Lesson {
+    /// From fresh weights, rather than on from the head.
+    pub from_scratch: bool,
+    /// The history's length.
+    pub items: u64,
+    /// Items learnt for the first time.
+    pub new_items: u64,
+    /// Items learnt again.
+    pub replayed_items: u64,
+    /// [`item_hash`](crate::item_hash) of every item in the weights, those of the generations they grew from among them.
+    pub manifest: Vec<[u8; 32]>,
+}
+
+/// Which items have gone into a generation's weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Manifest {
+    /// Those with these hashes, ascending.
+    Items(Vec<[u8; 32]>),
+    /// It was trained before manifests were kept: it may be any.
+    Unknown,
+}
+
+impl Manifest {
+    /// Whether one of these items may have gone in.
+    #[must_use]
+    pub fn has_any(&self, items: &[[u8; 32]]) -> bool {
+        match self {
+            Self::Items(hashes) => items.iter().any(|item| hashes.binary_search(item).is_ok()),
+            Self::Unknown => true,
+        }
+    }
+}
+
+/// What one training cost and came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProgressPoint {
+    /// The job.
+    pub job: JobId,
+    /// When it ended.
+    pub at: Timestamp,
+    /// From fresh weights, rather than on from the head.
+    pub from_scratch: bool,
+    /// The history's length.
+    pub items: u64,
+    /// Items learnt for the first time.
+    pub new_items: u64,
+    /// Items learnt again.
+    pub replayed_items: u64,
+    /// Tokens that went through training.
+    pub tokens: u64,
+    /// Seconds from claim to end.
+    pub seconds: f64,
+    /// Bits per held-out answer token under the base; absent if the training came to no numbers.
+    pub base_bits: Option<f64>,
+    /// The same under the head before it.
+    pub head_bits: Option<f64>,
+    /// The same under the new weights.
+    pub new_bits: Option<f64>,
+    /// The generation, if it was published.
+    pub generation: Option<GenerationId>,
+}
+
+/// What trainings of one sort have cost a user in all.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Cost {
+    /// How many there were.
+    pub trainings: u64,
+    /// Tokens that went through them.
+    pub tokens: u64,
+    /// Seconds they took.
+    pub seconds: f64,
+}
+
+/// How a user's trainings went.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// A page of them, in the order in which they ended.
+    pub points: Page<ProgressPoint, i64>,
+    /// What those cost that went on from the head, all pages.
+    pub updates: Cost,
+    /// What those cost that began with fresh weights, all pages.
+    pub from_scratch: Cost,
+}
+
+/// Items to forget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// One.
+    Item(ItemId),
+    /// All from the first time to the second, both included; open where absent.
+    Times(Option<Timestamp>, Option<Timestamp>),
+    /// All from the first item to the second in the history's order, both included; open where absent.
+    Items(Option<ItemId>, Option<ItemId>),
+}
+
+/// What was forgotten.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Forgotten {
+    /// Items deleted.
+    pub items: u64,
+    /// Generations deleted, because they had learnt from one of them.
+    pub generations: Vec<GenerationId>,
+    /// The generation that serves until the job is done; `None`: the base.
+    pub head: Option<GenerationId>,
+    /// The job that learns what is left from fresh weights; absent if nothing is left or nothing was deleted.
+    pub job: Option<Job>,
 }

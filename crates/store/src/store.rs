@@ -10,9 +10,11 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Connection as _, Sqlite, Transaction};
+use tokio::sync::watch;
 use tracing::Instrument as _;
 use types::{AdapterId, Clock, Timestamp};
 
+use crate::beats::Beats;
 use crate::blobs::Blobs;
 use crate::moves::{HeadMoves, Moving};
 use crate::{StoreError, disk, sql};
@@ -47,8 +49,11 @@ struct Inner {
     blobs: Blobs,
     clock: Arc<dyn Clock>,
     moves: HeadMoves,
+    beats: Beats,
     /// Held as long as the store lives.
     lock: Option<File>,
+    /// Counts what may have taken a job from its worker.
+    interrupts: watch::Sender<u64>,
 }
 
 impl fmt::Debug for Store {
@@ -77,8 +82,17 @@ impl Store {
         prepare(&writer).await?;
         let readers = connect(READERS, options.create_if_missing(false).read_only(true)).await?;
         let blobs = Blobs::in_folder(folder).await?;
-        let (moves, lock) = (HeadMoves::new(), Some(lock));
-        let store = Self { inner: Arc::new(Inner { writer, readers, blobs, clock, moves, lock }) };
+        let inner = Inner {
+            writer,
+            readers,
+            blobs,
+            clock,
+            moves: HeadMoves::new(),
+            beats: Beats::default(),
+            lock: Some(lock),
+            interrupts: watch::Sender::default(),
+        };
+        let store = Self { inner: Arc::new(inner) };
         store.recover().await?;
         Ok(store)
     }
@@ -92,8 +106,16 @@ impl Store {
         let writer = connect(1, connect_options()).await?;
         prepare(&writer).await?;
         let readers = writer.clone();
-        let (blobs, moves) = (Blobs::in_memory(), HeadMoves::new());
-        let inner = Inner { writer, readers, blobs, clock, moves, lock: None };
+        let inner = Inner {
+            writer,
+            readers,
+            blobs: Blobs::in_memory(),
+            clock,
+            moves: HeadMoves::new(),
+            beats: Beats::default(),
+            lock: None,
+            interrupts: watch::Sender::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -106,6 +128,17 @@ impl Store {
         if let Some(Err(error)) = self.inner.lock.as_ref().map(File::unlock) {
             tracing::warn!(%error, "cannot unlock the data folder");
         }
+    }
+
+    /// Changes whenever a job may have been taken from its worker, or paused: the worker then looks at its
+    /// [`Store::standing`], and need not do so all the time.
+    #[must_use]
+    pub fn interrupts(&self) -> watch::Receiver<u64> {
+        self.inner.interrupts.subscribe()
+    }
+
+    pub(crate) fn interrupt(&self) {
+        self.inner.interrupts.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     /// A number that is another one after every move of this adapter's head: a publish, a rollback, an erasure.
@@ -121,6 +154,10 @@ impl Store {
     /// To be held around every transaction that may move a head.
     pub(crate) fn moving(&self, adapter: &AdapterId) -> Moving<'_> {
         self.inner.moves.moving(adapter)
+    }
+
+    pub(crate) fn beats(&self) -> &Beats {
+        &self.inner.beats
     }
 
     pub(crate) fn now(&self) -> Timestamp {

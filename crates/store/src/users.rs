@@ -76,9 +76,11 @@ impl Store {
             if let Some(user) = &user {
                 sql::garbage::insert_all(&mut tx, user.key).await?;
                 sql::users::delete(&mut tx, user.key).await?;
+                sql::claims::forget_pause(&mut tx, &adapter).await?;
             }
             let folders = sql::garbage::of_user(&mut tx, &adapter).await?;
             tx.commit().await?;
+            store.interrupt();
             for folder in &folders {
                 store.discard(folder).await?;
             }

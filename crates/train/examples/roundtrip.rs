@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime, load};
-use peft::{Adapter, AdapterBatch, LoraWeights};
+use peft::{Adapter, AdapterBatch, AdapterWeights};
 use train::{Recipe, train};
 use types::Example;
 
@@ -53,10 +53,11 @@ fn trained(base: &BaseModel, seed: u32, folder: &Path) -> Fallible<Arc<Adapter>>
 
     std::fs::create_dir_all(folder)?;
     let (config, tensors) = (folder.join("adapter_config.json"), folder.join("adapter_model.safetensors"));
-    std::fs::write(&config, weights.config.to_json("tiny-llama"))?;
-    std::fs::write(&tensors, weights.to_safetensors(&base.shape())?)?;
-    let stored = LoraWeights::parse(&std::fs::read(config)?, &std::fs::read(tensors)?, &base.shape())?;
-    Ok(Arc::new(Adapter::new(&stored, Precision::Exact)))
+    let files = weights.to_files(&base.shape(), "tiny-llama")?;
+    std::fs::write(&config, files.config)?;
+    std::fs::write(&tensors, files.weights)?;
+    let stored = AdapterWeights::parse(&std::fs::read(config)?, &std::fs::read(tensors)?, &base.shape())?;
+    Ok(Arc::new(Adapter::build(&stored, base, Precision::Exact)?))
 }
 
 /// Logits after each token, `[tokens][vocab]`.

@@ -14,7 +14,7 @@ pub enum TrainError {
         /// What is wrong with it.
         problem: String,
     },
-    /// The loss or a weight became infinite or not a number.
+    /// The loss, the gradient or a weight became infinite or not a number.
     #[error("training diverged at step {step}: {what} is not finite")]
     Diverged {
         /// Optimiser step, counted from 0.
@@ -28,10 +28,10 @@ pub enum TrainError {
     /// The adapter's config does not fit the base.
     #[error(transparent)]
     Adapter(#[from] peft::PeftError),
-    /// The model failed.
+    /// A checkpoint is damaged, or of another run.
+    #[error("the checkpoint {0}")]
+    Checkpoint(&'static str),
+    /// A token or length is beyond the model.
     #[error(transparent)]
     Model(#[from] model::ModelError),
-    /// A tensor operation failed.
-    #[error(transparent)]
-    Candle(#[from] candle_core::Error),
 }

@@ -1,6 +1,6 @@
 //! How an adapter is trained: OPPU's recipe with every number open.
 
-use peft::{LoraConfig, MAX_RANK};
+use peft::{AdapterConfig, LoraConfig, MAX_RANK, MAX_VIRTUAL_TOKENS};
 
 use crate::error::TrainError;
 
@@ -8,8 +8,8 @@ use crate::error::TrainError;
 /// Parameter-Efficient Fine-tuning", 2024, and its released code).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
-    /// Rank, alpha, dropout and sites of the adapter.
-    pub lora: LoraConfig,
+    /// What is trained.
+    pub adapter: AdapterConfig,
     /// Passes over the examples.
     pub epochs: u32,
     /// Examples per optimiser step.
@@ -26,6 +26,11 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Tokens that go through the model at once; bounds the memory, not the result's meaning.
     pub micro_batch_tokens: usize,
+    /// Bytes of activations that are kept for the way back; what is not kept is computed again, to the same bits.
+    pub activation_bytes: usize,
+    /// Examples of a batch that begin with the same tokens compute them once, forward and backward. Their dropout is
+    /// then the same there: each example's mask is distributed as ever, but not independent of the others'.
+    pub share_prefix: bool,
     /// Seed of initial weights, order and dropout.
     pub seed: u64,
 }
@@ -35,7 +40,7 @@ impl Recipe {
     #[must_use]
     pub fn oppu() -> Self {
         Self {
-            lora: LoraConfig::oppu(),
+            adapter: AdapterConfig::Lora(LoraConfig::oppu()),
             epochs: 2,
             batch: 16,
             learning_rate: 1e-4,
@@ -44,6 +49,8 @@ impl Recipe {
             clip: 0.3,
             max_tokens: 2048,
             micro_batch_tokens: 512,
+            activation_bytes: 400 << 20,
+            share_prefix: true,
             seed: 0,
         }
     }
@@ -56,9 +63,18 @@ impl Recipe {
         let within = |field, ok: bool, limits: &str| {
             if ok { Ok(()) } else { Err(TrainError::Recipe { field, problem: format!("must be {limits}") }) }
         };
-        within("rank", (1..=MAX_RANK).contains(&self.lora.r), "from 1 to 64")?;
-        within("alpha", self.lora.alpha > 0.0 && self.lora.alpha <= 1e4, "above 0, at most 10000")?;
-        within("dropout", (0.0..1.0).contains(&self.lora.dropout), "from 0 to below 1")?;
+        match &self.adapter {
+            AdapterConfig::Lora(lora) => {
+                within("rank", (1..=MAX_RANK).contains(&lora.r), "from 1 to 64")?;
+                within("alpha", lora.alpha > 0.0 && lora.alpha <= 1e4, "above 0, at most 10000")?;
+                within("dropout", (0.0..1.0).contains(&lora.dropout), "from 0 to below 1")?;
+            }
+            AdapterConfig::Ia3(_) => {}
+            AdapterConfig::Prompt(prompt) => {
+                let most = (1..=MAX_VIRTUAL_TOKENS).contains(&prompt.virtual_tokens);
+                within("virtual_tokens", most, "from 1 to 1024")?;
+            }
+        }
         within("epochs", (1..=100).contains(&self.epochs), "from 1 to 100")?;
         within("batch", (1..=1024).contains(&self.batch), "from 1 to 1024")?;
         within("learning_rate", self.learning_rate > 0.0 && self.learning_rate <= 1.0, "above 0, at most 1")?;
@@ -67,6 +83,14 @@ impl Recipe {
         within("clip", self.clip > 0.0 && self.clip.is_finite(), "a positive number")?;
         within("max_tokens", (2..=1 << 20).contains(&self.max_tokens), "from 2 to 1048576")?;
         within("micro_batch_tokens", self.micro_batch_tokens > 0, "at least 1")
+    }
+
+    /// The share of values that dropout takes; none but LoRA's way down has any.
+    pub(crate) fn dropout(&self) -> f64 {
+        match &self.adapter {
+            AdapterConfig::Lora(lora) => lora.dropout,
+            AdapterConfig::Ia3(_) | AdapterConfig::Prompt(_) => 0.0,
+        }
     }
 
     /// Optimiser steps for so many examples.

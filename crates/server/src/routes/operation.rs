@@ -5,6 +5,7 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use types::TrainingLimits;
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -65,6 +66,25 @@ pub(crate) struct WireLimits {
     item_metadata_bytes: usize,
     page: u32,
     generation_seconds: u64,
+    training: WireTrainingLimits,
+}
+
+/// The most that an upload's or a job's `training` may ask for.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireTrainingLimits {
+    rank: usize,
+    virtual_tokens: usize,
+    epochs: u32,
+    batch: usize,
+    learning_rate: f64,
+    max_tokens: usize,
+}
+
+impl From<TrainingLimits> for WireTrainingLimits {
+    fn from(limits: TrainingLimits) -> Self {
+        let TrainingLimits { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens } = limits;
+        Self { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens }
+    }
 }
 
 /// The limits that requests are checked against.
@@ -93,6 +113,7 @@ pub(crate) async fn limits(State(app): State<App>) -> Json<WireLimits> {
         item_metadata_bytes: limits.item_metadata_bytes,
         page: limits.page,
         generation_seconds: limits.generation_timeout.as_secs(),
+        training: limits.training.into(),
     })
 }
 

@@ -111,6 +111,7 @@ async fn nobody_sees_what_is_anothers() {
     };
     let uploaded = ask(Some("key of one"), "POST", HISTORY, Some(items(3))).await.json();
     let job = format!("/v1/jobs/{}", uploaded["job"]["id"].as_str().unwrap());
+    let cancel = format!("{job}/cancel");
     let chat =
         json!({ "model": "base:ann", "messages": [{ "role": "user", "content": "x" }], "max_tokens": 2 });
     let generate = json!({ "inputs": "x", "parameters": { "adapter_id": "ann", "max_new_tokens": 2 } });
@@ -123,6 +124,12 @@ async fn nobody_sees_what_is_anothers() {
         ("GET", "/v1/users/ann/adapter/adapter_model.safetensors", None),
         ("GET", "/v1/models/base:ann", None),
         ("GET", job.as_str(), None),
+        ("GET", "/v1/users/ann/progress", None),
+        ("GET", "/v1/users/ann/adapter/manifest", None),
+        ("GET", "/v1/users/ann/training/pause", None),
+        ("PUT", "/v1/users/ann/training/pause", None),
+        ("POST", cancel.as_str(), None),
+        ("DELETE", "/v1/users/ann/history/i1", None),
         ("POST", "/v1/chat/completions", Some(chat)),
         ("POST", "/generate", Some(generate)),
         ("DELETE", "/v1/users/ann", None),

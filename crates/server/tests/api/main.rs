@@ -12,6 +12,7 @@ mod learn;
 mod lineage;
 mod openapi;
 mod shared;
+mod training;
 
 use std::sync::Arc;
 

@@ -76,6 +76,16 @@ pub(crate) async fn list(
     found.iter().map(|row| Ok((place(row)?, item(row)?))).collect()
 }
 
+/// Deletes one item.
+pub(crate) async fn delete_one(db: &mut Connection, user: UserKey, seq: i64) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM items WHERE user_id = $1 AND seq = $2")
+        .bind(user.0)
+        .bind(seq)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
 /// Deletes all items of the user and says how many there were.
 pub(crate) async fn delete(db: &mut Connection, user: UserKey) -> Result<u64, StoreError> {
     let done = sqlx::query("DELETE FROM items WHERE user_id = $1").bind(user.0).execute(db).await?;

@@ -5,6 +5,7 @@ use sqlx::sqlite::SqliteRow;
 use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, JobState, TenantId, Timestamp, UserId};
 
 use super::{Connection, UserKey, count, id, json_or_none, rows, time, time_or_none};
+use crate::records::Demand;
 use crate::{Fence, QueueStats, StoreError};
 
 /// Selects jobs with their owner's name; the argument is the rest of the statement.
@@ -26,13 +27,15 @@ fn job(row: &SqliteRow) -> Result<Job, StoreError> {
         progress: progress(row)?,
         outcome: json_or_none(row, "outcome")?,
         error: row.try_get("error")?,
+        from_scratch: row.try_get("scratch")?,
+        training: json_or_none(row, "training")?,
     })
 }
 
 fn state(row: &SqliteRow) -> Result<JobState, StoreError> {
-    use JobState::{Failed, Queued, Running, Succeeded};
+    use JobState::{Cancelled, Failed, Queued, Running, Succeeded};
     let text: &str = row.try_get("state")?;
-    let all = [Queued, Running, Succeeded, Failed];
+    let all = [Queued, Running, Succeeded, Failed, Cancelled];
     all.into_iter().find(|state| state.as_str() == text).ok_or_else(|| StoreError::unreadable("state", text))
 }
 
@@ -50,11 +53,36 @@ pub(crate) async fn insert(
     now: Timestamp,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO jobs (id, user_id, state, not_before, created_at) VALUES ($1, $2, 'queued', $3, $3)",
+        "INSERT INTO jobs (id, user_id, state, not_before, created_at, touched_at)
+         VALUES ($1, $2, 'queued', $3, $3, $3)",
     )
     .bind(id.as_str())
     .bind(user.0)
     .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Adds to what the user's queued job is to do. What it had read before is read anew.
+pub(crate) async fn demand(
+    db: &mut Connection,
+    user: UserKey,
+    demand: &Demand,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let training = demand.training.as_ref().map(serde_json::to_string).transpose();
+    sqlx::query(
+        "UPDATE jobs SET new_items = new_items + $2, touched_at = CASE WHEN $2 > 0 THEN $3 ELSE touched_at END,
+             urgent = urgent OR $4, scratch = scratch OR $5, training = COALESCE($6, training), last_item = NULL
+         WHERE user_id = $1 AND state = 'queued'",
+    )
+    .bind(user.0)
+    .bind(demand.new_items as i64)
+    .bind(now.0)
+    .bind(demand.urgent)
+    .bind(demand.from_scratch)
+    .bind(training.map_err(|error| StoreError::unreadable("training", error))?)
     .execute(db)
     .await?;
     Ok(())
@@ -126,56 +154,6 @@ pub(crate) async fn stats(db: &mut Connection) -> Result<QueueStats, StoreError>
         running: count(&row, "running")?,
         oldest_queued: time_or_none(&row, "oldest")?,
     })
-}
-
-/// Fails the jobs that could be claimed now but have been claimed `max_attempts` times.
-pub(crate) async fn give_up(
-    db: &mut Connection,
-    now: Timestamp,
-    max_attempts: u32,
-) -> Result<u64, StoreError> {
-    let done = sqlx::query(
-        "UPDATE jobs SET state = 'failed', finished_at = $1, lease_until = NULL,
-             error = 'gave up after ' || attempts || ' attempts; the last one: '
-                 || COALESCE(error, 'the worker ' || worker || ' stopped without a report')
-         WHERE state IN ('queued', 'running') AND attempts >= $2
-             AND ((state = 'running' AND lease_until <= $1) OR (state = 'queued' AND not_before <= $1))",
-    )
-    .bind(now.0)
-    .bind(max_attempts)
-    .execute(db)
-    .await?;
-    Ok(done.rows_affected())
-}
-
-/// Gives the oldest job that can be claimed to `worker`: one that waits, if the user has no running
-/// job, or one that runs, if its lease has run out.
-pub(crate) async fn claim(
-    db: &mut Connection,
-    worker: &str,
-    now: Timestamp,
-    lease_until: Timestamp,
-) -> Result<Option<(Job, i64)>, StoreError> {
-    let claimed: Option<i64> = sqlx::query_scalar(
-        "UPDATE jobs SET state = 'running', attempts = attempts + 1, token = token + 1, worker = $1,
-             lease_until = $3, started_at = $2, step = NULL, steps = NULL, loss = NULL, error = NULL
-         WHERE seq = (
-             SELECT j.seq FROM jobs j
-             WHERE j.state IN ('queued', 'running')
-                 AND ((j.state = 'running' AND j.lease_until <= $2)
-                     OR (j.state = 'queued' AND j.not_before <= $2 AND NOT EXISTS (
-                         SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
-             ORDER BY j.seq LIMIT 1)
-         RETURNING seq",
-    )
-    .bind(worker)
-    .bind(now.0)
-    .bind(lease_until.0)
-    .fetch_optional(&mut *db)
-    .await?;
-    let Some(seq) = claimed else { return Ok(None) };
-    let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;
-    Ok(Some((job(&row)?, row.try_get("token")?)))
 }
 
 /// Whether the fence is the latest one of a running job of this user.
@@ -280,6 +258,12 @@ pub(crate) async fn requeue(
     Ok(done.rows_affected() == 1)
 }
 
+/// A job by its place in the queue, and its fencing token.
+pub(super) async fn at(db: &mut Connection, seq: i64) -> Result<(Job, i64), StoreError> {
+    let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;
+    Ok((job(&row)?, row.try_get("token")?))
+}
+
 /// A held job as it is now, whoever's it is.
 pub(crate) async fn of_fence(db: &mut Connection, fence: &Fence) -> Result<Option<Job>, StoreError> {
     let row = sqlx::query(select!("WHERE j.id = $1 AND j.token = $2"))
@@ -288,6 +272,49 @@ pub(crate) async fn of_fence(db: &mut Connection, fence: &Fence) -> Result<Optio
         .fetch_optional(db)
         .await?;
     row.as_ref().map(job).transpose()
+}
+
+/// Calls a job off that has not ended: its worker can do nothing any more.
+pub(crate) async fn call_off(
+    db: &mut Connection,
+    id: &JobId,
+    reason: &str,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET state = 'cancelled', error = $2, finished_at = $3, lease_until = NULL, token = token + 1
+         WHERE id = $1 AND state IN ('queued', 'running')",
+    )
+    .bind(id.as_str())
+    .bind(reason)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Whose a held job is, and the last item that it reads.
+pub(crate) async fn last_item(
+    db: &mut Connection,
+    fence: &Fence,
+) -> Result<Option<(UserKey, i64)>, StoreError> {
+    let found: Option<(i64, i64)> = sqlx::query_as(
+        "SELECT user_id, last_item FROM jobs WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .fetch_optional(db)
+    .await?;
+    Ok(found.map(|(user, last)| (UserKey(user), last)))
+}
+
+/// The user's running job.
+pub(crate) async fn running(db: &mut Connection, user: UserKey) -> Result<Option<JobId>, StoreError> {
+    let row = sqlx::query("SELECT id FROM jobs WHERE user_id = $1 AND state = 'running'")
+        .bind(user.0)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(|row| id(row, "id")).transpose()
 }
 
 /// Ends the leases of all running jobs, so that they can be claimed at once.

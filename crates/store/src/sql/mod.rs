@@ -3,10 +3,13 @@
 //! The functions take a connection and the row ids of the caller's transaction, and decide nothing:
 //! rules that span tables are in the modules above.
 
+pub(crate) mod checkpoints;
+pub(crate) mod claims;
 pub(crate) mod garbage;
 pub(crate) mod generations;
 pub(crate) mod items;
 pub(crate) mod jobs;
+pub(crate) mod lessons;
 pub(crate) mod requests;
 pub(crate) mod users;
 

@@ -100,6 +100,17 @@ pub(crate) async fn grow(db: &mut Connection, user: UserKey, by: HistoryStats) -
     Ok(())
 }
 
+/// Takes from the figures of the user's history.
+pub(crate) async fn shrink(db: &mut Connection, user: UserKey, by: HistoryStats) -> Result<(), StoreError> {
+    sqlx::query("UPDATE users SET items = items - $2, bytes = bytes - $3 WHERE id = $1")
+        .bind(user.0)
+        .bind(by.items as i64)
+        .bind(by.bytes as i64)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
 /// Sets the figures of the user's history to nothing.
 pub(crate) async fn empty(db: &mut Connection, user: UserKey) -> Result<(), StoreError> {
     sqlx::query("UPDATE users SET items = 0, bytes = 0 WHERE id = $1").bind(user.0).execute(db).await?;

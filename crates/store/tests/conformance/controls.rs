@@ -6,7 +6,7 @@
 use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::trial::Trial;
-use crate::{adapters, history, jobs, lineage, users};
+use crate::{adapters, history, jobs, learning, lineage, users};
 
 /// Runs `property` on a store with `trigger`, and asserts that it panics.
 async fn must_fail<F>(trigger: &'static str, property: impl FnOnce(Trial) -> F)
@@ -140,4 +140,51 @@ async fn a_shared_key_is_noticed() {
         BEGIN INSERT INTO requests SELECT NEW.id, r.key, r.hash, 0, 0, 0, NULL, r.created_at FROM requests r; END";
     must_fail(trigger, history::keys_belong_to_users_and_expire).await;
     must_fail(trigger, users::tenants_are_apart).await;
+}
+
+#[tokio::test]
+async fn a_job_that_cannot_be_called_off_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF state ON jobs WHEN NEW.state = 'cancelled'
+        BEGIN UPDATE jobs SET state = OLD.state, token = OLD.token WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_cancelled_job_is_over).await;
+    must_fail(trigger, learning::what_has_learnt_from_an_item_is_forgotten_with_it).await;
+}
+
+#[tokio::test]
+async fn a_tenant_who_pushes_in_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF served ON turns
+        BEGIN UPDATE turns SET served = 0 WHERE tenant = NEW.tenant; END;
+        CREATE TRIGGER u AFTER INSERT ON turns BEGIN UPDATE turns SET served = 0; END";
+    must_fail(trigger, learning::tenants_take_turns).await;
+}
+
+#[tokio::test]
+async fn a_pause_that_does_not_hold_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON pauses BEGIN DELETE FROM pauses; END";
+    must_fail(trigger, learning::a_pause_holds_jobs_back).await;
+}
+
+#[tokio::test]
+async fn a_forgetful_manifest_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON manifests
+        BEGIN UPDATE manifests SET items = x'' WHERE generation = NEW.generation; END";
+    must_fail(trigger, learning::what_has_learnt_from_an_item_is_forgotten_with_it).await;
+}
+
+#[tokio::test]
+async fn a_history_that_grows_under_a_job_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF last_item ON jobs WHEN NEW.last_item < 1000000
+        BEGIN UPDATE jobs SET last_item = 1000000 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_job_reads_the_same_history_again).await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_outlives_its_job_is_noticed() {
+    must_fail("DROP TRIGGER checkpoints_end", learning::a_checkpoint_ends_with_its_job).await;
+}
+
+#[tokio::test]
+async fn lost_progress_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON progress WHEN NEW.scratch BEGIN DELETE FROM progress WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::progress_is_kept).await;
 }

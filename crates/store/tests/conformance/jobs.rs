@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use store::{Fence, StoreError};
+use store::{Demand, Fence, StoreError};
 use types::{GateReport, JobOutcome, JobProgress, JobState};
 
 use crate::trial::{ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, item, outcome, text};
@@ -13,7 +13,7 @@ pub(crate) async fn uploads_coalesce_into_the_queued_job(t: Trial) {
     assert_eq!(first.adapter, alice());
     t.clock.advance_millis(5);
     assert_eq!(t.append(&alice(), vec![text("b")]).await.job.unwrap(), first);
-    assert_eq!(t.store.enqueue(&alice()).await.unwrap().unwrap(), first);
+    assert_eq!(t.store.enqueue(&alice(), &Demand::default()).await.unwrap().unwrap(), first);
     let other = t.append(&bob(), vec![text("c")]).await.job.unwrap();
     assert_ne!(other.id, first.id);
     // A running job may have read the history: new items need the next one.
@@ -22,7 +22,7 @@ pub(crate) async fn uploads_coalesce_into_the_queued_job(t: Trial) {
     let next = t.append(&alice(), vec![text("d")]).await.job.unwrap();
     assert_ne!(next.id, first.id);
     assert_eq!(t.append(&alice(), vec![text("e")]).await.job.unwrap(), next);
-    assert_eq!(t.store.enqueue(&adapter("acme", "nobody")).await.unwrap(), None);
+    assert_eq!(t.store.enqueue(&adapter("acme", "nobody"), &Demand::default()).await.unwrap(), None);
 }
 
 pub(crate) async fn duplicates_enqueue_nothing(t: Trial) {
@@ -34,7 +34,7 @@ pub(crate) async fn duplicates_enqueue_nothing(t: Trial) {
     assert_eq!(t.append(&alice(), vec![item("x", 1)]).await.job.unwrap(), finished);
     assert_eq!(t.claim().await, None);
     // On demand, there is another run without new items.
-    assert_eq!(t.store.enqueue(&alice()).await.unwrap().unwrap().state, JobState::Queued);
+    assert_eq!(t.store.enqueue(&alice(), &Demand::default()).await.unwrap().unwrap().state, JobState::Queued);
 }
 
 pub(crate) async fn the_oldest_claimable_job_is_next(t: Trial) {
@@ -227,6 +227,8 @@ pub(crate) async fn an_outcome_comes_back(t: Trial) {
         base_bits: 3.1,
         head_bits: None,
         new_bits: 2.9,
+        p_base: Some(0.01),
+        p_head: None,
         verdict: "better".to_owned(),
     };
     let full = JobOutcome { gate: Some(gate.clone()), ..outcome(None) };

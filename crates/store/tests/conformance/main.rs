@@ -5,6 +5,7 @@ mod adapters;
 mod controls;
 mod history;
 mod jobs;
+mod learning;
 mod lineage;
 mod trial;
 mod users;
@@ -51,6 +52,10 @@ conformance! {
         a_generation_comes_back, publishing_ends_the_job, a_stale_publisher_changes_nothing,
         one_of_two_publishers_wins, one_of_many_equal_publishers_wins, republishing_is_harmless,
         an_id_means_its_bytes, a_cancelled_publish_is_whole_or_absent;
+    learning:
+        a_cancelled_job_is_over, a_pause_holds_jobs_back, tenants_take_turns, a_job_waits_as_the_policy_says,
+        demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, a_checkpoint_ends_with_its_job,
+        what_has_learnt_from_an_item_is_forgotten_with_it, ranges_select_what_they_say, progress_is_kept;
     lineage:
         heads_can_be_moved, old_generations_are_pruned, generations_say_where_they_come_from,
         any_head_can_be_replaced, generations_come_in_pages, pinned_generations_stay, generations_are_deleted_singly,

@@ -5,7 +5,7 @@ mod form;
 mod generations;
 mod import;
 mod rollback;
-mod wire;
+pub(crate) mod wire;
 
 use axum::Json;
 use axum::extract::{FromRequestParts, MatchedPath, Path, State};

@@ -1,0 +1,204 @@
+//! Products of many rows with a frozen matrix, forwards and backwards: every panel is decoded once for all rows.
+//!
+//! The weight itself gets no gradient. Rows are summed in one fixed order each, in float32.
+
+use std::cell::Cell;
+
+use rayon::prelude::*;
+
+use crate::lanes::{Lanes, isa, multiversion};
+use crate::layout::{Columns, with_layout};
+use crate::matrices::Product;
+use crate::parallel::Shared;
+use crate::weight::{PANEL, Panel, Weight};
+
+thread_local! {
+    static DECODED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Decoded values a task works with at a time: they stay in the second-level cache.
+const DECODED_VALUES: usize = 48 * 1024;
+
+/// Rows that pass over the decoded values together, while they are in the first-level cache.
+const BLOCK_ROWS: usize = 12;
+
+/// Input columns of a backward task, and output features it decodes at a time.
+const BACK: (usize, usize) = (96, 128);
+
+/// `y = x Wᵀ`: `x` is (rows, input features), `y` (rows, output features). On the caller's rayon pool.
+///
+/// # Panics
+/// When a buffer's length does not fit the weight's shape.
+pub fn linear_many(weight: &Weight, x: &[f32], y: &mut [f32]) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let m = x.len() / k;
+    assert_eq!(x.len(), m * k, "x does not divide into rows of {k}");
+    assert_eq!(y.len(), m * n, "y is not {m} x {n}");
+    let each = (DECODED_VALUES / (PANEL * k)).clamp(1, 8);
+    let tasks = weight.panels().div_ceil(each);
+    let (stripes, rows) = stripes(tasks, m);
+    let y = Shared::new(y);
+    (0..tasks * stripes).into_par_iter().for_each(|task| {
+        let (panel, row) = (task / stripes * each, task % stripes * rows);
+        let panels = [panel, (panel + each).min(weight.panels())];
+        forwards(isa(), weight, panels, [row, (row + rows).min(m)], x, y);
+    });
+}
+
+/// `dx = dy W`: `dy` is (rows, output features), `dx` (rows, input features). Each row is summed over the output
+/// features in their order. On the caller's rayon pool.
+///
+/// # Panics
+/// When a buffer's length does not fit the weight's shape.
+pub fn linear_transposed(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let m = dy.len() / n;
+    assert_eq!(dy.len(), m * n, "dy does not divide into rows of {n}");
+    assert_eq!(dx.len(), m * k, "dx is not {m} x {k}");
+    let tasks = k.div_ceil(BACK.0);
+    let (stripes, rows) = stripes(tasks, m);
+    let dx = Shared::new(dx);
+    (0..tasks * stripes).into_par_iter().for_each(|task| {
+        let (column, row) = (task / stripes * BACK.0, task % stripes * rows);
+        let columns = [column, (column + BACK.0).min(k)];
+        backwards(isa(), weight, columns, [row, (row + rows).min(m)], dy, dx);
+    });
+}
+
+/// Rows are divided too when there are fewer tasks than would keep every thread busy to the end: each part decodes
+/// the weights again.
+fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
+    let wanted = (3 * rayon::current_num_threads()).div_ceil(tasks).min(rows.div_ceil(64)).max(1);
+    let each = rows.div_ceil(wanted).next_multiple_of(BLOCK_ROWS).max(BLOCK_ROWS);
+    (rows.div_ceil(each).max(1), each)
+}
+
+multiversion! {
+    fn forwards(weight: &Weight, panels: [usize; 2], rows: [usize; 2], x: &[f32], y: Shared<'_>)
+        = forwards_body<Lanes>
+}
+
+#[inline(always)]
+fn forwards_body<L: Lanes>(weight: &Weight, panels: [usize; 2], rows: [usize; 2], x: &[f32], y: Shared<'_>) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let mut decoded = DECODED.take();
+    decoded.resize(decoded.len().max((panels[1] - panels[0]) * PANEL * k), 0.0);
+    for (at, index) in (panels[0]..panels[1]).enumerate() {
+        let out = decoded[at * PANEL * k..][..PANEL * k].as_mut_ptr();
+        // SAFETY: the panel has `k` columns, the buffer `k` times sixteen values; this code is compiled for the unit.
+        unsafe {
+            with_layout!(
+                weight.format(),
+                codes: |C| columns::<L, C>(weight.panel(index), 0, k, out),
+                dense: |D| columns::<L, D>(weight.panel(index), 0, k, out),
+            );
+        }
+    }
+    for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
+        for (at, index) in (panels[0]..panels[1]).enumerate() {
+            let product = Product {
+                left: x[row * k..].as_ptr(),
+                row: k,
+                step: 1,
+                right: decoded[at * PANEL * k..].as_ptr(),
+                stride: PANEL,
+                len: k,
+                out: y.start().wrapping_add(row * n + index * PANEL),
+                out_stride: n,
+                add: false,
+            };
+            // SAFETY: the block's rows lie in `x` and `y`; tasks have disjoint rows or columns.
+            unsafe { product.strip(BLOCK_ROWS.min(rows[1] - row), PANEL.min(n - index * PANEL)) };
+        }
+    }
+    DECODED.set(decoded);
+}
+
+multiversion! {
+    fn backwards(weight: &Weight, columns: [usize; 2], rows: [usize; 2], dy: &[f32], dx: Shared<'_>)
+        = backwards_body<Lanes>
+}
+
+#[inline(always)]
+fn backwards_body<L: Lanes>(
+    weight: &Weight,
+    [from, to]: [usize; 2],
+    rows: [usize; 2],
+    dy: &[f32],
+    dx: Shared<'_>,
+) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let mut decoded = DECODED.take();
+    let groups = (to - from).div_ceil(PANEL);
+    decoded.resize(decoded.len().max(groups * PANEL * BACK.1), 0.0);
+    for first in (0..n).step_by(BACK.1) {
+        let count = BACK.1.min(n - first);
+        for panel in 0..count.div_ceil(PANEL) {
+            let source = weight.panel(first / PANEL + panel);
+            for group in 0..groups {
+                let width = PANEL.min(to - from - group * PANEL);
+                let mut block = [[0.0; PANEL]; PANEL];
+                // SAFETY: the panel has these columns, the block sixteen times sixteen values.
+                unsafe {
+                    let (column, out) = (from + group * PANEL, block.as_mut_ptr().cast());
+                    with_layout!(
+                        weight.format(),
+                        codes: |C| columns::<L, C>(source, column, width, out),
+                        dense: |D| columns::<L, D>(source, column, width, out),
+                    );
+                }
+                let out = &mut decoded[(group * BACK.1 + panel * PANEL) * PANEL..][..PANEL * PANEL];
+                transpose(&block, out);
+            }
+        }
+        for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
+            for group in 0..groups {
+                let column = from + group * PANEL;
+                let product = Product {
+                    left: dy[row * n + first..].as_ptr(),
+                    row: n,
+                    step: 1,
+                    right: decoded[group * BACK.1 * PANEL..].as_ptr(),
+                    stride: PANEL,
+                    len: count,
+                    out: dx.start().wrapping_add(row * k + column),
+                    out_stride: k,
+                    add: first > 0,
+                };
+                // SAFETY: the block's rows lie in `dy` and `dx`; tasks have disjoint rows or columns.
+                unsafe { product.strip(BLOCK_ROWS.min(rows[1] - row), PANEL.min(to - column)) };
+            }
+        }
+    }
+    DECODED.set(decoded);
+}
+
+/// Columns `from..from + count` of a panel, sixteen values each.
+///
+/// # Safety
+/// `from` is a multiple of four, the panel has these columns, `out` is valid for sixteen times `count` values; the CPU
+/// has the unit of `L`.
+#[inline(always)]
+unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize, out: *mut f32) {
+    // SAFETY: the caller vouches for the columns and the memory.
+    unsafe {
+        for group in 0..count / 4 {
+            let four: [L; 4] = C::four(panel, from / 4 + group);
+            for (at, column) in four.into_iter().enumerate() {
+                column.store(out.add((group * 4 + at) * PANEL));
+            }
+        }
+        for column in count / 4 * 4..count {
+            C::one::<L>(panel, from + column).store(out.add(column * PANEL));
+        }
+    }
+}
+
+#[inline(always)]
+fn transpose(block: &[[f32; PANEL]; PANEL], out: &mut [f32]) {
+    for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
+        for column in 0..PANEL {
+            out[column] = block[column][row];
+        }
+    }
+}

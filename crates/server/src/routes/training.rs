@@ -1,0 +1,278 @@
+//! `/v1/users/{user}/train`, `/v1/training/pause`, `/v1/users/{user}/training/pause`: training on demand, and on hold.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use store::Demand;
+use types::{AdapterKind, OptionError, RecipeName, TenantId, TrainingOptions, UserId};
+use utoipa::ToSchema;
+
+use crate::app::App;
+use crate::auth::Principal;
+use crate::body::{self, is_json, media_type, unsupported};
+use crate::error::{ApiError, ErrorBody};
+use crate::json::Object;
+use crate::routes::PathUser;
+use crate::routes::jobs::WireJob;
+use crate::routes::users::unknown_user;
+
+/// Hyper-parameters in place of the defaults; what is absent is the tenant's, or the server's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireTraining {
+    /// The numbers that the others are laid over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recipe: Option<WireRecipe>,
+    /// What the adapter is made of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<WireKind>,
+    /// Rank, for kinds of LoRA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 64)]
+    rank: Option<usize>,
+    /// Alpha, for kinds of LoRA; the rank if only that is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alpha: Option<f64>,
+    /// Dropout on the adapter's input, for kinds of LoRA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropout: Option<f64>,
+    /// Embeddings, for `prompt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    virtual_tokens: Option<usize>,
+    /// Passes over the items.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epochs: Option<u32>,
+    /// Items per optimiser step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<usize>,
+    /// Peak learning rate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    learning_rate: Option<f64>,
+    /// Decoupled weight decay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_decay: Option<f64>,
+    /// Share of the steps in which the rate rises.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warmup_ratio: Option<f64>,
+    /// Largest norm of the gradient.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clip: Option<f64>,
+    /// Tokens of an item; the rest is cut off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_tokens: Option<usize>,
+    /// Seed of initial weights, order and dropout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+}
+
+/// A recipe by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum WireRecipe {
+    /// The server's own numbers.
+    Default,
+    /// The numbers of OPPU's released code.
+    Oppu,
+}
+
+/// What an adapter is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum WireKind {
+    Lora,
+    Rslora,
+    Dora,
+    Ia3,
+    Prompt,
+}
+
+impl From<TrainingOptions> for WireTraining {
+    fn from(options: TrainingOptions) -> Self {
+        Self {
+            recipe: options.recipe.map(|recipe| match recipe {
+                RecipeName::Default => WireRecipe::Default,
+                RecipeName::Oppu => WireRecipe::Oppu,
+            }),
+            kind: options.kind.map(|kind| match kind {
+                AdapterKind::Lora => WireKind::Lora,
+                AdapterKind::Rslora => WireKind::Rslora,
+                AdapterKind::Dora => WireKind::Dora,
+                AdapterKind::Ia3 => WireKind::Ia3,
+                AdapterKind::Prompt => WireKind::Prompt,
+            }),
+            rank: options.rank,
+            alpha: options.alpha,
+            dropout: options.dropout,
+            virtual_tokens: options.virtual_tokens,
+            epochs: options.epochs,
+            batch: options.batch,
+            learning_rate: options.learning_rate,
+            weight_decay: options.weight_decay,
+            warmup_ratio: options.warmup_ratio,
+            clip: options.clip,
+            max_tokens: options.max_tokens,
+            seed: options.seed,
+        }
+    }
+}
+
+impl WireTraining {
+    /// The options, within limits; an error names the field.
+    pub(crate) fn check(self, app: &App) -> Result<TrainingOptions, ApiError> {
+        let options = TrainingOptions {
+            recipe: self.recipe.map(|recipe| match recipe {
+                WireRecipe::Default => RecipeName::Default,
+                WireRecipe::Oppu => RecipeName::Oppu,
+            }),
+            kind: self.kind.map(|kind| match kind {
+                WireKind::Lora => AdapterKind::Lora,
+                WireKind::Rslora => AdapterKind::Rslora,
+                WireKind::Dora => AdapterKind::Dora,
+                WireKind::Ia3 => AdapterKind::Ia3,
+                WireKind::Prompt => AdapterKind::Prompt,
+            }),
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            virtual_tokens: self.virtual_tokens,
+            epochs: self.epochs,
+            batch: self.batch,
+            learning_rate: self.learning_rate,
+            weight_decay: self.weight_decay,
+            warmup_ratio: self.warmup_ratio,
+            clip: self.clip,
+            max_tokens: self.max_tokens,
+            seed: self.seed,
+        };
+        let outside = |OptionError { field, limits }| {
+            ApiError::invalid(format!("training.{field}"), format!("must be {limits}"))
+        };
+        options.check(&app.limits.training).map_err(outside)?;
+        Ok(options)
+    }
+}
+
+/// What to train now.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TrainRequest {
+    /// Learn the whole history from fresh weights; otherwise what is new may be learnt on from the current adapter.
+    from_scratch: Option<bool>,
+    /// Hyper-parameters of this job.
+    training: Option<WireTraining>,
+}
+
+/// Trains a user's adapter now, without waiting for more history. The body may be left out.
+#[utoipa::path(
+    post,
+    path = "/v1/users/{user}/train",
+    tag = "learn",
+    params(("user" = String, Path)),
+    request_body = Option<TrainRequest>,
+    responses(
+        (status = 202, description = "Enqueued, or added to the job that waits", body = WireJob),
+        (status = 400, description = "A field is wrong; `param` names it", body = ErrorBody),
+        (status = 404, description = "No such user", body = ErrorBody),
+    )
+)]
+pub(crate) async fn train(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+    request: Request,
+) -> Result<(StatusCode, Json<WireJob>), ApiError> {
+    let media = media_type(request.headers());
+    let bytes = body::read(request, &app, app.limits.body_bytes).await?;
+    let wanted = match (bytes.is_empty(), media.as_deref()) {
+        (true, _) => TrainRequest::default(),
+        (false, Some(media)) if is_json(media) => Object::parse(&bytes, app.limits.json_depth)?.read()?,
+        (false, other) => return Err(unsupported(other, "application/json")),
+    };
+    let training = wanted.training.map(|training| training.check(&app)).transpose()?;
+    let from_scratch = wanted.from_scratch.unwrap_or(false);
+    let demand = Demand { urgent: true, from_scratch, training, ..Demand::default() };
+    let job = app.store.enqueue(&id, &demand).await?.ok_or_else(|| unknown_user(&id))?;
+    app.on_upload.notify_one();
+    Ok((StatusCode::ACCEPTED, Json(job.into())))
+}
+
+/// Whether training is on hold.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Pauses {
+    /// `training.pause`.
+    object: &'static str,
+    /// Nobody of this tenant is trained.
+    tenant_paused: bool,
+    /// This user is not trained; null for the whole tenant.
+    #[schema(required)]
+    user_paused: Option<bool>,
+}
+
+async fn pauses(app: &App, tenant: &TenantId, user: Option<&UserId>) -> Result<Json<Pauses>, ApiError> {
+    let (tenant_paused, own) = app.store.pauses(tenant, user).await?;
+    Ok(Json(Pauses { object: "training.pause", tenant_paused, user_paused: user.map(|_| own) }))
+}
+
+async fn set_pause(
+    app: &App,
+    tenant: &TenantId,
+    user: Option<&UserId>,
+    paused: bool,
+) -> Result<Json<Pauses>, ApiError> {
+    app.store.set_pause(tenant, user, paused).await?;
+    app.on_upload.notify_one();
+    pauses(app, tenant, user).await
+}
+
+/// Whether training is on hold for all users.
+#[utoipa::path(get, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "How it stands", body = Pauses)))]
+pub(crate) async fn read(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
+    pauses(&app, &principal.tenant, None).await
+}
+
+/// Puts training on hold for all users. Uploads are kept; a job under way goes back to the queue and keeps what it has
+/// done.
+#[utoipa::path(put, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "On hold", body = Pauses)))]
+pub(crate) async fn pause(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
+    set_pause(&app, &principal.tenant, None, true).await
+}
+
+/// Lets training go on; users who are on hold themselves stay so.
+#[utoipa::path(delete, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "Going on", body = Pauses)))]
+pub(crate) async fn resume(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
+    set_pause(&app, &principal.tenant, None, false).await
+}
+
+/// Whether a user's training is on hold.
+#[utoipa::path(get, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "How it stands", body = Pauses)))]
+pub(crate) async fn read_user(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+) -> Result<Json<Pauses>, ApiError> {
+    known(&app, &id).await?;
+    pauses(&app, &id.tenant, id.user()).await
+}
+
+/// Puts a user's training on hold.
+#[utoipa::path(put, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "On hold", body = Pauses), (status = 404, description = "No such user", body = ErrorBody)))]
+pub(crate) async fn pause_user(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+) -> Result<Json<Pauses>, ApiError> {
+    known(&app, &id).await?;
+    set_pause(&app, &id.tenant, id.user(), true).await
+}
+
+/// Lets a user's training go on.
+#[utoipa::path(delete, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "Going on", body = Pauses), (status = 404, description = "No such user", body = ErrorBody)))]
+pub(crate) async fn resume_user(
+    State(app): State<App>,
+    PathUser(id): PathUser,
+) -> Result<Json<Pauses>, ApiError> {
+    known(&app, &id).await?;
+    set_pause(&app, &id.tenant, id.user(), false).await
+}
+
+async fn known(app: &App, id: &types::AdapterId) -> Result<(), ApiError> {
+    app.store.user(id).await?.map(drop).ok_or_else(|| unknown_user(id))
+}

@@ -1,0 +1,128 @@
+//! Forgetting items: out of the history, out of what serves, and out of every generation that learnt from them.
+
+use types::{AdapterId, GenerationId, HistoryItem, HistoryStats, ItemId};
+
+use crate::records::HistoryCursor;
+use crate::sql::{self, Connection, UserKey};
+use crate::{Demand, Forgotten, Selection, Store, StoreError, item_hash};
+
+impl Store {
+    /// Deletes items, and with them whatever has learnt from them, in one transaction: generations whose manifest names
+    /// one of them (or is unknown), checkpoints, and the running job, which is cancelled. If the head is among them, the
+    /// newest generation that is left for the same base takes its place, or the base. A job is enqueued that learns what
+    /// is left from fresh weights, at once.
+    ///
+    /// Items that were only held out to judge a generation are not in its weights, and do not undo it.
+    /// `None` if there is no such user.
+    ///
+    /// # Errors
+    /// If the rows cannot be deleted; then nothing is.
+    pub async fn forget_items(
+        &self,
+        adapter: &AdapterId,
+        selection: &Selection,
+    ) -> Result<Option<Forgotten>, StoreError> {
+        let (store, adapter, selection) = (self.clone(), adapter.clone(), selection.clone());
+        Self::to_the_end(async move {
+            let _moving = store.moving(&adapter);
+            let mut tx = store.write().await?;
+            let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(None) };
+            let all = sql::items::list(&mut tx, user.key, HistoryCursor::START, None).await?;
+            let chosen = chosen(&all, &selection);
+            if chosen.is_empty() {
+                return Ok(Some(Forgotten { items: 0, generations: Vec::new(), head: user.head, job: None }));
+            }
+            let mut gone = HistoryStats::default();
+            for (place, item) in &chosen {
+                sql::items::delete_one(&mut tx, user.key, place.seq).await?;
+                gone.items += 1;
+                gone.bytes += (item.output.len() + item.input.as_ref().map_or(0, String::len)) as u64;
+            }
+            sql::users::shrink(&mut tx, user.key, gone).await?;
+            let hashes: Vec<_> = chosen.iter().map(|(_, item)| item_hash(item)).collect();
+            let (generations, head) = forget_generations(&mut tx, &adapter, &user, &hashes).await?;
+            sql::checkpoints::delete(&mut tx, user.key).await?;
+            if let Some(running) = sql::jobs::running(&mut tx, user.key).await? {
+                let reason = "items of its history were erased; another job learns what is left";
+                sql::jobs::call_off(&mut tx, &running, reason, store.now()).await?;
+            }
+            let demand = Demand { urgent: true, from_scratch: true, ..Demand::default() };
+            let job = match all.len() == chosen.len() {
+                true => {
+                    if let Some(queued) = sql::jobs::queued(&mut tx, user.key).await? {
+                        let reason = "the items it was to learn from were erased";
+                        sql::jobs::call_off(&mut tx, &queued.id, reason, store.now()).await?;
+                    }
+                    None
+                }
+                false => Some(store.queued_job(&mut tx, user.key, &demand).await?),
+            };
+            tx.commit().await?;
+            store.interrupt();
+            store.sweep(&adapter).await;
+            store.forget().await;
+            Ok(Some(Forgotten { items: gone.items, generations, head, job }))
+        })
+        .await
+    }
+}
+
+/// The selected items of a history in its order.
+fn chosen<'a>(
+    all: &'a [(HistoryCursor, HistoryItem)],
+    selection: &Selection,
+) -> Vec<&'a (HistoryCursor, HistoryItem)> {
+    let all_of = |keep: &dyn Fn(&HistoryItem) -> bool| all.iter().filter(|(_, item)| keep(item)).collect();
+    match selection {
+        Selection::Item(id) => all_of(&|item| item.id == *id),
+        Selection::Times(from, to) => all_of(&|item| {
+            from.is_none_or(|from| item.created_at >= from) && to.is_none_or(|to| item.created_at <= to)
+        }),
+        Selection::Items(from, to) => {
+            // An end that is not there selects nothing: it must not open the range.
+            let place = |id: &ItemId| all.iter().position(|(_, item)| item.id == *id);
+            let first = from.as_ref().map_or(Some(0), place);
+            let last = to.as_ref().map_or(all.len().checked_sub(1), place);
+            let range = first.zip(last).filter(|(first, last)| first <= last);
+            range.map_or_else(Vec::new, |(first, last)| all[first..=last].iter().collect())
+        }
+    }
+}
+
+/// Deletes the generations that have learnt from one of the items, and returns them and the head that is left.
+async fn forget_generations(
+    db: &mut Connection,
+    adapter: &AdapterId,
+    user: &sql::users::User,
+    items: &[[u8; 32]],
+) -> Result<(Vec<GenerationId>, Option<GenerationId>), StoreError> {
+    let all = sql::generations::list(db, user.key, None, None).await?;
+    let all: Vec<_> = all.into_iter().map(|(_, generation)| generation).collect();
+    let base = all.iter().find(|generation| Some(generation.id) == user.head).map(|head| head.base);
+    let (mut gone, mut left) = (Vec::new(), Vec::new());
+    for generation in all {
+        let tainted = learnt(db, user.key, &generation.id, items).await?;
+        if tainted { gone.push(generation) } else { left.push(generation) }
+    }
+    let mut head = user.head;
+    if gone.iter().any(|generation| Some(generation.id) == head) {
+        let next = left.iter().find(|generation| Some(generation.base) == base).map(|next| next.id);
+        sql::users::move_head(db, user.key, head.as_ref(), next.as_ref()).await?;
+        head = next;
+    }
+    for generation in &gone {
+        sql::garbage::insert(db, adapter, &generation.folder).await?;
+        sql::generations::delete(db, user.key, &generation.id).await?;
+    }
+    Ok((gone.into_iter().map(|generation| generation.id).collect(), head))
+}
+
+async fn learnt(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+    items: &[[u8; 32]],
+) -> Result<bool, StoreError> {
+    let manifest = sql::lessons::manifest(db, user, generation).await?;
+    Ok(manifest.is_some_and(|manifest| manifest.has_any(items)))
+}

@@ -1,0 +1,132 @@
+//! The tables `manifests` and `progress`: what was learnt, at what cost, and how well.
+
+use sqlx::Row as _;
+use sqlx::sqlite::SqliteRow;
+use types::{GenerationId, JobId, JobOutcome, Timestamp};
+
+use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
+use crate::StoreError;
+use crate::records::{Lesson, Manifest, ProgressPoint};
+
+/// The manifest of a generation; `None` if it has none.
+pub(crate) async fn manifest(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Option<Manifest>, StoreError> {
+    let row = sqlx::query("SELECT items FROM manifests WHERE user_id = $1 AND generation = $2")
+        .bind(user.0)
+        .bind(generation.as_bytes().as_slice())
+        .fetch_optional(db)
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    let Some(bytes) = row.try_get::<Option<&[u8]>, _>("items")? else { return Ok(Some(Manifest::Unknown)) };
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() {
+        return Err(StoreError::unreadable("manifest", format!("{} bytes", bytes.len())));
+    }
+    Ok(Some(Manifest::Items(hashes.to_vec())))
+}
+
+/// Notes what has gone into a generation's weights.
+pub(crate) async fn insert_manifest(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+    items: &[[u8; 32]],
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO manifests (user_id, generation, items) VALUES ($1, $2, $3)
+         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items",
+    )
+    .bind(user.0)
+    .bind(generation.as_bytes().as_slice())
+    .bind(items.as_flattened())
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Notes what a training cost and came to.
+pub(crate) async fn insert_progress(
+    db: &mut Connection,
+    user: UserKey,
+    job: &JobId,
+    lesson: &Lesson,
+    outcome: &JobOutcome,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let gate = outcome.gate.as_ref();
+    sqlx::query(
+        "INSERT INTO progress (user_id, job, at, scratch, items, new_items, replayed_items, tokens, seconds,
+             base_bits, head_bits, new_bits, generation)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+    )
+    .bind(user.0)
+    .bind(job.as_str())
+    .bind(now.0)
+    .bind(lesson.from_scratch)
+    .bind(lesson.items as i64)
+    .bind(lesson.new_items as i64)
+    .bind(lesson.replayed_items as i64)
+    .bind(outcome.trained_tokens as i64)
+    .bind(outcome.seconds)
+    .bind(gate.map(|gate| gate.base_bits))
+    .bind(gate.and_then(|gate| gate.head_bits))
+    .bind(gate.map(|gate| gate.new_bits))
+    .bind(outcome.generation.as_ref().map(|id| id.as_bytes().as_slice()))
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+fn point(row: &SqliteRow) -> Result<(i64, ProgressPoint), StoreError> {
+    let point = ProgressPoint {
+        job: id(row, "job")?,
+        at: time(row, "at")?,
+        from_scratch: row.try_get("scratch")?,
+        items: count(row, "items")?,
+        new_items: count(row, "new_items")?,
+        replayed_items: count(row, "replayed_items")?,
+        tokens: count(row, "tokens")?,
+        seconds: row.try_get("seconds")?,
+        base_bits: row.try_get("base_bits")?,
+        head_bits: row.try_get("head_bits")?,
+        new_bits: row.try_get("new_bits")?,
+        generation: generation_or_none(row, "generation")?,
+    };
+    Ok((row.try_get("seq")?, point))
+}
+
+/// The user's trainings after `after`, in the order in which they ended, each with its place.
+pub(crate) async fn progress(
+    db: &mut Connection,
+    user: UserKey,
+    after: i64,
+    limit: u32,
+) -> Result<Vec<(i64, ProgressPoint)>, StoreError> {
+    let found = sqlx::query("SELECT * FROM progress WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3")
+        .bind(user.0)
+        .bind(after)
+        .bind(rows(limit))
+        .fetch_all(db)
+        .await?;
+    found.iter().map(point).collect()
+}
+
+/// Number, tokens and seconds of the user's trainings: on from the head, and from fresh weights.
+pub(crate) async fn costs(db: &mut Connection, user: UserKey) -> Result<[(u64, u64, f64); 2], StoreError> {
+    let found = sqlx::query(
+        "SELECT scratch, count(*) AS runs, sum(tokens) AS tokens, sum(seconds) AS seconds
+         FROM progress WHERE user_id = $1 GROUP BY scratch",
+    )
+    .bind(user.0)
+    .fetch_all(db)
+    .await?;
+    let mut costs = [(0, 0, 0.0); 2];
+    for row in &found {
+        let scratch: bool = row.try_get("scratch")?;
+        costs[usize::from(scratch)] = (count(row, "runs")?, count(row, "tokens")?, row.try_get("seconds")?);
+    }
+    Ok(costs)
+}

@@ -1,0 +1,304 @@
+//! Properties of what surrounds training: calling off, pauses, turns, checkpoints, forgetting, progress.
+
+use store::{Claimed, Demand, Lesson, Manifest, Policy, Selection, Standing, item_hash};
+use types::{AdapterId, GenerationId, JobState, Timestamp, TrainingOptions};
+
+use crate::trial::{
+    ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, generation, item, outcome, text,
+};
+
+const WORK: [u8; 32] = [5; 32];
+
+pub(crate) async fn a_cancelled_job_is_over(t: Trial) {
+    let queued = t.append(&alice(), vec![text("a")]).await.job.unwrap();
+    assert_eq!(t.store.cancel(&"globex".parse().unwrap(), &queued.id).await.unwrap(), None);
+    let job = t.store.cancel(&alice().tenant, &queued.id).await.unwrap().unwrap();
+    assert_eq!((job.state, job.finished_at), (JobState::Cancelled, Some(t.now())));
+    assert!(job.error.unwrap().contains("cancelled"));
+    assert_eq!(t.claim().await, None);
+    let mut interrupts = t.store.interrupts();
+    let running = t.running_job(&alice()).await;
+    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
+    t.store.cancel(&alice().tenant, &running.job.id).await.unwrap();
+    assert!(interrupts.has_changed().unwrap(), "the worker is told");
+    interrupts.mark_unchanged();
+    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Lost);
+    assert_fenced(t.store.beat(&running.fence, None, LEASE).await);
+    assert_fenced(t.store.finish(&running.fence, &outcome(None)).await);
+    assert_fenced(t.store.release(&running.fence).await);
+    t.clock.advance_millis(2 * LEASE);
+    assert_eq!(t.claim().await, None);
+    // What has ended stays as it is.
+    let done = t.running_job(&alice()).await;
+    let finished = t.store.finish(&done.fence, &outcome(None)).await.unwrap();
+    assert_eq!(t.store.cancel(&alice().tenant, &finished.id).await.unwrap(), Some(finished));
+}
+
+pub(crate) async fn a_pause_holds_jobs_back(t: Trial) {
+    let tenant = alice().tenant;
+    let running = t.running_job(&alice()).await;
+    t.append(&bob(), vec![text("b")]).await;
+    t.store.set_pause(&tenant, bob().user(), true).await.unwrap();
+    assert_eq!(t.store.pauses(&tenant, bob().user()).await.unwrap(), (false, true));
+    assert_eq!(t.claim().await, None, "only bob's job waits, and bob is paused");
+    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
+    t.store.set_pause(&tenant, None, true).await.unwrap();
+    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
+    t.store.beat(&running.fence, None, LEASE).await.unwrap();
+    t.store.release(&running.fence).await.unwrap();
+    t.store.set_pause(&tenant, bob().user(), false).await.unwrap();
+    assert_eq!(t.claim().await, None, "the tenant is paused");
+    let other = t.running_job(&adapter("globex", "carol")).await;
+    assert_eq!(other.job.adapter.tenant.as_str(), "globex", "others go on");
+    t.store.set_pause(&tenant, None, false).await.unwrap();
+    assert_eq!(t.store.pauses(&tenant, None).await.unwrap(), (false, false));
+    assert_eq!(t.claim().await.unwrap().job.adapter, alice());
+    assert_eq!(t.claim().await.unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn tenants_take_turns(t: Trial) {
+    for i in 0..20 {
+        t.append(&adapter("busy", &format!("u{i}")), vec![text("a")]).await;
+    }
+    for i in 0..3 {
+        t.append(&adapter("calm", &format!("u{i}")), vec![text("a")]).await;
+    }
+    let mut served = Vec::new();
+    while let Some(claimed) = t.claim().await {
+        served.push(claimed.job.adapter.tenant.to_string());
+    }
+    assert_eq!(served.len(), 23);
+    assert_eq!(served[..7], ["busy", "calm", "busy", "calm", "busy", "calm", "busy"]);
+    // Whoever comes late does not make up for lost time.
+    t.append(&adapter("late", "u"), vec![text("a")]).await;
+    t.append(&adapter("busy", "new"), vec![text("a")]).await;
+    assert_eq!(t.claim().await.unwrap().job.adapter.tenant.as_str(), "late");
+}
+
+pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {
+    let policy = Policy { min_new_items: 3, debounce_millis: 100, max_staleness_millis: 10_000 };
+    let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
+    t.append(&alice(), vec![text("a"), text("b")]).await;
+    t.clock.advance_millis(200);
+    assert_eq!(claim().await, None, "too few");
+    t.append(&alice(), vec![text("c")]).await;
+    t.clock.advance_millis(99);
+    assert_eq!(claim().await, None, "more may come");
+    t.append(&alice(), vec![text("d")]).await;
+    t.clock.advance_millis(99);
+    assert_eq!(claim().await, None, "more has come");
+    t.clock.advance_millis(1);
+    let claimed = claim().await.unwrap();
+    t.store.finish(&claimed.fence, &outcome(None)).await.unwrap();
+    t.append(&alice(), vec![text("e")]).await;
+    t.clock.advance_millis(9_999);
+    assert_eq!(claim().await, None);
+    t.clock.advance_millis(1);
+    let stale = claim().await.unwrap();
+    // What has been tried waits for its retry only, and what is urgent for nothing.
+    t.store.fail(&stale.fence, "no memory", Some(50)).await.unwrap();
+    assert_eq!(claim().await, None);
+    t.clock.advance_millis(50);
+    let again = claim().await.unwrap();
+    t.store.finish(&again.fence, &outcome(None)).await.unwrap();
+    t.append(&bob(), vec![text("a")]).await;
+    assert_eq!(claim().await, None);
+    t.store.enqueue(&bob(), &Demand { urgent: true, ..Demand::default() }).await.unwrap();
+    assert_eq!(claim().await.unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn demands_add_up(t: Trial) {
+    let training =
+        TrainingOptions { rank: Some(4), learning_rate: Some(0.1 + 0.2), ..TrainingOptions::default() };
+    let items = vec![text("a")];
+    let appended = t.store.append_for(&alice(), None, [0; 32], items, Some(training.clone())).await.unwrap();
+    let job = appended.job.unwrap();
+    assert_eq!((job.training.as_ref(), job.from_scratch), (Some(&training), false));
+    let demand = Demand { from_scratch: true, ..Demand::default() };
+    let same = t.store.enqueue(&alice(), &demand).await.unwrap().unwrap();
+    assert_eq!((&same.id, same.training.as_ref(), same.from_scratch), (&job.id, Some(&training), true));
+    t.append(&alice(), vec![text("b")]).await;
+    let claimed = t.claim().await.unwrap().job;
+    assert_eq!((claimed.training, claimed.from_scratch), (Some(training), true));
+    // The next job begins with no demands.
+    let next = t.append(&alice(), vec![text("c")]).await.job.unwrap();
+    assert_eq!((next.training, next.from_scratch), (None, false));
+}
+
+pub(crate) async fn a_job_reads_the_same_history_again(t: Trial) {
+    let ids = async |claimed: &Claimed| {
+        let items = t.store.history_of(&claimed.fence).await.unwrap();
+        items.into_iter().map(|item| item.id.to_string()).collect::<Vec<_>>()
+    };
+    t.append(&alice(), vec![item("b", 2), item("a", 1)]).await;
+    let first = t.claim().await.unwrap();
+    t.append(&alice(), vec![item("early", 0)]).await;
+    assert_eq!(ids(&first).await, ["a", "b"]);
+    t.clock.advance_millis(LEASE);
+    let again = t.claim().await.unwrap();
+    assert_eq!(again.job.id, first.job.id);
+    assert_eq!(ids(&again).await, ["a", "b"]);
+    assert_fenced(t.store.history_of(&first.fence).await);
+    t.store.finish(&again.fence, &outcome(None)).await.unwrap();
+    let next = t.claim().await.unwrap();
+    assert_eq!(ids(&next).await, ["early", "a", "b"]);
+    // Back in the queue, a job takes in what comes.
+    t.store.release(&next.fence).await.unwrap();
+    t.append(&alice(), vec![item("late", 9)]).await;
+    assert_eq!(ids(&t.claim().await.unwrap()).await, ["early", "a", "b", "late"]);
+}
+
+pub(crate) async fn a_checkpoint_comes_back(t: Trial) {
+    let first = t.running_job(&alice()).await;
+    assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), None);
+    for state in [vec![1; 100_000], vec![2; 50], Vec::new(), vec![3; 7]] {
+        t.store.save_checkpoint(&alice(), &first.fence, WORK, state.clone()).await.unwrap();
+        assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), Some(state));
+    }
+    assert_eq!(t.store.checkpoint(&first.fence, [6; 32]).await.unwrap(), None, "other work");
+    t.clock.advance_millis(LEASE);
+    let second = t.claim().await.unwrap();
+    assert_fenced(t.store.save_checkpoint(&alice(), &first.fence, WORK, vec![9]).await);
+    assert_eq!(t.store.checkpoint(&second.fence, WORK).await.unwrap(), Some(vec![3; 7]));
+    // Given back and claimed again, it is there still.
+    t.store.release(&second.fence).await.unwrap();
+    let third = t.claim().await.unwrap();
+    assert_eq!(t.store.checkpoint(&third.fence, WORK).await.unwrap(), Some(vec![3; 7]));
+    let other = t.running_job(&bob()).await;
+    assert_fenced(t.store.save_checkpoint(&alice(), &other.fence, WORK, vec![9]).await);
+    assert_eq!(t.store.checkpoint(&other.fence, WORK).await.unwrap(), None);
+}
+
+pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
+    for end in 0..5 {
+        let claimed = t.running_job(&alice()).await;
+        t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+        match end {
+            0 => drop(t.store.finish(&claimed.fence, &outcome(None)).await.unwrap()),
+            1 => drop(t.store.fail(&claimed.fence, "no", None).await.unwrap()),
+            2 => drop(t.store.cancel(&alice().tenant, &claimed.job.id).await.unwrap()),
+            3 => drop(t.store.erase_history(&alice()).await.unwrap()),
+            _ => {
+                let finish = Some((claimed.fence.clone(), outcome(Some(generation(1).id))));
+                t.store.publish(&alice(), generation(1), None, finish).await.unwrap();
+            }
+        }
+        assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None, "end {end}");
+    }
+    let claimed = t.running_job(&alice()).await;
+    t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+    assert!(t.store.erase_user(&alice()).await.unwrap());
+    assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None);
+    assert!(!t.store.erase_user(&alice()).await.unwrap(), "nothing is left to erase");
+}
+
+/// Publishes a generation that has learnt from items with these ids.
+async fn learn(t: &Trial, user: &AdapterId, seed: u8, items: &[&str]) -> GenerationId {
+    let all = t.store.all_history(user).await.unwrap();
+    let hashes = all.iter().filter(|item| items.contains(&item.id.as_str())).map(item_hash);
+    let lesson =
+        Lesson { manifest: hashes.collect(), items: all.len() as u64, new_items: 1, ..Lesson::default() };
+    t.store.enqueue(user, &Demand::default()).await.unwrap();
+    let claimed = t.claim().await.unwrap();
+    let head = t.head(user).await;
+    let finish = (claimed.fence, outcome(Some(generation(seed).id)));
+    t.store.publish_lesson(user, generation(seed), head, finish, lesson).await.unwrap().id
+}
+
+pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) {
+    t.append(&alice(), vec![item("a", 1), item("b", 2), item("c", 3), item("d", 4)]).await;
+    let first = learn(&t, &alice(), 1, &["a"]).await;
+    let imported = t.publish(&alice(), generation(2), Some(first)).await;
+    let third = learn(&t, &alice(), 3, &["a", "b"]).await;
+    let fourth = learn(&t, &alice(), 4, &["a", "b", "c"]).await;
+    let manifest = t.store.manifest(&alice(), &third).await.unwrap().unwrap();
+    let Manifest::Items(hashes) = &manifest else { panic!("unknown") };
+    assert!(hashes.len() == 2 && hashes.is_sorted());
+    assert_eq!(t.store.manifest(&alice(), &imported).await.unwrap(), None);
+    let bytes = t.store.history_stats(&alice()).await.unwrap().bytes;
+
+    let running = t.running_job(&alice()).await;
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    let forget = async |id: &str| {
+        let selection = Selection::Item(id.parse().unwrap());
+        t.store.forget_items(&alice(), &selection).await.unwrap().unwrap()
+    };
+    let forgotten = forget("b").await;
+    assert_eq!((forgotten.items, forgotten.head), (1, Some(imported)));
+    assert_eq!(forgotten.generations, [fourth, third]);
+    assert_eq!(t.head(&alice()).await, Some(imported));
+    assert!(t.store.fetch(&alice(), &third).await.is_err(), "its files are gone");
+    assert_eq!(t.store.generations(&alice()).await.unwrap().len(), 2);
+    let stats = t.store.history_stats(&alice()).await.unwrap();
+    assert_eq!((stats.items, stats.bytes), (4, bytes - 5 + "something to learn".len() as u64));
+    // The job that ran has read it: it can do nothing more, and its successor begins afresh and at once.
+    assert_fenced(t.store.finish(&running.fence, &outcome(None)).await);
+    let job = t.store.job(&alice().tenant, &running.job.id).await.unwrap().unwrap();
+    assert_eq!(job.state, JobState::Cancelled);
+    let policy = Policy { min_new_items: 99, debounce_millis: 99, max_staleness_millis: 99 };
+    let next = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
+    assert_eq!((&next.job.id, next.job.from_scratch), (&forgotten.job.unwrap().id, true));
+    assert_eq!(t.store.checkpoint(&next.fence, WORK).await.unwrap(), None);
+    // What was held out only is in no weights.
+    let forgotten = forget("d").await;
+    assert_eq!((forgotten.items, forgotten.head, forgotten.generations.len()), (1, Some(imported), 0));
+    let forgotten = forget("a").await;
+    assert_eq!((forgotten.head, &forgotten.generations[..]), (Some(imported), &[first][..]));
+    let nothing = forget("a").await;
+    assert_eq!((nothing.items, nothing.job), (0, None));
+    assert_eq!(t.store.forget_items(&bob(), &Selection::Times(None, None)).await.unwrap(), None);
+    // With the last item the last reason to train goes.
+    let rest = t.store.forget_items(&alice(), &Selection::Times(None, None)).await.unwrap().unwrap();
+    assert_eq!((rest.items, rest.job), (2, None));
+    assert_eq!(t.claim().await, None);
+}
+
+pub(crate) async fn ranges_select_what_they_say(t: Trial) {
+    let fill = async || {
+        let items = ["a", "b", "c", "d", "e"].into_iter().zip(1..);
+        t.append(&alice(), items.map(|(id, at)| item(id, at)).collect()).await;
+    };
+    let times = |from: Option<i64>, to: Option<i64>| Selection::Times(from.map(Timestamp), to.map(Timestamp));
+    let items = |from: Option<&str>, to: Option<&str>| {
+        let id = |id: &str| id.parse().unwrap();
+        Selection::Items(from.map(id), to.map(id))
+    };
+    for (selection, left) in [
+        (times(Some(2), Some(4)), "ae"),
+        (times(None, Some(2)), "cde"),
+        (times(Some(4), None), "abc"),
+        (times(Some(4), Some(3)), "abcde"),
+        (items(Some("b"), Some("d")), "ae"),
+        (items(None, Some("b")), "cde"),
+        (items(Some("d"), None), "abc"),
+        (items(Some("d"), Some("b")), "abcde"),
+        (items(Some("nobody"), None), "abcde"),
+        (items(None, Some("nobody")), "abcde"),
+        (times(None, None), ""),
+    ] {
+        fill().await;
+        t.store.forget_items(&alice(), &selection).await.unwrap();
+        assert_eq!(t.ids(&alice()).await.concat(), left, "{selection:?}");
+    }
+}
+
+pub(crate) async fn progress_is_kept(t: Trial) {
+    assert_eq!(t.store.progress(&alice(), None, 10).await.unwrap(), None);
+    t.append(&alice(), vec![item("a", 1), item("b", 2)]).await;
+    let first = learn(&t, &alice(), 1, &["a"]).await;
+    t.store.enqueue(&alice(), &Demand::default()).await.unwrap();
+    let claimed = t.claim().await.unwrap();
+    let lesson =
+        Lesson { from_scratch: true, items: 2, new_items: 0, replayed_items: 2, manifest: Vec::new() };
+    t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson).await.unwrap();
+    assert_fenced(t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson).await);
+    let page = t.store.progress(&alice(), None, 1).await.unwrap().unwrap();
+    assert_eq!(page.points.entries[0].generation, Some(first));
+    let rest = t.store.progress(&alice(), page.points.next, 1).await.unwrap().unwrap();
+    let point = &rest.points.entries[0];
+    assert_eq!((&point.job, point.from_scratch, point.generation), (&claimed.job.id, true, None));
+    assert_eq!((point.items, point.new_items, point.replayed_items, point.tokens), (2, 0, 2, 1234));
+    assert_eq!(rest.points.next, None);
+    assert_eq!((rest.updates.trainings, rest.from_scratch.trainings), (1, 1));
+    assert_eq!((rest.updates.tokens, rest.updates.seconds), (1234, 5.5));
+}

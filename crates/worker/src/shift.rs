@@ -1,0 +1,279 @@
+//! The jobs that are trained at once, from claim to report, on the training thread.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use store::{Claimed, Store, StoreError};
+use tokio::runtime::Handle;
+use train::{Control, StepReport, TrainError};
+use types::{GenerationId, Job, JobOutcome, JobProgress};
+
+use crate::error::WorkerError;
+use crate::heartbeat::{Claim, Halt, Pulse};
+use crate::patience::Patience;
+use crate::plan::Head;
+use crate::run::Announce;
+use crate::work::{Bench, Prepared, Verdict};
+
+/// What the training thread works with.
+pub(crate) struct Shift {
+    pub(crate) store: Store,
+    pub(crate) bench: Arc<Bench>,
+    pub(crate) announce: Announce,
+    /// Where calls to the store run.
+    pub(crate) runtime: Handle,
+    pub(crate) pulse: Arc<Pulse>,
+    pub(crate) patience: Patience,
+}
+
+/// A job on its way.
+struct Task {
+    job: Job,
+    claim: Arc<Claim>,
+    started: Instant,
+    head: Option<GenerationId>,
+    prepared: Prepared,
+    /// Its checkpoint is of no use.
+    anew: bool,
+}
+
+impl Shift {
+    /// Does the jobs; every one is reported, unless it is somebody else's by then.
+    pub(crate) fn work(mut self, claimed: Vec<Claimed>, pool: &rayon::ThreadPool) {
+        let claims = self.pulse.claims.clone();
+        let mut round = Vec::new();
+        for (Claimed { job, .. }, claim) in claimed.into_iter().zip(claims) {
+            tracing::info!(job = %job.id, adapter = %job.adapter, attempt = job.attempts, "job claimed");
+            match self.begin(&job, &claim) {
+                Ok(Some(task)) => round.push(task),
+                Ok(None) => claim.end(),
+                Err(error) => self.report(&job, &claim, error),
+            }
+            self.pulse.alive();
+        }
+        while !round.is_empty() {
+            round = self.train(round, pool);
+        }
+        self.pulse.over.cancel();
+    }
+
+    /// Reads what a job needs; `None` if it is done already, for want of items.
+    fn begin(&self, job: &Job, claim: &Arc<Claim>) -> Result<Option<Task>, WorkerError> {
+        let started = Instant::now();
+        let (items, head, current) = self.runtime.block_on(async {
+            let items = self.store.history_of(&claim.fence).await?;
+            let record = self.store.head(&job.adapter).await?;
+            let current = record.as_ref().map(|record| record.id);
+            // A head for another base is no measure; it is replaced.
+            let record = record.filter(|record| record.base == *self.bench.base.hash());
+            let Some(record) = record else { return Ok((items, None, current)) };
+            let files = self.store.fetch(&job.adapter, &record.id).await?;
+            let head = Head {
+                id: record.id,
+                config: files.config,
+                weights: files.weights,
+                manifest: self.store.manifest(&job.adapter, &record.id).await?,
+                updates: record.meta["updates"]
+                    .as_u64()
+                    .map_or(0, |count| count.min(u64::from(u32::MAX)) as u32),
+            };
+            Ok::<_, StoreError>((items, Some(head), current))
+        })?;
+        let least = self.bench.settings.min_items;
+        if items.len() < least {
+            let reason = format!("not trained: {} items, at least {least} are needed", items.len());
+            let outcome = JobOutcome {
+                published: false,
+                generation: None,
+                gate: None,
+                reason,
+                trained_tokens: 0,
+                seconds: started.elapsed().as_secs_f64(),
+            };
+            self.runtime.block_on(self.store.finish(&claim.fence, &outcome))?;
+            return Ok(None);
+        }
+        let prepared = self.bench.prepare(job, items, head, job.from_scratch)?;
+        Ok(Some(Task {
+            job: job.clone(),
+            claim: Arc::clone(claim),
+            started,
+            head: current,
+            prepared,
+            anew: false,
+        }))
+    }
+
+    /// Trains and judges all tasks; those that must learn everything after all come back, and those whose checkpoint is
+    /// of no use.
+    fn train(&mut self, tasks: Vec<Task>, pool: &rayon::ThreadPool) -> Vec<Task> {
+        let resume = |task: &Task| {
+            if task.anew {
+                return None;
+            }
+            let saved = self.store.checkpoint(&task.claim.fence, task.prepared.work);
+            self.runtime.block_on(saved).unwrap_or_else(|error| {
+                tracing::warn!(job = %task.job.id, %error, "a checkpoint cannot be read: the job begins anew");
+                None
+            })
+        };
+        let resume: Vec<_> = tasks.iter().map(resume).collect();
+        let results = {
+            let prepared: Vec<_> = tasks.iter().map(|task| &task.prepared).collect();
+            let mut control = Watch {
+                store: &self.store,
+                runtime: &self.runtime,
+                pulse: &self.pulse,
+                patience: &mut self.patience,
+                every: Duration::from_millis(self.bench.settings.checkpoint_millis),
+                saved: vec![Instant::now(); tasks.len()],
+                tasks: &tasks,
+            };
+            pool.install(|| self.bench.learn(&prepared, &resume, &mut control))
+        };
+        let mut again = Vec::new();
+        for (task, result) in tasks.into_iter().zip(results) {
+            let (job, claim) = (task.job.clone(), Arc::clone(&task.claim));
+            if let Err(TrainError::Checkpoint(problem)) = result
+                && !task.anew
+            {
+                tracing::warn!(job = %job.id, problem, "a checkpoint is of no use: the job begins anew");
+                again.push(Task { anew: true, ..task });
+                continue;
+            }
+            match result.map_err(WorkerError::from).and_then(|trained| self.end(task, trained, pool)) {
+                Ok(Some(task)) => again.push(task),
+                Ok(None) => claim.end(),
+                Err(error) => self.report(&job, &claim, error),
+            }
+        }
+        again
+    }
+
+    /// Judges a trained task and reports it. Comes back with the task if an update has drifted too far.
+    fn end(
+        &self,
+        task: Task,
+        trained: train::Trained,
+        pool: &rayon::ThreadPool,
+    ) -> Result<Option<Task>, WorkerError> {
+        let Task { job, claim, started, head, prepared, .. } = task;
+        let pulse = &self.pulse;
+        let mut alive = || pulse.alive();
+        if pool.install(|| self.bench.drifted(&prepared, &trained, &mut alive))? {
+            tracing::info!(job = %job.id, "an update has drifted: the whole history is learnt");
+            let items = self.runtime.block_on(self.store.history_of(&claim.fence))?;
+            let spent = prepared.spent + trained.tokens;
+            let mut prepared = self.bench.prepare(&job, items, prepared.into_head(), true)?;
+            prepared.spent = spent;
+            return Ok(Some(Task { job, claim, started, head, prepared, anew: false }));
+        }
+        let verdict = pool.install(|| self.bench.conclude(prepared, trained, &mut alive))?;
+        let outcome = |published, generation, gate, reason, trained_tokens| JobOutcome {
+            published,
+            generation,
+            gate,
+            reason,
+            trained_tokens,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        match verdict {
+            Verdict::Publish { generation, gate, reason, lesson, tokens } => {
+                let id = generation.id;
+                let reason = format!("published: {reason}");
+                tracing::info!(job = %job.id, adapter = %job.adapter, generation = %id.short(), %reason, "job done");
+                let finish = (claim.fence.clone(), outcome(true, Some(id), gate, reason, tokens));
+                let published = self.store.publish_lesson(&job.adapter, *generation, head, finish, lesson);
+                self.runtime.block_on(published)?;
+                (self.announce)(&job.adapter, &id);
+                let keep = self.bench.settings.keep_generations;
+                if let Err(error) = self.runtime.block_on(self.store.prune_generations(&job.adapter, keep)) {
+                    tracing::warn!(adapter = %job.adapter, %error, "old generations were not removed");
+                }
+            }
+            Verdict::Keep { gate, reason, lesson, tokens } => {
+                let reason = format!("not published: {reason}");
+                tracing::info!(job = %job.id, adapter = %job.adapter, %reason, "job done");
+                let outcome = outcome(false, None, gate, reason, tokens);
+                self.runtime.block_on(self.store.finish_lesson(&claim.fence, &outcome, &lesson))?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reports a job that came to no end.
+    fn report(&self, job: &Job, claim: &Claim, error: WorkerError) {
+        let told = match error {
+            WorkerError::Store(StoreError::Fenced { .. } | StoreError::NotFound { .. }) => {
+                tracing::info!(job = %job.id, "the job was taken away");
+                Ok(())
+            }
+            WorkerError::Train(TrainError::Stopped) if claim.halted() == Some(Halt::Lost) => {
+                tracing::info!(job = %job.id, "the job was taken away");
+                Ok(())
+            }
+            WorkerError::Train(TrainError::Stopped) => {
+                self.runtime.block_on(self.store.release(&claim.fence)).map(drop)
+            }
+            error => {
+                tracing::warn!(job = %job.id, %error, "job failed");
+                let again = error.retry_after_millis(job.attempts);
+                self.runtime.block_on(self.store.fail(&claim.fence, &error.to_string(), again)).map(drop)
+            }
+        };
+        match told {
+            Ok(()) | Err(StoreError::Fenced { .. }) => {}
+            // The claim runs out and the job is taken up again.
+            Err(error) => tracing::error!(job = %job.id, %error, "cannot report the job"),
+        }
+        claim.end();
+    }
+}
+
+/// Watches over training from within.
+struct Watch<'a> {
+    store: &'a Store,
+    runtime: &'a Handle,
+    pulse: &'a Pulse,
+    patience: &'a mut Patience,
+    tasks: &'a [Task],
+    every: Duration,
+    saved: Vec<Instant>,
+}
+
+impl Control for Watch<'_> {
+    fn step(&mut self, job: usize, report: StepReport) -> train::Verdict {
+        self.pulse.alive();
+        let Some(task) = self.tasks.get(job) else { return ControlFlow::Break(()) };
+        task.claim.advance(JobProgress { step: report.step, steps: report.steps, loss: report.loss });
+        match task.claim.halted() {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
+    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
+        let Some((task, saved)) = self.tasks.get(job).zip(self.saved.get_mut(job)) else { return };
+        let wanted = match task.claim.halted() {
+            Some(Halt::GiveBack) => true,
+            Some(Halt::Lost) => false,
+            None => saved.elapsed() >= self.every,
+        };
+        if !wanted {
+            return;
+        }
+        let (fence, work) = (&task.claim.fence, task.prepared.work);
+        let save = self.store.save_checkpoint(&task.job.adapter, fence, work, make());
+        if let Err(error) = self.runtime.block_on(save) {
+            tracing::warn!(job = %task.job.id, step, %error, "a checkpoint was not written");
+        }
+        *saved = Instant::now();
+        self.pulse.alive();
+    }
+
+    fn breathe(&mut self) {
+        self.pulse.alive();
+        self.patience.wait();
+    }
+}

@@ -1,0 +1,148 @@
+//! Killed at any step and gone on from the checkpoint, a training comes to the same weights.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use model::BaseModel;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use store::Store;
+use train::{Control, StepReport, TrainError, TrainJob, Trained, Verdict};
+use types::{Clock, ManualClock, Timestamp};
+use worker::{Jointly, Trainer};
+
+use crate::rig::{Rig, done, settings, user};
+
+/// Steps of the training: six epochs of fifteen items in batches of four.
+const STEPS: u32 = 24;
+
+/// Trains, but dies at the steps in `deaths`, one after the other, before their checkpoint is written.
+struct Mortal {
+    deaths: Vec<u32>,
+    died: AtomicU32,
+    steps: AtomicU32,
+}
+
+struct Watch<'a> {
+    mortal: &'a Mortal,
+    inner: &'a mut dyn Control,
+}
+
+impl Control for Watch<'_> {
+    fn step(&mut self, job: usize, report: StepReport) -> Verdict {
+        self.mortal.steps.fetch_add(1, Ordering::Relaxed);
+        let next = self.mortal.deaths.get(self.mortal.died.load(Ordering::Relaxed) as usize);
+        if next == Some(&report.step) {
+            self.mortal.died.fetch_add(1, Ordering::Relaxed);
+            panic!("killed at step {}", report.step);
+        }
+        self.inner.step(job, report)
+    }
+
+    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
+        self.inner.checkpoint(job, step, make);
+    }
+}
+
+impl Trainer for Mortal {
+    fn train(
+        &self,
+        base: &BaseModel,
+        jobs: &[TrainJob<'_>],
+        control: &mut dyn Control,
+    ) -> Vec<Result<Trained, TrainError>> {
+        Jointly.train(base, jobs, &mut Watch { mortal: self, inner: control })
+    }
+}
+
+/// Moves the store's clock on, so that nobody has to wait for a retry.
+async fn hurry(clock: Arc<ManualClock>) {
+    loop {
+        clock.advance_millis(10_000);
+        tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+    }
+}
+
+async fn trained(trainer: Arc<dyn Trainer>) -> (types::GenerationId, u32) {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
+    let shared: Arc<dyn Clock> = clock.clone();
+    let rig = Rig::over(Store::open(folder.path(), shared).await.unwrap());
+    let hurry = tokio::spawn(hurry(clock));
+    let mut settings = settings();
+    settings.checkpoint_millis = 0;
+    settings.lease_millis = 1 << 40;
+    settings.max_attempts = 1000;
+    let (worker, stop) = rig.start_with(settings, trainer);
+    let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+    let job = rig.until(&job, done).await;
+    let outcome = job.outcome.unwrap_or_else(|| panic!("{:?}", job.error));
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    hurry.abort();
+    let left = walk(&folder.path().join("adapters"));
+    assert_eq!(left, 2, "the published files, and no checkpoint");
+    (outcome.generation.unwrap(), job.attempts)
+}
+
+fn walk(folder: &std::path::Path) -> usize {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| if path.is_dir() { walk(&path) } else { 1 }).sum()
+}
+
+async fn killed(deaths: Vec<u32>) -> (types::GenerationId, u32, u32) {
+    let mortal = Arc::new(Mortal { deaths, died: AtomicU32::new(0), steps: AtomicU32::new(0) });
+    let (generation, attempts) = trained(mortal.clone()).await;
+    (generation, mortal.steps.load(Ordering::Relaxed), attempts)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_kills_change_no_bit() {
+    let (whole, steps, attempts) = killed(Vec::new()).await;
+    assert_eq!((steps, attempts), (STEPS, 1));
+    // Every death comes after the checkpoint before it, so that all fifty are reached.
+    let mut random = StdRng::seed_from_u64(5);
+    let mut deaths: Vec<u32> = (0..50).map(|_| random.random_range(1..=STEPS)).collect();
+    deaths.sort_unstable();
+    let (killed, steps, attempts) = killed(deaths).await;
+    assert_eq!(attempts, 51);
+    assert_eq!(killed, whole, "the id is a hash of the weights");
+    assert_eq!(steps, STEPS + 50, "no step but the one it died in is done twice");
+}
+
+/// Leaves a checkpoint of something else behind when it first dies.
+#[derive(Default)]
+struct Litters {
+    given: std::sync::Mutex<Vec<Option<Vec<u8>>>>,
+}
+
+impl Trainer for Litters {
+    fn train(
+        &self,
+        base: &BaseModel,
+        jobs: &[TrainJob<'_>],
+        control: &mut dyn Control,
+    ) -> Vec<Result<Trained, TrainError>> {
+        let resume = jobs[0].resume.map(<[u8]>::to_vec);
+        let first = {
+            let mut given = self.given.lock().unwrap();
+            given.push(resume);
+            given.len() == 1
+        };
+        if first {
+            control.checkpoint(0, 1, &mut || b"another run's".to_vec());
+            panic!("killed");
+        }
+        Jointly.train(base, jobs, control)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_of_another_run_is_left_aside() {
+    let litters = Arc::new(Litters::default());
+    let (generation, attempts) = trained(litters.clone()).await;
+    assert_eq!(attempts, 2);
+    let given = litters.given.lock().unwrap().clone();
+    assert_eq!(given, [None, Some(b"another run's".to_vec()), None]);
+    assert_eq!(generation, killed(Vec::new()).await.0);
+}

@@ -1,0 +1,10 @@
+//! The worker over a real store and a tiny random model.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod alive;
+mod bad_runs;
+mod basics;
+mod growing;
+mod kills;
+mod rig;
+mod together;

@@ -1,0 +1,128 @@
+//! What every test gets: a store, a tiny model, a worker to start, and trainers that misbehave on demand.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use model::BaseModel;
+use peft::AdapterConfig;
+use personalize::Holdout;
+use store::{Policy, Store};
+use testkit::tiny_model;
+use text::Tokenizer;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use train::Recipe;
+use types::{AdapterId, GenerationId, Job, NewItem, SystemClock, Timestamp};
+use worker::{Jointly, Settings, Trainer, Worker, WorkerError};
+
+pub(crate) struct Rig {
+    pub(crate) store: Store,
+    pub(crate) base: Arc<BaseModel>,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) announced: Arc<Mutex<Vec<(AdapterId, GenerationId)>>>,
+    pub(crate) wake: Arc<Notify>,
+}
+
+pub(crate) type Running = (JoinHandle<Result<(), WorkerError>>, CancellationToken);
+
+impl Rig {
+    pub(crate) async fn new() -> Self {
+        Self::over(Store::in_memory(Arc::new(SystemClock)).await.unwrap())
+    }
+
+    pub(crate) fn over(store: Store) -> Self {
+        let (base, tokenizer) = tiny_model();
+        Self { store, base, tokenizer, announced: Arc::default(), wake: Arc::new(Notify::new()) }
+    }
+
+    pub(crate) fn start(&self, settings: Settings) -> Running {
+        self.start_with(settings, Arc::new(Jointly))
+    }
+
+    pub(crate) fn start_with(&self, settings: Settings, trainer: Arc<dyn Trainer>) -> Running {
+        let announced = Arc::clone(&self.announced);
+        let worker = Worker::new(
+            self.store.clone(),
+            Arc::clone(&self.base),
+            self.tokenizer.clone(),
+            settings,
+            Arc::new(move |id, generation| announced.lock().unwrap().push((id.clone(), *generation))),
+        );
+        let stop = CancellationToken::new();
+        let run = worker.with_trainer(trainer).run(Arc::clone(&self.wake), stop.clone());
+        (tokio::spawn(run), stop)
+    }
+
+    pub(crate) async fn upload(
+        &self,
+        id: &AdapterId,
+        range: std::ops::Range<usize>,
+        output: impl Fn(usize) -> String,
+    ) -> Job {
+        self.upload_items(id, range.map(|at| item(at, output(at))).collect()).await
+    }
+
+    pub(crate) async fn upload_items(&self, id: &AdapterId, items: Vec<NewItem>) -> Job {
+        let appended = self.store.append(id, None, [0; 32], items).await.unwrap();
+        self.wake.notify_one();
+        appended.job.unwrap()
+    }
+
+    pub(crate) async fn until(&self, job: &Job, condition: impl Fn(&Job) -> bool) -> Job {
+        loop {
+            let now = self.store.job(&job.adapter.tenant, &job.id).await.unwrap().unwrap();
+            if condition(&now) {
+                return now;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub(crate) async fn head(&self, id: &AdapterId) -> Option<GenerationId> {
+        self.store.head(id).await.unwrap().map(|head| head.id)
+    }
+}
+
+/// Item `at` of a history.
+pub(crate) fn item(at: usize, output: String) -> NewItem {
+    NewItem {
+        id: Some(format!("i{at}").parse().unwrap()),
+        input: Some(format!("greet guest {at}")),
+        output,
+        created_at: Some(Timestamp(at as i64)),
+        metadata: None,
+    }
+}
+
+pub(crate) fn settings() -> Settings {
+    let mut recipe = Recipe { epochs: 6, batch: 4, learning_rate: 1e-2, ..Recipe::oppu() };
+    if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
+        lora.dropout = 0.0;
+    }
+    Settings {
+        recipe,
+        holdout: Holdout { share: 0.2, min: 5, max: 10 },
+        policy: Policy::AT_ONCE,
+        min_items: 6,
+        poll_millis: 50,
+        ..Settings::default()
+    }
+}
+
+/// Training that takes long enough to be interrupted.
+pub(crate) fn slow() -> Settings {
+    let mut settings = settings();
+    settings.recipe.epochs = 100;
+    settings.recipe.batch = 1;
+    settings.lease_millis = 300;
+    settings
+}
+
+pub(crate) fn user(name: &str) -> AdapterId {
+    AdapterId::new("tenant".parse().unwrap(), name.parse().unwrap())
+}
+
+pub(crate) fn done(job: &Job) -> bool {
+    !job.state.is_open()
+}
