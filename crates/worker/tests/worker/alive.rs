@@ -94,9 +94,9 @@ async fn who_hangs_loses_the_job() {
     let job = rig.until(&job, done).await;
     assert!(job.attempts >= 2, "{job:?}");
     assert!(job.outcome.unwrap().published);
-    assert_eq!(rig.announced.lock().unwrap().len(), 1);
     stop.cancel();
     worker.await.unwrap().unwrap();
+    assert_eq!(rig.announced.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
