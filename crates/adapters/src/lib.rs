@@ -8,6 +8,7 @@ mod error;
 mod residency;
 mod source;
 mod tiers;
+mod verdict;
 
 pub use cache::AdapterCache;
 pub use error::AcquireError;
