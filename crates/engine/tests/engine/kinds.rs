@@ -63,11 +63,11 @@ async fn virtual_tokens_are_computed_once_and_shared_by_the_users_requests() {
     let (first, second) = (ask(1, &mine), ask(2, &mine));
     assert_ne!(first.prompt[0], second.prompt[0]);
     let expected = run(&cold, &[first.clone(), second.clone()]).await;
-    assert_eq!(run(&engine, &[first.clone()]).await[0], expected[0]);
+    assert_eq!(run(&engine, std::slice::from_ref(&first)).await[0], expected[0]);
     assert_eq!(engine.stats().prefix_hits, 0);
     let used = engine.stats().prompt_tokens;
     assert_eq!(used, first.prompt.len() as u64, "virtual tokens are not the prompt's");
-    let events = run_counted(&engine, &[second.clone()]).await.remove(0);
+    let events = run_counted(&engine, std::slice::from_ref(&second)).await.remove(0);
     let (_, usage) = finished(&events);
     assert_eq!(usage.cached_tokens, 0, "what was taken over is no token of the prompt");
     assert_eq!(events, expected[1]);
