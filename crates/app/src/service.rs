@@ -9,6 +9,7 @@ use adapters::{AdapterCache, CacheSettings};
 use anyhow::{Context, bail};
 use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
+use peft::Storage;
 use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest, Sha256};
 use store::{Policy, Store};
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use types::SystemClock;
 use worker::{Worker, WorkerError};
 
-use crate::settings::{ServiceArgs, TrainingArgs};
+use crate::settings::{PrecisionArg, ServiceArgs, TrainingArgs};
 use crate::{fetch, model_path, task_adapter};
 
 const MIB: usize = 1 << 20;
@@ -82,7 +83,7 @@ impl Service {
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
         let metrics = Metrics::default();
-        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics));
+        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics)?);
         let engine: Arc<dyn Engine> =
             Arc::new(ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?);
         let on_upload = Arc::new(Notify::new());
@@ -202,14 +203,18 @@ pub fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Set
     }
 }
 
-fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> CacheSettings {
+fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> anyhow::Result<CacheSettings> {
+    let storage = args.adapter_storage();
+    if storage == Storage::Int8 && args.precision == PrecisionArg::Exact {
+        bail!("--adapter-storage int8: needs --precision fast, which quantises activations");
+    }
     let metrics = metrics.clone();
     let device_bytes = args.adapter_device_mib as usize * MIB;
-    CacheSettings {
+    Ok(CacheSettings {
         host_bytes: args.adapter_host_mib as usize * MIB,
         on_load: Arc::new(move |time| metrics.adapter_load(time.as_secs_f64())),
-        ..CacheSettings::new(args.adapter_storage(), device_bytes)
-    }
+        ..CacheSettings::new(storage, device_bytes)
+    })
 }
 
 fn worker_settings(args: &TrainingArgs) -> anyhow::Result<worker::Settings> {

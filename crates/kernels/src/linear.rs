@@ -67,10 +67,6 @@ impl Routing for NoAdapters {
     fn max_rank(&self) -> usize {
         0
     }
-
-    fn coded(&self) -> bool {
-        false
-    }
 }
 
 /// One of the linear layers of a call.
