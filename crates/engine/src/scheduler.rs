@@ -68,9 +68,6 @@ struct Entry {
     blocks: usize,
 }
 
-/// Tokens of prompts in a step that others wait for, at least: they share a tile of rows in the kernels.
-const PROMPT_TOKENS: usize = 8;
-
 /// Queue and batch.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -158,8 +155,9 @@ impl Scheduler {
     }
 
     /// Tokens of the next step: one for each sequence that decodes, and for the prompts the square of their share among
-    /// all sequences, at least [`PROMPT_TOKENS`]. A long prompt beside many who decode goes in small pieces, which they
-    /// hardly feel; many prompts beside few who decode, as in a burst, go in large ones.
+    /// all sequences, at least half as many as decode: a step's time grows with its rows, and who decodes shall not wait half
+    /// as long again. A long prompt beside many who decode goes in small pieces; many prompts beside few who decode, as in
+    /// a burst, go in large ones.
     fn budget(&self) -> usize {
         let decoding = self.running.iter().filter(|entry| entry.known - entry.computed == 1).count();
         let room = self.max_running - self.running.len();
@@ -168,7 +166,7 @@ impl Scheduler {
             return self.step_tokens;
         }
         let share = self.step_tokens * prompts * prompts / (prompts + decoding).pow(2);
-        (decoding + share.max(PROMPT_TOKENS)).min(self.step_tokens)
+        (decoding + share.max(decoding.div_ceil(2))).min(self.step_tokens)
     }
 
     /// Lets in those who wait, in their order, as long as the whole of the next one has room.

@@ -243,9 +243,9 @@ fn prompts_get_the_square_of_their_share() {
     };
     assert_eq!(tokens(0, 1), 256, "nobody waits");
     assert_eq!(tokens(1, 1), 64);
-    assert_eq!(tokens(8, 1), 8, "the least there is");
+    assert_eq!(tokens(8, 1), 4, "half of those who decode");
     assert_eq!(tokens(4, 12), 144);
-    assert_eq!(tokens(15, 9), 8, "only one of them can run");
+    assert_eq!(tokens(15, 9), 8, "half of them; only one can run");
 }
 
 #[test]

@@ -70,6 +70,10 @@ pub(crate) trait Lanes: Copy {
     type Signed: Copy;
     /// Whether there are registers for tall tiles (32 of 512 bits).
     const TALL: bool;
+    /// Products of small bytes are added up in 16 bits first.
+    const SHORTS: bool = false;
+    /// [`Lanes::dot`] of wide bytes takes 128 off each.
+    const CENTRED: bool = false;
     /// The unit.
     const ISA: Isa;
 
@@ -168,12 +172,28 @@ pub(crate) trait Lanes: Copy {
     fn with_two_bits(low: Self::Bytes, bits: Self::Bytes, which: usize) -> Self::Bytes;
     /// Byte `which` (0..4) of every lane as float32.
     fn byte(bytes: Self::Bytes, which: usize) -> Self;
-    /// Adds to every lane the products of its four unsigned bytes with the four signed bytes at `x`. Exact; without
-    /// `wide`, bytes of `weights` are below 64.
+    /// Adds to every lane the products of its four unsigned bytes with the four signed bytes at `x`, none of those below
+    /// -127. Exact; without `wide`, bytes of `weights` are below 64. See [`Lanes::CENTRED`].
     ///
     /// # Safety
     /// `x` is valid for reading four bytes, and the CPU has the implementation's unit.
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8, wide: bool) -> Self::Ints;
+    /// As [`Lanes::dot`] for bytes below 16, whose products are added up in 16 bits: at most eight times from zero, before
+    /// [`Lanes::widen`].
+    ///
+    /// # Safety
+    /// As for [`Lanes::dot`].
+    #[inline(always)]
+    unsafe fn dot_short(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { Self::dot(sum, weights, x, false) }
+    }
+    /// `start` plus what [`Lanes::dot_short`] added up.
+    #[inline(always)]
+    fn widen(sum: Self::Ints, start: i32) -> Self::Ints {
+        let _ = (sum, start);
+        unreachable!("no unit without short sums asks for them")
+    }
     /// Thirty-two signed bytes from each of two places, none below -127; without `high`, the second half is zero.
     ///
     /// # Safety

@@ -230,6 +230,8 @@ impl Lanes for Avx2 {
     type Bytes = [__m256i; 2];
     type Signed = [__m256i; 2];
     const TALL: bool = false;
+    const SHORTS: bool = true;
+    const CENTRED: bool = true;
     const ISA: Isa = Isa::Avx2;
 
     #[inline(always)]
@@ -405,17 +407,33 @@ impl Lanes for Avx2 {
         unsafe {
             let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
             let dots = if wide {
-                // Pairs of 16-bit products of large bytes would saturate: even and odd bytes apart.
-                let (even, odd) =
-                    (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
-                both!(weights, |half| _mm256_add_epi32(
-                    _mm256_madd_epi16(_mm256_and_si256(half, _mm256_set1_epi16(0xff)), even),
-                    _mm256_madd_epi16(_mm256_srli_epi16::<8>(half), odd),
+                // The signs go over to `x`: 2 * 128 * 127 fits 16 bits.
+                let signed = both!(weights, |half| _mm256_xor_si256(half, _mm256_set1_epi8(-128)));
+                both!(signed, |half| _mm256_madd_epi16(
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(half), _mm256_sign_epi8(x, half)),
+                    _mm256_set1_epi16(1),
                 ))
             } else {
                 both!(weights, |half| _mm256_madd_epi16(_mm256_maddubs_epi16(half, x), _mm256_set1_epi16(1)))
             };
             [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_short(sum: [__m256i; 2], weights: [__m256i; 2], x: *const i8) -> [__m256i; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            let dots = both!(weights, |half| _mm256_maddubs_epi16(half, x));
+            [_mm256_add_epi16(sum[0], dots[0]), _mm256_add_epi16(sum[1], dots[1])]
+        }
+    }
+    #[inline(always)]
+    fn widen(sum: [__m256i; 2], start: i32) -> [__m256i; 2] {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let sums = both!(sum, |half| _mm256_madd_epi16(half, _mm256_set1_epi16(1)));
+            both!(sums, |half| _mm256_add_epi32(half, _mm256_set1_epi32(start)))
         }
     }
     #[inline(always)]

@@ -22,6 +22,8 @@ pub(crate) trait Columns {
 pub(crate) trait Codes {
     /// Codes reach beyond six bits.
     const WIDE: bool;
+    /// Codes have four bits.
+    const NARROW: bool;
     /// What is taken off every code.
     const OFFSET: i32;
     /// Blocks have minima.
@@ -137,6 +139,7 @@ unsafe fn nibbles<L: Lanes>(lines: *const u8, group: usize) -> L::Bytes {
 
 impl Codes for Q8_0 {
     const WIDE: bool = true;
+    const NARROW: bool = false;
     const OFFSET: i32 = 128;
     const MINS: bool = false;
     const HALVES: bool = false;
@@ -156,6 +159,7 @@ impl Codes for Q8_0 {
 
 impl Codes for Q4_0 {
     const WIDE: bool = false;
+    const NARROW: bool = true;
     const OFFSET: i32 = 8;
     const MINS: bool = false;
     const HALVES: bool = false;
@@ -175,6 +179,7 @@ impl Codes for Q4_0 {
 
 impl Codes for Q4_1 {
     const WIDE: bool = false;
+    const NARROW: bool = true;
     const OFFSET: i32 = 0;
     const MINS: bool = true;
     const HALVES: bool = false;
@@ -199,6 +204,7 @@ impl Codes for Q4_1 {
 
 impl Codes for Q4K {
     const WIDE: bool = false;
+    const NARROW: bool = true;
     const OFFSET: i32 = 0;
     const MINS: bool = true;
     const HALVES: bool = false;
@@ -230,6 +236,7 @@ impl Codes for Q4K {
 
 impl Codes for Q6K {
     const WIDE: bool = false;
+    const NARROW: bool = false;
     const OFFSET: i32 = 32;
     const MINS: bool = false;
     const HALVES: bool = true;

@@ -8,6 +8,7 @@
 //! What it is not: it knows no models, no adapters' files, no tensors and no devices.
 #![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
+mod ahead;
 mod attention;
 mod buffer;
 mod format;

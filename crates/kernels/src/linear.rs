@@ -7,9 +7,10 @@
 //! quantisation, `A x`), then every task takes some panels of sixteen outputs, computes them for all rows and adds
 //! `B (A x)` while they are in the cache.
 
+use crate::ahead::{Ahead, Announced, Soon};
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::low_rank::{Kept, LowRank, Route, expand};
+use crate::low_rank::{Kept, LowRank, PREFETCHED, Route, expand};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
@@ -95,6 +96,20 @@ pub struct Scratch {
     shrunk: Vec<f32>,
     vectors: Vec<RowVectors>,
     under: Vec<f32>,
+    announced: Announced,
+}
+
+impl Scratch {
+    /// Says that the call after the next one has these adapters for `rows` rows: what it begins with comes out of memory
+    /// while the next one computes.
+    pub fn announce(&mut self, adapters: &dyn Routing, rows: usize) {
+        self.announced.reserve();
+        if rows > PREFETCHED || adapters.max_rank() == 0 {
+            return;
+        }
+        let updates = (0..rows).filter_map(|row| adapters.at(row));
+        updates.for_each(|update| self.announced.push(update.a.memory()));
+    }
 }
 
 // SAFETY: the pointers in `routes` and `vectors` are used within the call that writes them only.
@@ -172,7 +187,8 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
             prepare(means.isa, input, from, to, &prepared);
         });
     }
-    multiply(means, layers, &prepared);
+    multiply(means, layers, &prepared, &scratch.announced);
+    scratch.announced.clear();
 }
 
 /// Whether rows' inputs are scaled before the product.
@@ -305,7 +321,7 @@ pub(crate) struct Target<'a> {
 /// Layers of one call at most: gate and up are two, q, k and v three.
 pub(crate) const LAYERS: usize = 4;
 
-fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
+fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared, announced: &Announced) {
     let count = layers.len();
     let mut targets: [Option<(&Weight, Target<'_>)>; LAYERS] = [None; LAYERS];
     for (target, layer) in targets.iter_mut().zip(layers) {
@@ -318,13 +334,16 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
     // Small enough that nobody waits long for the last task, large enough to read memory in long runs.
     let each = panels.div_ceil(means.workers.threads() * 12).clamp(1, 32);
     let each = if means.workers.threads() == 1 { panels } else { each };
+    let parts = panels * prepared.view.rows;
     means.workers.run(panels.div_ceil(each), &|task| {
+        let mut before = 0;
         let mut at = task * each;
         let mut end = (at + each).min(panels);
         for (site, (weight, target)) in targets.iter().flatten().enumerate() {
             let own = weight.panels();
             if at < own {
-                stripe(means.isa, weight, at, end.min(own), *target, site, prepared);
+                let soon = announced.from((before + at) * prepared.view.rows, parts);
+                stripe(means.isa, weight, at, end.min(own), *target, site, prepared, soon);
                 if end <= own {
                     break;
                 }
@@ -332,6 +351,7 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared) {
             }
             at -= own;
             end -= own;
+            before += own;
         }
     });
 }
@@ -340,6 +360,7 @@ multiversion! {
     /// The outputs of the panels `from..to` of a layer.
     fn stripe(
         weight: &Weight, from: usize, to: usize, target: Target<'_>, site: usize, prepared: &Prepared,
+        soon: Soon<'_>,
     ) = stripe_body<Lanes>
 }
 
@@ -351,8 +372,11 @@ fn stripe_body<L: Lanes>(
     target: Target<'_>,
     site: usize,
     prepared: &Prepared,
+    soon: Soon<'_>,
 ) {
     let adapted = !prepared.vectors.is_null() || prepared.under[site].rank > 0;
+    let routes = (prepared.sites > 0).then(|| prepared.routes.wrapping_add(site * prepared.view.rows));
+    let mut ahead = Ahead::new(routes, &prepared.view, from, to, soon);
     for panel in from..to {
         let width = PANEL.min(target.n - panel * PANEL);
         // SAFETY: `Prepared` describes valid buffers, filled for this precision; tasks own disjoint columns.
@@ -363,7 +387,9 @@ fn stripe_body<L: Lanes>(
                 _ => L::zero(),
             };
             let rest = (!plain).then(|| Adapted::new(L::ISA, target, panel, width, site, prepared));
-            panel_product(weight, panel, &prepared.view, &mut Columns::<L> { target, panel, bias, rest });
+            ahead.turn_to(panel);
+            let columns = &mut Columns::<L> { target, panel, bias, rest, ahead: &mut ahead };
+            panel_product(weight, panel, &prepared.view, columns);
             if prepared.sites > 0 {
                 expand::<L>(target, panel, width, site, prepared);
             }
@@ -372,17 +398,20 @@ fn stripe_body<L: Lanes>(
 }
 
 /// The columns of a panel.
-struct Columns<'a, L> {
+struct Columns<'a, 'b, L> {
     target: Target<'a>,
     panel: usize,
     bias: L,
     /// For the last columns of a matrix whose rows do not divide by sixteen, and for rows whose adapters do more.
     rest: Option<Adapted<'a>>,
+    ahead: &'a mut Ahead<'b>,
 }
 
-impl<L: Lanes> Sink<L> for Columns<'_, L> {
+impl<L: Lanes> Sink<L> for Columns<'_, '_, L> {
     #[inline(always)]
     fn put(&mut self, row: usize, sums: L) {
+        // SAFETY: there is a route for every row.
+        unsafe { self.ahead.ask::<L>(row) };
         if let Some(rest) = &self.rest {
             // One call instead of a copy in every kernel.
             return rest.put(row, &sums.to_array());

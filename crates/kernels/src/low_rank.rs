@@ -40,6 +40,15 @@ impl Numbers<'_> {
         }
     }
 
+    /// Where they are, and how many bytes they take.
+    pub(crate) fn memory(&self) -> (*const u8, usize) {
+        match *self {
+            Self::F32(values) => (values.as_ptr().cast(), size_of_val(values)),
+            Self::Bf16(values) => (values.as_ptr().cast(), size_of_val(values)),
+            Self::I8(codes) => (codes.as_ptr().cast(), size_of_val(codes)),
+        }
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -127,6 +136,16 @@ impl Route {
         assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
         assert_eq!(update.scales.len(), scales, "there are not {scales} scales");
         Self { rank, kept, a, b, scales: update.scales.as_ptr() }
+    }
+
+    /// Asks for the panels `from..to` of B ahead of their use.
+    #[inline(always)]
+    pub(crate) fn prefetch_up<L: Lanes>(&self, from: usize, to: usize) {
+        let bytes = self.rank * PANEL * self.kept.width();
+        let start = self.b.wrapping_add(from * bytes);
+        for line in 0..((to - from) * bytes).div_ceil(64) {
+            L::prefetch(start.wrapping_add(line * 64));
+        }
     }
 
     /// Asks for A, which has so many columns, ahead of its use.
@@ -333,14 +352,6 @@ pub(crate) unsafe fn expand<L: Lanes>(
             }
             let alike = if alike == ABREAST { ABREAST } else { 1 };
             let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
-            if rows <= PREFETCHED {
-                // Every row's B may be another's: the next panel's part comes while the frozen product is computed.
-                let bytes = route.rank * PANEL * route.kept.width();
-                let next = route.b.wrapping_add((panel + 1) * bytes);
-                for line in 0..bytes.div_ceil(64) {
-                    L::prefetch(next.wrapping_add(line * 64));
-                }
-            }
             if alike == ABREAST {
                 let sums: [L; ABREAST] = up(&route, panel, u, prepared.rank_stride);
                 for (i, sums) in sums.into_iter().enumerate() {

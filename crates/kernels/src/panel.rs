@@ -88,7 +88,7 @@ pub(crate) unsafe fn panel_product<L: Lanes>(
 
 /// Splits the rows into tiles, as tall as the registers allow.
 macro_rules! tiles {
-    ($x:ident, $sink:ident, $panel:ident, $run:ident::<$l:ident, $f:ident>, $tall:literal, $short:literal) => {
+    ($x:ident, $sink:ident, $panel:ident, $run:ident::<$l:ident, $f:ident>, $tall:literal, $middle:literal) => {
         let mut row = 0;
         if $l::TALL {
             while row + $tall <= $x.rows {
@@ -104,9 +104,13 @@ macro_rules! tiles {
                 }
             }
         }
-        while row + $short <= $x.rows {
-            $run::<$l, $f, $short>($panel, $x, row, $sink);
-            row += $short;
+        while row + $middle <= $x.rows {
+            $run::<$l, $f, $middle>($panel, $x, row, $sink);
+            row += $middle;
+        }
+        if row + 2 <= $x.rows {
+            $run::<$l, $f, 2>($panel, $x, row, $sink);
+            row += 2;
         }
         while row < $x.rows {
             $run::<$l, $f, 1>($panel, $x, row, $sink);
@@ -120,7 +124,7 @@ macro_rules! tiles {
 unsafe fn fast<L: Lanes, C: Codes>(panel: Panel, x: &View, sink: &mut impl Sink<L>) {
     // SAFETY: tiles lie within the rows; the caller vouches for the rest.
     unsafe {
-        tiles!(x, sink, panel, fast_tile::<L, C>, 8, 2);
+        tiles!(x, sink, panel, fast_tile::<L, C>, 8, 4);
     }
 }
 
@@ -137,6 +141,8 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
     // Hidden from the compiler, which would unroll the loop and put each row's products one after another, where they
     // wait for each other.
     let pairs = std::hint::black_box(if C::HALVES { 2 } else { 4 });
+    // Eight products of two codes each fit 16 bits.
+    let shorts = L::SHORTS && C::NARROW && !C::HALVES;
     // SAFETY: all reads are of rows `row..row + M` and of blocks below `cols / 32`.
     unsafe {
         for block in 0..x.cols / 32 {
@@ -144,30 +150,41 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
             let quants = tile.quants.add(at * 32);
             // The next panel comes out of memory while this one is computed.
             let ahead = panel.codes.wrapping_add(panel.next + block * C::BLOCK_BYTES);
-            L::prefetch(panel.header.wrapping_add(panel.next + block * C::HEADER_BYTES));
+            if row == 0 {
+                L::prefetch(panel.header.wrapping_add(panel.next + block * C::HEADER_BYTES));
+            }
             for half in 0..(if C::HALVES { 2 } else { 1 }) {
                 let mut dots = [L::ints(0); M];
-                if C::OFFSET != 0 {
+                if C::OFFSET != 0 && !shorts && !(C::WIDE && L::CENTRED) {
                     // The offset leaves the integer sum before it is scaled: exact.
                     for i in 0..M {
-                        let counts = tile.counts.add(2 * (at + i));
-                        let count = if C::HALVES { *counts.add(half) } else { *counts + *counts.add(1) };
-                        dots[i] = L::ints(-C::OFFSET * count);
+                        dots[i] = L::ints(offset::<C>(&tile, at + i, half));
                     }
                 }
                 for pair in half * 2..half * 2 + pairs {
                     let low = C::group::<L>(panel, block * 8 + pair * 2);
                     let high = C::group::<L>(panel, block * 8 + pair * 2 + 1);
                     let quants = quants.add(pair * 8);
-                    L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4)));
-                    if C::BLOCK_BYTES > 256 {
-                        L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4) + 64));
+                    if row == 0 {
+                        L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4)));
+                        if C::BLOCK_BYTES > 256 {
+                            L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4) + 64));
+                        }
                     }
-                    for i in 0..M {
-                        dots[i] = L::dot(dots[i], low, quants.add(i * 32), C::WIDE);
+                    for (weights, x) in [(low, quants), (high, quants.add(4))] {
+                        for i in 0..M {
+                            dots[i] = if shorts {
+                                L::dot_short(dots[i], weights, x.add(i * 32))
+                            } else {
+                                L::dot(dots[i], weights, x.add(i * 32), C::WIDE)
+                            };
+                        }
                     }
+                }
+                if shorts {
                     for i in 0..M {
-                        dots[i] = L::dot(dots[i], high, quants.add(i * 32 + 4), C::WIDE);
+                        let start = if C::OFFSET == 0 { 0 } else { offset::<C>(&tile, at + i, half) };
+                        dots[i] = L::widen(dots[i], start);
                     }
                 }
                 let scale: L = C::scale(panel, block * 2 + half);
@@ -186,6 +203,19 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
     }
     for (i, sums) in sums.into_iter().enumerate() {
         sink.put(row + i, sums);
+    }
+}
+
+/// What the codes' offset adds to a block's integer sum.
+///
+/// # Safety
+/// The tile has a block at `at`.
+#[inline(always)]
+unsafe fn offset<C: Codes>(tile: &Tile, at: usize, half: usize) -> i32 {
+    // SAFETY: the caller vouches for the block, which has two counts.
+    unsafe {
+        let counts = tile.counts.add(2 * at);
+        -C::OFFSET * if C::HALVES { *counts.add(half) } else { *counts + *counts.add(1) }
     }
 }
 

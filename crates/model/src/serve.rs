@@ -100,7 +100,7 @@ pub struct Logits {
 impl Logits {
     /// The rows, each with one value per token of the vocabulary.
     pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.values[..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
+        self.values[line(&self.values)..][..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
     }
 }
 
@@ -143,12 +143,21 @@ impl Runtime {
     }
 }
 
-/// The first `len` values of a buffer that grows as needed.
+/// `len` values of a buffer that grows as needed, from a cache line on: what one thread writes shares no line with another's.
 fn part(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
+    if buffer.len() < len + LINE {
+        buffer.resize(len + LINE, 0.0);
     }
-    &mut buffer[..len]
+    let start = line(buffer);
+    &mut buffer[start..start + len]
+}
+
+/// Values of a cache line.
+const LINE: usize = 64 / size_of::<f32>();
+
+/// The first value of a buffer that lies at a cache line.
+fn line(buffer: &[f32]) -> usize {
+    buffer.as_ptr().align_offset(64).min(buffer.len().min(LINE))
 }
 
 impl BaseModel {
@@ -185,12 +194,18 @@ impl BaseModel {
                 let under = block.linears[site.index()].under.as_ref();
                 adapters.site(SiteId::new(index, site)).over(under.map(|under| under.low_rank()))
             };
+            let announce = |scratch: &mut Scratch, index: usize, sites: &[Site]| {
+                sites
+                    .iter()
+                    .for_each(|&site| scratch.announce(&adapters.site(SiteId::new(index, site)), rows));
+            };
             let [q, k] = [part(q, rows * query), part(k, rows * key)];
             let [v, attended] = [part(v, rows * key), part(attended, rows * query)];
             let [gate, up] = [part(gate, rows * config.feed_forward), part(up, rows * config.feed_forward)];
 
             let (at_q, at_k, at_v) = (site(Site::Q), site(Site::K), site(Site::V));
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
+            announce(scratch, index, &[Site::O]);
             fused_linear(
                 scratch,
                 means,
@@ -209,6 +224,7 @@ impl BaseModel {
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
             let at_o = site(Site::O);
+            announce(scratch, index, &[Site::Gate, Site::Up]);
             fused_linear(
                 scratch,
                 means,
@@ -218,6 +234,7 @@ impl BaseModel {
 
             let (at_gate, at_up, at_down) = (site(Site::Gate), site(Site::Up), site(Site::Down));
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
+            announce(scratch, index, &[Site::Down]);
             fused_linear(
                 scratch,
                 means,
@@ -228,6 +245,9 @@ impl BaseModel {
                 ],
             );
             let gated = Input::SwiGlu { gate, up };
+            if index + 1 < self.blocks().len() {
+                announce(scratch, index + 1, &[Site::Q, Site::K, Site::V]);
+            }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }
         logits.rows = input.wanted.len();
