@@ -12,11 +12,16 @@ use types::Example;
 /// Items of a user at most.
 const ITEMS: usize = 60;
 
-/// The histories of `count` users as examples, half of each kind.
-pub(crate) fn users(cache: &Path, tokenizer: &Tokenizer, count: usize) -> anyhow::Result<Vec<Vec<Example>>> {
+/// The histories of `count` users, half of each kind.
+pub(crate) fn users(cache: &Path, count: usize) -> anyhow::Result<Vec<Items>> {
     let mut users = uploads(count / 2)?;
     users.extend(viewers(cache, count - users.len())?);
     ensure!(users.len() == count, "only {} histories", users.len());
+    Ok(users)
+}
+
+/// The same in tokens.
+pub(crate) fn examples(users: &[Items], tokenizer: &Tokenizer) -> anyhow::Result<Vec<Vec<Example>>> {
     let example = |(input, output): &(String, String)| -> anyhow::Result<Example> {
         let prompt = tokenizer.encode(input, Special::Literal)?;
         let mut tokens = prompt.clone();
@@ -27,7 +32,8 @@ pub(crate) fn users(cache: &Path, tokenizer: &Tokenizer, count: usize) -> anyhow
     users.iter().map(|items| items.iter().map(example).collect()).collect()
 }
 
-type Items = Vec<(String, String)>;
+/// Inputs and outputs.
+pub(crate) type Items = Vec<(String, String)>;
 
 /// Of the packages installed here with most entries in their changelogs: the entry, and its urgency.
 fn uploads(count: usize) -> anyhow::Result<Vec<Items>> {
