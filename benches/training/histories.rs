@@ -10,7 +10,7 @@ use text::{Special, Tokenizer};
 use types::Example;
 
 /// Items of a user at most.
-const ITEMS: usize = 60;
+const ITEMS: usize = 24;
 
 /// The histories of `count` users, half of each kind.
 pub(crate) fn users(cache: &Path, count: usize) -> anyhow::Result<Vec<Items>> {

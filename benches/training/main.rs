@@ -54,9 +54,14 @@ fn main() -> anyhow::Result<()> {
     if all || has("users") {
         let tokenizer = tokenizer.map(|files| Tokenizer::new(&files)).transpose()?;
         let tokenizer = tokenizer.ok_or_else(|| anyhow::anyhow!("the model has no tokenizer"))?;
-        let users = histories::examples(&histories, &tokenizer)?;
+        let mut users = histories::examples(&histories, &tokenizer)?;
+        if has("--quick") {
+            // Some of each kind.
+            users = users.into_iter().step_by(USERS / 4).collect();
+            users.iter_mut().for_each(|items| items.truncate(12));
+        }
         let mut peer = Peft::start(&path, threads)?;
-        print(&users_per_hour(&base, &mut peer, &users, runs.min(3))?);
+        print(&users_per_hour(&base, &mut peer, &users, 1)?);
     }
     Ok(())
 }
