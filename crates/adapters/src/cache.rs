@@ -80,8 +80,8 @@ impl AdapterCache {
     /// As [`AdapterCache::new`], over any source.
     #[must_use]
     pub fn over(source: Arc<dyn Source>, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
-        let page_bytes =
-            settings.page_bytes.unwrap_or_else(|| PagePool::page_bytes_for(&base.shape(), settings.storage));
+        let enough = || PagePool::page_bytes_for(&base.shape(), settings.storage, settings.max_rank);
+        let page_bytes = settings.page_bytes.unwrap_or_else(enough);
         let pool = PagePool::new(page_bytes, settings.device_bytes);
         let sizes = Sizes {
             host_bytes: settings.host_bytes,

@@ -21,4 +21,4 @@ pub use job::{GateReport, Job, JobOutcome, JobProgress, JobState};
 pub use sampling::{FinishReason, SamplingParams, Usage};
 pub use site::{Site, SiteId};
 pub use tokenizer::{GgufVocabulary, TokenizerSource};
-pub use training::{AdapterKind, OptionError, RecipeName, TrainingLimits, TrainingOptions};
+pub use training::{AdapterKind, DEFAULT_MAX_RANK, OptionError, RecipeName, TrainingLimits, TrainingOptions};
