@@ -22,7 +22,7 @@ use engine::{ModelEngine, Settings};
 use model::{BaseModel, LoadOptions};
 use peft::{PagePool, Precision};
 use store::Store;
-use types::SystemClock;
+use types::{DEFAULT_MAX_RANK, SystemClock};
 
 use crate::row::{Goal, Row, median, percentile};
 use crate::traffic::{Traffic, ask};
@@ -65,7 +65,8 @@ impl Bench {
 
     /// A cache with host memory for `host` adapters of the common rank and slots for `device`.
     fn cache(&self, host: usize, device: usize) -> anyhow::Result<AdapterCache> {
-        let page_bytes = PagePool::page_bytes_for(&self.base.shape(), Precision::Fast.into());
+        let page_bytes =
+            PagePool::page_bytes_for(&self.base.shape(), Precision::Fast.into(), DEFAULT_MAX_RANK);
         let one = users::built(&self.base, RANK)?;
         let pages = one.pages(page_bytes).context("a tensor is larger than a page")?;
         let settings = CacheSettings {

@@ -90,6 +90,35 @@ fn the_program_says_what_is_wrong_with_its_model() {
     let corrupt = run(&garbage);
     assert!(corrupt.contains("does not begin with GGUF"), "{corrupt}");
     assert!(run(&folder.path().join("absent.gguf")).contains("there is no such file"));
-    let open = Program::refuses(&["--listen", "0.0.0.0:0"], folder.path());
-    assert!(open.contains("--api-key"), "{open}");
+}
+
+#[test]
+fn settings_are_refused_before_the_model_is_looked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let absent = folder.path().join("absent.gguf");
+    for (settings, words) in [
+        (&["--listen", "0.0.0.0:0"][..], "--api-key"),
+        (
+            &["--adapter-storage", "int8", "--precision", "exact"],
+            "--adapter-storage int8: needs --precision fast",
+        ),
+        (&["--rank", "65"], "--rank 65: must be at most --max-rank, 64"),
+        (&["--max-rank", "513"], "--max-rank"),
+        (&["--tenant-training", r#"{"a":{"rank":65}}"#], "--tenant-training: a: rank must be from 1 to 64"),
+        (&["--train-floor", "0"], "--train-floor"),
+        (&["--learning-rate", "0"], "learning_rate"),
+    ] {
+        let arguments = [settings, &["--model", absent.to_str().unwrap()]].concat();
+        let said = Program::refuses(&arguments, folder.path());
+        assert!(said.contains(words) && !said.contains("absent"), "{said}");
+    }
+    // Negative control: sound settings come to the model.
+    let said = Program::refuses(
+        &["--rank", "65", "--max-rank", "65", "--model", absent.to_str().unwrap()],
+        folder.path(),
+    );
+    assert!(said.contains("absent.gguf"), "{said}");
+    // This one hangs on the model: a page holds the largest tensor an adapter may have.
+    let small = Program::refuses(&["--adapter-device-mib", "1", "--max-rank", "512"], folder.path());
+    assert!(small.contains("--adapter-device-mib: must be at least 2 "), "{small}");
 }

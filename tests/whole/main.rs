@@ -4,4 +4,5 @@
 mod bad_models;
 mod default_model;
 mod program;
+mod task_adapter;
 mod the_loop;

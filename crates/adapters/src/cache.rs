@@ -80,8 +80,8 @@ impl AdapterCache {
     /// As [`AdapterCache::new`], over any source.
     #[must_use]
     pub fn over(source: Arc<dyn Source>, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
-        let page_bytes =
-            settings.page_bytes.unwrap_or_else(|| PagePool::page_bytes_for(&base.shape(), settings.storage));
+        let enough = || PagePool::page_bytes_for(&base.shape(), settings.storage, settings.max_rank);
+        let page_bytes = settings.page_bytes.unwrap_or_else(enough);
         let pool = PagePool::new(page_bytes, settings.device_bytes);
         let sizes = Sizes {
             host_bytes: settings.host_bytes,
@@ -277,7 +277,7 @@ impl Inner {
         Some(request)
     }
 
-    fn learn(&self, id: &AdapterId, head: Option<Head>, stamp: u64) -> Result<(), AcquireError> {
+    fn learn(self: &Arc<Self>, id: &AdapterId, head: Option<Head>, stamp: u64) -> Result<(), AcquireError> {
         let foreign = head.filter(|head| head.base != self.base.hash());
         self.tell(|state| {
             let tickets = match foreign {
@@ -385,7 +385,7 @@ impl Inner {
         Ok(Hosted { bytes: adapter.bytes(), pages: wanted, payload: Arc::new(adapter) })
     }
 
-    /// Tells the tiers of a load or placement, and then those who waited for it.
+    /// Tells the tiers of a load or placement, and those who waited for it.
     fn land(
         self: &Arc<Self>,
         id: &AdapterId,
@@ -394,7 +394,7 @@ impl Inner {
     ) {
         self.tell(|state| {
             let stamp = self.source.moves(id);
-            let mail = match land(&mut state.tiers, stamp) {
+            match land(&mut state.tiers, stamp) {
                 Landed::Quiet => Mail::new(),
                 Landed::Again(tickets) => state.address(&tickets, |_| Wake::Again),
                 Landed::Failed(tickets) => {
@@ -404,17 +404,18 @@ impl Inner {
                 Landed::Ready { slot, generation, tickets } => state.address(&tickets, |state| {
                     self.lend(state, id, slot, generation).map_or_else(Wake::Failed, Wake::Ready)
                 }),
-            };
-            self.pump(state);
-            mail
+            }
         });
     }
 
-    /// Changes the state, then, when it is unlocked, wakes requests and frees what is no longer needed.
-    fn tell(&self, change: impl FnOnce(&mut State) -> Mail) {
+    /// Changes the state, starts the placements that this makes possible, then, when it is unlocked, wakes requests and
+    /// frees what is no longer needed.
+    fn tell(self: &Arc<Self>, change: impl FnOnce(&mut State) -> Mail) {
         let (mail, _trash) = {
             let mut state = self.lock();
-            (change(&mut state), state.tiers.take_trash())
+            let mail = change(&mut state);
+            self.pump(&mut state);
+            (mail, state.tiers.take_trash())
         };
         for (reader, wake) in mail {
             // Whoever has left needs no answer; a lease in it is given back here.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peft::Storage;
+use types::DEFAULT_MAX_RANK;
 
 /// Loads at a time, unless set otherwise: enough to keep the disk busy, few enough to bound memory.
 const PARALLEL_LOADS: usize = 4;
@@ -20,8 +21,10 @@ pub struct CacheSettings {
     pub host_bytes: usize,
     /// Bytes of the pool that adapters in use lie in, reserved at the start.
     pub device_bytes: usize,
-    /// Bytes of its pages; `None` takes what the base needs ([`peft::PagePool::page_bytes_for`]).
+    /// Bytes of its pages; `None` takes what the base and the largest rank need ([`peft::PagePool::page_bytes_for`]).
     pub page_bytes: Option<usize>,
+    /// Largest rank of an adapter.
+    pub max_rank: usize,
     /// Loads from the store at a time.
     pub parallel_loads: usize,
     /// Requests that may wait for a load or for pages.
@@ -39,6 +42,7 @@ impl CacheSettings {
             host_bytes: bytes,
             device_bytes: bytes,
             page_bytes: None,
+            max_rank: DEFAULT_MAX_RANK,
             parallel_loads: PARALLEL_LOADS,
             waiting: WAITING,
             on_load: Arc::new(|_| {}),
@@ -48,12 +52,14 @@ impl CacheSettings {
 
 impl fmt::Debug for CacheSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { storage, host_bytes, device_bytes, page_bytes, parallel_loads, waiting, .. } = self;
+        let Self { storage, host_bytes, device_bytes, page_bytes, max_rank, parallel_loads, waiting, .. } =
+            self;
         f.debug_struct("CacheSettings")
             .field("storage", storage)
             .field("host_bytes", host_bytes)
             .field("device_bytes", device_bytes)
             .field("page_bytes", page_bytes)
+            .field("max_rank", max_rank)
             .field("parallel_loads", parallel_loads)
             .field("waiting", waiting)
             .finish_non_exhaustive()

@@ -284,6 +284,10 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
             self.free += held.pages;
             self.held.remove(&slot);
         }
+        #[cfg(test)]
+        if self.broken(tests::Fault::SilentRelease) {
+            return false;
+        }
         !self.waiting.is_empty()
     }
 
@@ -352,6 +356,10 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         if let Some(flight) = self.flights.get_mut(key).filter(|flight| flight.generation == generation) {
             // The head was read again and is the same.
             flight.stamp = stamp;
+            #[cfg(test)]
+            if self.fault == Some(tests::Fault::SecondLoad) && matches!(flight.stage, Stage::Loading) {
+                return Some(Load { number: flight.number, key: key.clone(), generation });
+            }
             return None;
         }
         let number = self.number();
@@ -377,6 +385,10 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         self.unhost(key);
         self.host_bytes += hosted.bytes;
         self.host.put(key.clone(), (generation, hosted));
+        #[cfg(test)]
+        if self.broken(tests::Fault::OverBudget) {
+            return;
+        }
         while self.host_bytes > self.sizes.host_bytes
             && let Some((_, (_, old))) = self.host.pop_lru()
         {

@@ -17,6 +17,12 @@ pub(crate) enum Fault {
     StaleLoad,
     /// Who came last gets room first.
     YoungestFirst,
+    /// Every request for an adapter that is being loaded loads it too.
+    SecondLoad,
+    /// Nobody who waits for room is told that a slot is no longer leased.
+    SilentRelease,
+    /// Host memory is never made room in.
+    OverBudget,
 }
 
 const KEYS: u8 = 5;
@@ -98,15 +104,20 @@ impl World {
         self.heads[key as usize]
     }
 
+    /// Does what the cache does then: it looks for room after everything but a publish, which it does not see, a
+    /// prefetch, and a lease that nobody waited for.
     fn apply(&mut self, op: &Op) -> Result<(), String> {
+        let mut looks = true;
         match *op {
             Op::Request(key) => self.request(key, None)?,
             Op::Prefetch(key) => {
                 if let Request::Wait { load: Some(load), .. } = self.tiers.prefetch(&key, self.head(key).1) {
                     self.load(load)?;
                 }
+                looks = false;
             }
             Op::Publish(key) => {
+                looks = false;
                 let (generation, stamp) = &mut self.heads[key as usize];
                 (*generation, *stamp) = (*stamp + 2, *stamp + 1);
             }
@@ -133,7 +144,7 @@ impl World {
             }
             Op::Drop(at) if !self.leases.is_empty() => {
                 let (slot, _) = self.leases.remove(at as usize % self.leases.len());
-                let _wanted = self.tiers.unpin(slot);
+                looks = self.tiers.unpin(slot);
             }
             Op::Leave(at) if !self.tickets.is_empty() => {
                 let mut tickets: Vec<u64> = self.tickets.keys().copied().collect();
@@ -144,7 +155,9 @@ impl World {
             }
             _ => {}
         }
-        self.pump()?;
+        if looks {
+            self.pump()?;
+        }
         self.check()
     }
 
@@ -266,6 +279,16 @@ impl World {
         }
         ensure!(tiers.waiting == self.tickets.iter().map(|(at, key)| (*at, *key)).collect(), "the queue");
         ensure!(tiers.heads.len() <= SIZES.heads, "too many heads are remembered");
+        // Nobody has been forgotten: whoever is first in the queue for room has too little.
+        let wanted = tiers.waiting.values().find_map(|key| match &tiers.flights.get(key)?.stage {
+            Stage::Ready(hosted) => Some(hosted.pages),
+            Stage::Loading | Stage::Placing => None,
+        });
+        let idle: usize =
+            slots.iter().filter(|(slot, _)| !leased.contains_key(slot)).map(|(_, pages)| pages).sum();
+        if let Some(wanted) = wanted {
+            ensure!(tiers.free + idle < wanted, "a request waits for {wanted} pages that are there");
+        }
         Ok(())
     }
 
@@ -310,7 +333,14 @@ proptest! {
 
 #[test]
 fn seeded_bugs_break_the_rules() {
-    for fault in [Fault::EvictLeased, Fault::StaleLoad, Fault::YoungestFirst] {
+    for fault in [
+        Fault::EvictLeased,
+        Fault::StaleLoad,
+        Fault::YoungestFirst,
+        Fault::SecondLoad,
+        Fault::SilentRelease,
+        Fault::OverBudget,
+    ] {
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
         let mut runner = TestRunner::new_with_rng(config, rng);
@@ -322,6 +352,8 @@ fn seeded_bugs_break_the_rules() {
 mod schedules {
     //! Threads that acquire, publish, announce and let go, in many orders: the steps of the cache's own protocol, each
     //! under the lock that the cache takes, over a pool of pages that can run out.
+
+    use std::collections::HashSet;
 
     use shuttle::sync::atomic::{AtomicU64, Ordering};
     use shuttle::sync::{Arc, Condvar, Mutex};
@@ -365,11 +397,15 @@ mod schedules {
     struct State {
         tiers: Tiers<u8, u64, (u8, u64), Arc<Pages>>,
         mail: HashMap<u64, Told>,
+        /// Loads under way.
+        loading: HashSet<(u8, u64)>,
     }
+
+    const HOST_BYTES: usize = 20;
 
     impl Cache {
         fn new(fault: Option<Fault>) -> Self {
-            let mut tiers = Tiers::new(Sizes { host_bytes: 20, pages: 3, waiting: 10, heads: 10 });
+            let mut tiers = Tiers::new(Sizes { host_bytes: HOST_BYTES, pages: 3, waiting: 10, heads: 10 });
             tiers.fault = fault;
             Self {
                 heads: [1, 1, 1].map(|head| Published {
@@ -378,7 +414,7 @@ mod schedules {
                     over: AtomicU64::new(head),
                 }),
                 pool: Arc::new(Mutex::new(3)),
-                state: Mutex::new(State { tiers, mail: HashMap::new() }),
+                state: Mutex::new(State { tiers, mail: HashMap::new(), loading: HashSet::new() }),
                 told: Condvar::new(),
             }
         }
@@ -410,9 +446,7 @@ mod schedules {
             }
             let mut state = self.state.lock().expect("locks");
             let again = state.tiers.invalidate(&key, Some(generation));
-            state.mail.extend(again.into_iter().map(|ticket| (ticket, Told::Again)));
-            drop(state);
-            self.told.notify_all();
+            self.land(state, key, Landed::Again(again));
         }
 
         /// Uses an adapter for a while.
@@ -424,8 +458,7 @@ mod schedules {
             assert_eq!(pages.owner, (key, generation), "another's weights");
             drop(pages);
             let mut state = self.state.lock().expect("locks");
-            let _wanted = state.tiers.unpin(slot);
-            let begun = state.tiers.pump();
+            let begun = if state.tiers.unpin(slot) { state.tiers.pump() } else { Vec::new() };
             drop(state);
             self.place(begun);
         }
@@ -441,9 +474,7 @@ mod schedules {
                         let head = self.head(key);
                         let mut state = self.state.lock().expect("locks");
                         let again = state.tiers.learn(&key, Some(head), stamp);
-                        state.mail.extend(again.into_iter().map(|ticket| (ticket, Told::Again)));
-                        drop(state);
-                        self.told.notify_all();
+                        self.land(state, key, Landed::Again(again));
                     }
                     Request::Ready { slot, generation } => {
                         let pages = state.tiers.slot_mut(&key, slot).expect("it is there");
@@ -452,6 +483,10 @@ mod schedules {
                     Request::Wait { ticket: number, load } => {
                         ticket = Some(number);
                         let begun = state.tiers.pump();
+                        if let Some(load) = &load {
+                            let first = state.loading.insert((load.key, load.generation));
+                            assert!(first, "two loads of {load:?}");
+                        }
                         drop(state);
                         self.place(begun);
                         load.into_iter().for_each(|load| self.load(&load));
@@ -476,6 +511,7 @@ mod schedules {
                 Hosted { payload: (load.key, load.generation), bytes: 10, pages: pages_of(load.key) };
             thread::yield_now();
             let mut state = self.state.lock().expect("locks");
+            state.loading.remove(&(load.key, load.generation));
             let stamp = self.stamp(load.key);
             let landed = state.tiers.loaded(load.number, &load.key, Some(payload), stamp);
             self.land(state, load.key, landed);
@@ -512,6 +548,7 @@ mod schedules {
                     }
                 }
             }
+            assert!(state.tiers.host().1 <= HOST_BYTES, "host memory holds more than it may");
             let begun = state.tiers.pump();
             drop(state);
             self.told.notify_all();
@@ -548,7 +585,9 @@ mod schedules {
 
     #[test]
     fn seeded_bugs_show_in_some_schedule() {
-        for fault in [Fault::EvictLeased, Fault::StaleLoad] {
+        for fault in
+            [Fault::EvictLeased, Fault::StaleLoad, Fault::SecondLoad, Fault::SilentRelease, Fault::OverBudget]
+        {
             let found = catch_unwind(AssertUnwindSafe(|| {
                 shuttle::check_random(move || scene(Some(fault)), 3000);
             }));

@@ -9,7 +9,7 @@ use adapters::{AdapterCache, CacheSettings};
 use anyhow::{Context, bail};
 use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
-use peft::Storage;
+use peft::{PagePool, Storage};
 use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest, Sha256};
 use store::{Policy, Store};
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use types::SystemClock;
 use worker::{Worker, WorkerError};
 
-use crate::settings::{PrecisionArg, ServiceArgs, TrainingArgs};
+use crate::settings::{PrecisionArg, ServiceArgs};
 use crate::{fetch, model_path, task_adapter};
 
 const MIB: usize = 1 << 20;
@@ -50,10 +50,12 @@ impl Service {
     /// When a setting is wrong, the model cannot be loaded, the data folder cannot be opened or the address cannot
     /// be had.
     pub async fn start(args: &ServiceArgs, data: &Path) -> anyhow::Result<Self> {
+        // What is wrong with the settings is said at once and does not wait for the model.
         let auth = auth(args)?;
-        let recipe = args.training.recipe();
-        recipe.check().context("training settings")?;
-        // Bind first: a taken port is the commonest mistake and should not wait for the model.
+        let worker_settings = worker_settings(args)?;
+        let metrics = Metrics::default();
+        let cache_settings = cache_settings(args, &metrics)?;
+        // A taken port is the commonest mistake.
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("cannot listen on {}", args.listen))?;
@@ -61,6 +63,7 @@ impl Service {
 
         let cache = fetch::cache_folder(args.cache.as_deref())?;
         let path = model_path::find(args.model.as_deref(), &cache).await?;
+        let model_name = model_name(args.model_name.as_deref(), &path)?;
         let options = LoadOptions { max_context: args.max_context };
         let model_file = path.clone();
         let (task, mode) = (args.task_adapter.clone(), args.task_adapter_mode.into());
@@ -79,11 +82,15 @@ impl Service {
         let tokenizer =
             Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
         let base = Arc::new(model);
-        let model_name = model_name(args.model_name.as_deref(), &path)?;
+        let CacheSettings { storage, device_bytes, max_rank, .. } = cache_settings;
+        let page = PagePool::page_bytes_for(&base.shape(), storage, max_rank);
+        if page > device_bytes {
+            let needed = page.div_ceil(MIB);
+            bail!("--adapter-device-mib: must be at least {needed} for this model and --max-rank {max_rank}");
+        }
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
-        let metrics = Metrics::default();
-        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings(args, &metrics)?);
+        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings);
         let engine: Arc<dyn Engine> =
             Arc::new(ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?);
         let on_upload = Arc::new(Notify::new());
@@ -96,7 +103,7 @@ impl Service {
                 store.clone(),
                 Arc::clone(&base),
                 tokenizer.clone(),
-                worker_settings(&args.training)?,
+                worker_settings,
                 Arc::new(move |id, head| announced.announce(id, head)),
             );
             let serving = Arc::clone(&engine);
@@ -113,7 +120,7 @@ impl Service {
             adapters,
             model_name: model_name.clone(),
             base: base.clone(),
-            limits: Limits::default(),
+            limits: Limits { training: args.training_limits(), ..Limits::default() },
             auth,
             clock: Arc::new(SystemClock),
             metrics,
@@ -212,13 +219,20 @@ fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> anyhow::Result<Cache
     let device_bytes = args.adapter_device_mib as usize * MIB;
     Ok(CacheSettings {
         host_bytes: args.adapter_host_mib as usize * MIB,
+        max_rank: args.max_rank.into(),
         on_load: Arc::new(move |time| metrics.adapter_load(time.as_secs_f64())),
         ..CacheSettings::new(storage, device_bytes)
     })
 }
 
-fn worker_settings(args: &TrainingArgs) -> anyhow::Result<worker::Settings> {
+fn worker_settings(service: &ServiceArgs) -> anyhow::Result<worker::Settings> {
+    let (args, limits) = (&service.training, service.training_limits());
     let defaults = worker::Settings::default();
+    let recipe = args.recipe();
+    recipe.check().context("training settings")?;
+    if args.rank > limits.rank {
+        bail!("--rank {}: must be at most --max-rank, {}", args.rank, limits.rank);
+    }
     if !(args.train_floor > 0.0 && args.train_floor <= 1.0) {
         bail!("--train-floor: must be above 0, at most 1");
     }
@@ -226,8 +240,9 @@ fn worker_settings(args: &TrainingArgs) -> anyhow::Result<worker::Settings> {
         bail!("--gate-level: must be above 0, at most 0.5");
     }
     Ok(worker::Settings {
-        recipe: args.recipe(),
-        tenants: args.tenants()?,
+        recipe,
+        tenants: args.tenants(&limits)?,
+        max_rank: limits.rank,
         min_items: args.min_items,
         threads: args.train_threads.map_or_else(cores, usize::from),
         gate: worker::GateRules { level: args.gate_level, ..defaults.gate },

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::{Precision, TaskMode};
-use peft::{AdapterConfig, LoraConfig, Storage};
+use peft::{AdapterConfig, LoraConfig, MAX_RANK, Storage};
 use train::Recipe;
-use types::{TenantId, TrainingLimits, TrainingOptions};
+use types::{DEFAULT_MAX_RANK, TenantId, TrainingLimits, TrainingOptions};
 
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
 /// adapters from the users' histories.
@@ -98,6 +98,9 @@ pub struct ServiceArgs {
     /// How adapters are kept; `int8` wants `--precision fast`. [default: bf16, with `--precision exact` f32]
     #[arg(long, env = "ATELIER_ADAPTER_STORAGE")]
     pub adapter_storage: Option<StorageArg>,
+    /// Largest rank of an adapter, trained or uploaded. The pages that adapters in use lie in grow with it.
+    #[arg(long, default_value_t = DEFAULT_MAX_RANK as u16, env = "ATELIER_MAX_RANK", value_parser = clap::value_parser!(u16).range(1..=MAX_RANK as i64))]
+    pub max_rank: u16,
     /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
     #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
     pub precision: PrecisionArg,
@@ -127,6 +130,12 @@ pub enum StorageArg {
 }
 
 impl ServiceArgs {
+    /// The most that a training may be asked for.
+    #[must_use]
+    pub fn training_limits(&self) -> TrainingLimits {
+        TrainingLimits { rank: self.max_rank.into(), ..TrainingLimits::default() }
+    }
+
     /// How adapters are kept.
     #[must_use]
     pub fn adapter_storage(&self) -> Storage {
@@ -194,7 +203,7 @@ pub struct TrainingArgs {
     /// Items per optimiser step.
     #[arg(long, default_value_t = 4, env = "ATELIER_TRAIN_BATCH")]
     pub train_batch: usize,
-    /// Rank of the adapters.
+    /// Rank of the adapters, at most --max-rank.
     #[arg(long, default_value_t = 8, env = "ATELIER_RANK")]
     pub rank: usize,
     /// Fewest items a user must have to be trained.
@@ -249,14 +258,12 @@ impl TrainingArgs {
     ///
     /// # Errors
     /// When they cannot be read, or a number is outside its limits.
-    pub fn tenants(&self) -> anyhow::Result<BTreeMap<TenantId, TrainingOptions>> {
+    pub fn tenants(&self, limits: &TrainingLimits) -> anyhow::Result<BTreeMap<TenantId, TrainingOptions>> {
         let text = self.tenant_training.as_deref().unwrap_or("{}");
         let read: BTreeMap<String, TrainingOptions> =
             serde_json::from_str(text).context("--tenant-training")?;
         let check = |(tenant, options): (String, TrainingOptions)| {
-            options
-                .check(&TrainingLimits::default())
-                .with_context(|| format!("--tenant-training: {tenant}"))?;
+            options.check(limits).with_context(|| format!("--tenant-training: {tenant}"))?;
             Ok((tenant.parse().context("--tenant-training")?, options))
         };
         read.into_iter().map(check).collect()
@@ -269,18 +276,28 @@ mod tests {
 
     #[test]
     fn tenants_have_numbers_of_their_own() {
-        let args = |json: &str| {
-            let words = ["atelier", "serve", "--tenant-training", json];
+        let tenants = |json: &str, max_rank: &str| {
+            let words = ["atelier", "serve", "--tenant-training", json, "--max-rank", max_rank];
             match Cli::try_parse_from(words).map(|cli| cli.command) {
-                Ok(Command::Serve(args)) => args.training,
+                Ok(Command::Serve(args)) => args.training.tenants(&args.training_limits()),
                 other => panic!("{other:?}"),
             }
         };
-        let tenants = args(r#"{"acme":{"recipe":"oppu","rank":4}}"#).tenants();
-        assert!(tenants.is_ok_and(|tenants| tenants.values().all(|options| options.rank == Some(4))));
+        let four = tenants(r#"{"acme":{"recipe":"oppu","rank":4}}"#, "4");
+        assert!(four.is_ok_and(|tenants| tenants.values().all(|options| options.rank == Some(4))));
+        assert!(tenants(r#"{"acme":{"rank":4}}"#, "3").is_err());
         for bad in [r#"{"acme":{"rank":0}}"#, r#"{"acme":{"rnak":4}}"#, r#"{"a b":{}}"#, "[]", "{"] {
-            assert!(args(bad).tenants().is_err(), "{bad}");
+            assert!(tenants(bad, "64").is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_largest_rank_has_limits_of_its_own() {
+        let max_rank = |given: &str| match Cli::try_parse_from(["atelier", "serve", "--max-rank", given]) {
+            Ok(Cli { command: Command::Serve(args) }) => Some(args.training_limits().rank),
+            _ => None,
+        };
+        assert_eq!(["0", "1", "512", "513"].map(max_rank), [None, Some(1), Some(512), None]);
     }
 
     #[test]

@@ -8,8 +8,8 @@ use crate::fields::{Fields, MAX_ENTRIES, Members, count, finite, render};
 use crate::modules::{Layers, Patterns, TargetModules, sites};
 use crate::shape::BaseShape;
 
-/// Largest rank an adapter may have.
-pub const MAX_RANK: usize = 64;
+/// Largest rank an adapter may have, whatever lower limit a server is set to.
+pub const MAX_RANK: usize = 512;
 
 /// The fields of a LoRA config that change its maths.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,10 +107,10 @@ impl LoraConfig {
     /// # Errors
     /// Names the field that is malformed, out of limits, or asks for what is not supported.
     pub fn parse(bytes: &[u8]) -> Result<Self, PeftError> {
-        Self::read(&Fields::parse(bytes)?)
+        Self::read(&Fields::parse(bytes)?, MAX_RANK)
     }
 
-    pub(crate) fn read(fields: &Fields) -> Result<Self, PeftError> {
+    pub(crate) fn read(fields: &Fields, max_rank: usize) -> Result<Self, PeftError> {
         fields.one_of("peft_type", &[json!("LORA")], false)?;
         fields.only(&[ALWAYS_HARMLESS, HARMLESS, READ])?;
         fields.one_of("task_type", &[json!("CAUSAL_LM")], true)?;
@@ -118,7 +118,7 @@ impl LoraConfig {
         // The others also change the base's weights when they start, and an adapter that was saved then needs that base.
         let starts = [json!(true), json!(false), json!("gaussian"), json!("orthogonal"), json!("eva")];
         fields.one_of("init_lora_weights", &starts, true)?;
-        let rank = |field: &str, value: &Value| count(field, value, MAX_RANK);
+        let rank = |field: &str, value: &Value| count(field, value, max_rank);
         let dropout = match fields.get("lora_dropout")? {
             Value::Null => 0.0,
             value => finite("lora_dropout", value)?,

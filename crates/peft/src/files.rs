@@ -42,7 +42,15 @@ impl AdapterWeights {
     /// # Errors
     /// Names the field or tensor that is wrong.
     pub fn parse(config: &[u8], weights: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
-        match AdapterConfig::parse(config, shape)? {
+        Self::read(AdapterConfig::parse(config, shape)?, weights, shape)
+    }
+
+    /// As [`AdapterWeights::parse`], with a config that has been read.
+    ///
+    /// # Errors
+    /// Names the field or tensor that is wrong.
+    pub fn read(config: AdapterConfig, weights: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
+        match config {
             AdapterConfig::Lora(config) => LoraWeights::read(config, weights, shape).map(Self::Lora),
             AdapterConfig::Ia3(config) => Ia3Weights::read(config, weights, shape).map(Self::Ia3),
             AdapterConfig::Prompt(config) => PromptWeights::read(config, weights, shape).map(Self::Prompt),

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use types::SiteId;
 
-use crate::config::{ALWAYS_HARMLESS, LoraConfig};
+use crate::config::{ALWAYS_HARMLESS, LoraConfig, MAX_RANK};
 use crate::error::PeftError;
 use crate::fields::{Fields, count, render};
 use crate::modules::{Matcher, TargetModules, sites};
@@ -47,11 +47,19 @@ impl AdapterConfig {
     /// # Errors
     /// Names the field that is malformed, out of limits, or asks for what is not supported.
     pub fn parse(bytes: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
+        Self::parse_within(bytes, shape, MAX_RANK)
+    }
+
+    /// As [`AdapterConfig::parse`], where no module may have a rank beyond `max_rank`.
+    ///
+    /// # Errors
+    /// As [`AdapterConfig::parse`]; a rank that is too large is named by its field, `r` or `rank_pattern`.
+    pub fn parse_within(bytes: &[u8], shape: &BaseShape, max_rank: usize) -> Result<Self, PeftError> {
         let fields = Fields::parse(bytes)?;
         match fields.get("peft_type")?.as_str() {
             Some("IA3") => Ia3Config::read(&fields).map(Self::Ia3),
             Some("PROMPT_TUNING") => PromptConfig::read(&fields, shape).map(Self::Prompt),
-            _ => LoraConfig::read(&fields).map(Self::Lora),
+            _ => LoraConfig::read(&fields, max_rank.min(MAX_RANK)).map(Self::Lora),
         }
     }
 

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kernels::{Numbers, PageBuffer};
 
-use crate::config::MAX_RANK;
 use crate::shape::BaseShape;
 use crate::storage::Storage;
 
@@ -40,12 +39,12 @@ impl PagePool {
     }
 
     /// The page size for a base: a power of two, at least 256 KiB, that holds the largest tensor an adapter of
-    /// [`MAX_RANK`] can have there.
+    /// this rank can have there.
     #[must_use]
-    pub fn page_bytes_for(shape: &BaseShape, storage: Storage) -> usize {
+    pub fn page_bytes_for(shape: &BaseShape, storage: Storage, max_rank: usize) -> usize {
         // B comes in panels of sixteen rows.
         let largest = shape.dims.iter().map(|&(out, input)| out.next_multiple_of(16).max(input)).max();
-        let tensor = largest.unwrap_or(0) * MAX_RANK * storage.value_bytes();
+        let tensor = largest.unwrap_or(0) * max_rank * storage.value_bytes();
         tensor.next_power_of_two().max(LEAST_PAGE)
     }
 
@@ -231,11 +230,13 @@ mod tests {
             layers: 1,
             dims: [(16, 16), (16, 16), (16, 16), (16, 16), (16, 16), (16, 16), (16, 16)],
         };
-        assert_eq!(PagePool::page_bytes_for(&shape, Storage::Bf16), 256 << 10);
+        assert_eq!(PagePool::page_bytes_for(&shape, Storage::Bf16, 64), 256 << 10);
         let wide = BaseShape { layers: 1, dims: [(4097, 16); 7] };
         // 4112 rows in panels, 64 ranks.
-        assert_eq!(PagePool::page_bytes_for(&wide, Storage::Bf16), 1 << 20);
-        assert_eq!(PagePool::page_bytes_for(&wide, Storage::F32), 2 << 20);
+        assert_eq!(PagePool::page_bytes_for(&wide, Storage::Bf16, 64), 1 << 20);
+        assert_eq!(PagePool::page_bytes_for(&wide, Storage::F32, 64), 2 << 20);
+        assert_eq!(PagePool::page_bytes_for(&wide, Storage::F32, 128), 4 << 20);
+        assert_eq!(PagePool::page_bytes_for(&wide, Storage::Bf16, 512), 8 << 20);
     }
 
     #[test]

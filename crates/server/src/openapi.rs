@@ -83,6 +83,21 @@ pub fn openapi_json() -> String {
     if let Some(item) = description.paths.paths.remove("/v1/models/{*id}") {
         description.paths.paths.insert("/v1/models/{id}".into(), item);
     }
+    // Routes that are the same in both roots are named apart: an operation's id is its method with its path.
+    for (path, item) in &mut description.paths.paths {
+        let words = path.strip_prefix("/v1").unwrap_or(path).split(['/', '{', '}', '.']);
+        let name = words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join("_");
+        let operations = [
+            ("get", &mut item.get),
+            ("put", &mut item.put),
+            ("post", &mut item.post),
+            ("delete", &mut item.delete),
+        ];
+        for (method, operation) in operations {
+            let operation = operation.iter_mut();
+            operation.for_each(|operation| operation.operation_id = Some(format!("{method}_{name}")));
+        }
+    }
     // What stands in a root is described here, as the routes below it are the same for both.
     for (path, item) in &mut description.paths.paths {
         let Some(root) = adapter::ROOTS.into_iter().find(|root| path.starts_with(root)) else { continue };

@@ -3,19 +3,26 @@
 use sha2::{Digest as _, Sha256};
 use types::{AdapterId, GenerationId, JobOutcome};
 
+use crate::AdapterFile::{Config, Weights};
 use crate::blobs::Blobs;
 use crate::jobs::{check_outcome, fenced};
 use crate::lineage::move_head;
 use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
 use crate::{
-    AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, NewGeneration, Origin, Store,
-    StoreError, users,
+    AdapterFile, AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, NewGeneration, Origin,
+    Store, StoreError, users,
 };
 
-/// File names as `peft` saves and loads them.
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+impl AdapterFile {
+    /// The file's name, as HF peft saves and loads it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Config => "adapter_config.json",
+            Self::Weights => "adapter_model.safetensors",
+        }
+    }
+}
 
 /// What a publish is for.
 struct Target {
@@ -151,7 +158,7 @@ impl Store {
             origin: if target.finish.is_some() { Origin::Trained } else { Origin::Imported },
             pinned: false,
         };
-        self.blobs().write(folder, [(CONFIG, new_config), (WEIGHTS, new_weights)]).await?;
+        self.blobs().write(folder, [(Config.name(), new_config), (Weights.name(), new_weights)]).await?;
 
         let _moving = self.moving(&target.adapter);
         let mut tx = self.write().await?;
@@ -217,11 +224,34 @@ impl Store {
     /// [`StoreError::NotFound`] if the user has no such generation, [`StoreError::Corrupt`] if a file
     /// is missing or is not what was published.
     pub async fn fetch(&self, adapter: &AdapterId, id: &GenerationId) -> Result<AdapterFiles, StoreError> {
+        let [config, weights] = self.fetch_files(adapter, id, [Config, Weights]).await?;
+        Ok(AdapterFiles { config, weights })
+    }
+
+    /// As [`Store::fetch`], one file alone.
+    ///
+    /// # Errors
+    /// As [`Store::fetch`].
+    pub async fn fetch_file(
+        &self,
+        adapter: &AdapterId,
+        id: &GenerationId,
+        file: AdapterFile,
+    ) -> Result<Vec<u8>, StoreError> {
+        self.fetch_files(adapter, id, [file]).await.map(|[content]| content)
+    }
+
+    async fn fetch_files<const N: usize>(
+        &self,
+        adapter: &AdapterId,
+        id: &GenerationId,
+        wanted: [AdapterFile; N],
+    ) -> Result<[Vec<u8>; N], StoreError> {
         let mut seen = None;
         loop {
             let generation = self.find_generation(adapter, id).await?;
             let generation = generation.ok_or_else(|| StoreError::not_found("generation", id))?;
-            match self.read_files(&generation).await {
+            match self.read_files(&generation, wanted).await {
                 // The files may just have been deleted or replaced: then the row says so now.
                 Err(error) if seen.as_ref() == Some(&generation.folder) => return Err(error),
                 Err(_) => seen = Some(generation.folder),
@@ -230,18 +260,23 @@ impl Store {
         }
     }
 
-    async fn read_files(&self, generation: &Generation) -> Result<AdapterFiles, StoreError> {
-        let config = self.read_file(generation, CONFIG, generation.config).await?;
-        let weights = self.read_file(generation, WEIGHTS, generation.weights).await?;
-        Ok(AdapterFiles { config, weights })
-    }
-
-    async fn read_file(
+    async fn read_files<const N: usize>(
         &self,
         generation: &Generation,
-        name: &str,
-        expected: Fingerprint,
-    ) -> Result<Vec<u8>, StoreError> {
+        wanted: [AdapterFile; N],
+    ) -> Result<[Vec<u8>; N], StoreError> {
+        let mut contents = [const { Vec::new() }; N];
+        for (content, file) in contents.iter_mut().zip(wanted) {
+            *content = self.read_file(generation, file).await?;
+        }
+        Ok(contents)
+    }
+
+    async fn read_file(&self, generation: &Generation, file: AdapterFile) -> Result<Vec<u8>, StoreError> {
+        let (name, expected) = match file {
+            Config => (file.name(), generation.config),
+            Weights => (file.name(), generation.weights),
+        };
         let corrupt = |reason: String| StoreError::Corrupt { generation: generation.id, reason };
         let found = self.blobs().read(&generation.folder, name, expected.bytes).await?;
         let bytes = found.ok_or_else(|| {

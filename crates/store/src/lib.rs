@@ -32,8 +32,8 @@ mod users;
 pub use error::StoreError;
 pub use lessons::item_hash;
 pub use records::{
-    AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten, GenerationCursor,
-    GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy, Progress,
-    ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
+    AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
+    GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,
+    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
 };
 pub use store::Store;

@@ -234,6 +234,15 @@ pub struct SharedRecord {
     pub created_at: Timestamp,
 }
 
+/// One of the files of a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterFile {
+    /// `adapter_config.json`.
+    Config,
+    /// `adapter_model.safetensors`.
+    Weights,
+}
+
 /// The files of a generation, length and SHA-256 checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterFiles {

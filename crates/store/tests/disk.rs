@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sqlx::{ConnectOptions as _, Connection as _};
-use store::{NewGeneration, Store, StoreError};
+use store::{AdapterFile, NewGeneration, Store, StoreError};
 use types::{AdapterId, GenerationId, JobOutcome, JobState, ManualClock, NewItem, Timestamp};
 use uuid::Uuid;
 
@@ -207,6 +207,14 @@ async fn damage_is_noticed_and_repaired() {
             let named = matches!(&fetched, Err(StoreError::Corrupt { generation, reason })
                 if *generation == one && reason.contains(name));
             assert!(named, "{what} {name}: {fetched:?}");
+            // The other file can be had by itself.
+            for (file, is) in [
+                (AdapterFile::Config, "adapter_config.json"),
+                (AdapterFile::Weights, "adapter_model.safetensors"),
+            ] {
+                let alone = store.fetch_file(&alice, &one, file).await;
+                assert_eq!(alone.is_ok(), is != name, "{what} {name}: {is} {alone:?}");
+            }
             // It cannot become head, and the other generation is untouched.
             let moved = store.set_head(&alice, Some(one), Some(two)).await;
             assert!(matches!(moved, Err(StoreError::Corrupt { .. })));

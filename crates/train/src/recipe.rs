@@ -65,7 +65,7 @@ impl Recipe {
         };
         match &self.adapter {
             AdapterConfig::Lora(lora) => {
-                within("rank", (1..=MAX_RANK).contains(&lora.r), "from 1 to 64")?;
+                within("rank", (1..=MAX_RANK).contains(&lora.r), &format!("from 1 to {MAX_RANK}"))?;
                 within("alpha", lora.alpha > 0.0 && lora.alpha <= 1e4, "above 0, at most 10000")?;
                 within("dropout", (0.0..1.0).contains(&lora.dropout), "from 0 to below 1")?;
             }

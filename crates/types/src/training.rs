@@ -76,10 +76,13 @@ pub struct TrainingOptions {
     pub seed: Option<u64>,
 }
 
+/// Largest rank of an adapter, unless a server is set to another.
+pub const DEFAULT_MAX_RANK: usize = 64;
+
 /// The most that may be asked for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainingLimits {
-    /// Largest rank.
+    /// Largest rank, also of adapters that are made elsewhere.
     pub rank: usize,
     /// Most virtual tokens.
     pub virtual_tokens: usize,
@@ -95,7 +98,14 @@ pub struct TrainingLimits {
 
 impl Default for TrainingLimits {
     fn default() -> Self {
-        Self { rank: 64, virtual_tokens: 128, epochs: 20, batch: 64, learning_rate: 0.1, max_tokens: 8192 }
+        Self {
+            rank: DEFAULT_MAX_RANK,
+            virtual_tokens: 128,
+            epochs: 20,
+            batch: 64,
+            learning_rate: 0.1,
+            max_tokens: 8192,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The recipe of one job: the server's, its tenant's numbers over it, the job's own over those.
 
 use peft::{AdapterConfig, Ia3Config, LoraConfig, PromptConfig};
-use train::Recipe;
+use train::{Recipe, TrainError};
 use types::{AdapterKind, RecipeName, TenantId, TrainingOptions};
 
 use crate::error::WorkerError;
@@ -10,7 +10,7 @@ use crate::settings::Settings;
 /// The recipe for a job of `tenant` that asks for `job`.
 ///
 /// # Errors
-/// When a number is outside the trainer's limits.
+/// When a number is outside the trainer's limits, or the server's.
 pub(crate) fn recipe(
     settings: &Settings,
     tenant: &TenantId,
@@ -33,7 +33,46 @@ pub(crate) fn recipe(
     set(&mut recipe.clip, options.clip);
     adapter(&mut recipe.adapter, &options);
     recipe.check()?;
-    Ok(recipe)
+    match &recipe.adapter {
+        AdapterConfig::Lora(lora) if lora.r > settings.max_rank => {
+            let problem = format!("must be from 1 to {}", settings.max_rank);
+            Err(TrainError::Recipe { field: "rank", problem }.into())
+        }
+        _ => Ok(recipe),
+    }
+}
+
+/// Every number of a recipe but its seed, as options that ask for it.
+pub(crate) fn in_full(recipe: &Recipe) -> TrainingOptions {
+    let numbers = TrainingOptions {
+        epochs: Some(recipe.epochs),
+        batch: Some(recipe.batch),
+        learning_rate: Some(recipe.learning_rate),
+        weight_decay: Some(recipe.weight_decay),
+        warmup_ratio: Some(recipe.warmup_ratio),
+        clip: Some(recipe.clip),
+        max_tokens: Some(recipe.max_tokens),
+        ..TrainingOptions::default()
+    };
+    match &recipe.adapter {
+        AdapterConfig::Lora(lora) => TrainingOptions {
+            kind: Some(match (lora.use_dora, lora.use_rslora) {
+                (true, _) => AdapterKind::Dora,
+                (false, true) => AdapterKind::Rslora,
+                (false, false) => AdapterKind::Lora,
+            }),
+            rank: Some(lora.r),
+            alpha: Some(lora.alpha),
+            dropout: Some(lora.dropout),
+            ..numbers
+        },
+        AdapterConfig::Ia3(_) => TrainingOptions { kind: Some(AdapterKind::Ia3), ..numbers },
+        AdapterConfig::Prompt(prompt) => TrainingOptions {
+            kind: Some(AdapterKind::Prompt),
+            virtual_tokens: Some(prompt.virtual_tokens),
+            ..numbers
+        },
+    }
 }
 
 /// Virtual tokens of a prompt-tuning adapter that nobody has given a number for.
@@ -67,4 +106,64 @@ fn adapter(config: &mut AdapterConfig, options: &TrainingOptions) {
             AdapterConfig::Prompt(PromptConfig { virtual_tokens })
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_in_full_asks_for_itself() {
+        let tenant: TenantId = "acme".parse().unwrap_or_else(|error| panic!("{error}"));
+        let asked = TrainingOptions {
+            rank: Some(3),
+            alpha: Some(5.5),
+            dropout: Some(0.25),
+            epochs: Some(7),
+            batch: Some(2),
+            learning_rate: Some(0.03),
+            weight_decay: Some(0.2),
+            warmup_ratio: Some(0.4),
+            clip: Some(2.5),
+            max_tokens: Some(99),
+            ..TrainingOptions::default()
+        };
+        let settings = Settings::default();
+        let read = |options: &TrainingOptions| match recipe(&settings, &tenant, Some(options)) {
+            Ok(recipe) => recipe,
+            Err(error) => panic!("{error}"),
+        };
+        use AdapterKind::{Dora, Ia3, Lora, Prompt, Rslora};
+        for kind in [Lora, Rslora, Dora, Ia3, Prompt] {
+            let lora = matches!(kind, Lora | Rslora | Dora);
+            let options = TrainingOptions {
+                kind: Some(kind),
+                rank: asked.rank.filter(|_| lora),
+                alpha: asked.alpha.filter(|_| lora),
+                dropout: asked.dropout.filter(|_| lora),
+                virtual_tokens: (kind == Prompt).then_some(6),
+                ..asked.clone()
+            };
+            let made = read(&options);
+            assert_eq!(in_full(&made), options);
+            assert_eq!(read(&in_full(&made)), made);
+        }
+        // What nobody asked for is said too.
+        let (made, said) = (read(&TrainingOptions::default()), in_full(&settings.recipe));
+        assert_eq!((said.kind, said.rank, said.epochs), (Some(Lora), Some(8), Some(2)));
+        assert_eq!(read(&said), made);
+    }
+
+    #[test]
+    fn the_largest_rank_is_the_servers() {
+        let tenant: TenantId = "acme".parse().unwrap_or_else(|error| panic!("{error}"));
+        let rank = |rank, max_rank| {
+            let options = TrainingOptions { rank: Some(rank), ..TrainingOptions::default() };
+            let settings = Settings { max_rank, ..Settings::default() };
+            recipe(&settings, &tenant, Some(&options)).map(|_| ()).map_err(|error| error.to_string())
+        };
+        assert_eq!(rank(64, 64), Ok(()));
+        assert_eq!(rank(65, 64), Err("rank must be from 1 to 64".into()));
+        assert_eq!(rank(65, 65), Ok(()));
+    }
 }

@@ -6,7 +6,7 @@ use personalize::split;
 use sha2::{Digest as _, Sha256};
 use store::{Lesson, Manifest, item_hash};
 use train::Recipe;
-use types::{GenerationId, HistoryItem};
+use types::{GenerationId, HistoryItem, HistoryRange};
 
 use crate::settings::{Growth, Settings};
 
@@ -29,6 +29,8 @@ pub(crate) struct Plan {
     pub(crate) heldout: Vec<HistoryItem>,
     /// Old items on which an update may not become worse.
     pub(crate) old: Vec<HistoryItem>,
+    /// What will have gone into the adapter when it is trained.
+    pub(crate) learnt: Option<HistoryRange>,
     /// What is written down of it.
     pub(crate) lesson: Lesson,
 }
@@ -61,6 +63,11 @@ pub(crate) fn plan(
         && !known.is_empty()
         && new > 0
         && !parts.heldout.iter().any(is_known);
+    let learnt = parts.train.first().zip(parts.train.last()).map(|(first, last)| HistoryRange {
+        first: first.id.clone(),
+        last: last.id.clone(),
+        items: parts.train.len() as u64,
+    });
     let hashes = |items: &[HistoryItem]| items.iter().map(item_hash).collect::<Vec<_>>();
     if !update {
         let lesson = Lesson {
@@ -70,7 +77,7 @@ pub(crate) fn plan(
             replayed_items: (parts.train.len() - new) as u64,
             manifest: hashes(&parts.train),
         };
-        return Plan { train: parts.train, heldout: parts.heldout, old: Vec::new(), lesson };
+        return Plan { train: parts.train, heldout: parts.heldout, old: Vec::new(), learnt, lesson };
     }
     let old: Vec<&HistoryItem> = parts.train.iter().filter(|item| is_known(item)).collect();
     let (again, probe) = sample(&old, new, &settings.growth, seed);
@@ -95,7 +102,7 @@ pub(crate) fn plan(
         replayed_items: again.len() as u64,
         manifest,
     };
-    Plan { train, heldout: parts.heldout, old, lesson }
+    Plan { train, heldout: parts.heldout, old, learnt, lesson }
 }
 
 /// Places of old items to learn again, and of those to measure drift on, which are others as far as there are.
@@ -170,6 +177,8 @@ mod tests {
             88,
             "the head's items are in it too"
         );
+        let learnt = plan.learnt.map(|range| (range.first, range.last, range.items));
+        assert_eq!(learnt, Some((item(0).id, item(87).id, 88)), "all but the held-out ones");
         assert_eq!(plan.old.len(), 32);
         assert!(
             plan.old.iter().all(|old| !plan.train.contains(old)),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use personalize::Holdout;
 use store::Policy;
 use train::Recipe;
-use types::{TenantId, TrainingOptions};
+use types::{DEFAULT_MAX_RANK, TenantId, TrainingOptions};
 
 /// The worker's numbers.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,8 @@ pub struct Settings {
     pub growth: Growth,
     /// When a job is worth doing.
     pub policy: Policy,
+    /// Largest rank of an adapter.
+    pub max_rank: usize,
     /// Fewest items a user must have.
     pub min_items: usize,
     /// Jobs that are trained at once, if so many wait.
@@ -83,6 +85,7 @@ impl Default for Settings {
             gate: GateRules { level: 0.05, min_gain: 0.005, max_norm: 10.0 },
             growth: Growth { replay: 1.0, min_replay: 8, full_every: 8, max_drift: 0.05, drift_items: 32 },
             policy: Policy { min_new_items: 1, debounce_millis: 500, max_staleness_millis: 600_000 },
+            max_rank: DEFAULT_MAX_RANK,
             min_items: 8,
             jobs_at_once: 1,
             threads: 1,

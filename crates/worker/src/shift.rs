@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use store::{Claimed, Store, StoreError};
 use tokio::runtime::Handle;
 use train::{Control, StepReport, TrainError};
-use types::{GenerationId, Job, JobOutcome, JobProgress};
+use types::{GenerationId, Job, JobOutcome, JobProgress, Provenance};
 
 use crate::error::WorkerError;
 use crate::heartbeat::{Claim, Halt, Pulse};
@@ -74,9 +74,8 @@ impl Shift {
                 config: files.config,
                 weights: files.weights,
                 manifest: self.store.manifest(&job.adapter, &record.id).await?,
-                updates: record.meta["updates"]
-                    .as_u64()
-                    .map_or(0, |count| count.min(u64::from(u32::MAX)) as u32),
+                updates: serde_json::from_value::<Provenance>(record.meta)
+                    .map_or(0, |provenance| provenance.training.updates),
             };
             Ok::<_, StoreError>((items, Some(head), current))
         })?;

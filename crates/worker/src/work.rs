@@ -9,7 +9,7 @@ use serde_json::json;
 use store::{Lesson, NewGeneration};
 use text::Tokenizer;
 use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
-use types::{Example, GateReport, HistoryItem, Job};
+use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
 use crate::error::WorkerError;
 use crate::gate::{Judgement, Measured, judge};
@@ -128,7 +128,7 @@ impl Bench {
         alive: &mut dyn FnMut(),
     ) -> Result<Verdict, WorkerError> {
         let judgement = self.judge(&prepared, &trained, alive)?;
-        let Prepared { plan: Plan { lesson, .. }, recipe, head, spent, .. } = prepared;
+        let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, spent, .. } = prepared;
         let tokens = spent + trained.tokens;
         let Judgement { publish, report: gate, reason } = judgement;
         if !publish {
@@ -146,24 +146,19 @@ impl Bench {
             base: *self.base.hash(),
             config,
             weights,
-            meta: json!({
-                "adapter": described(&recipe.adapter),
-                "recipe": {
-                    "epochs": recipe.epochs,
-                    "batch": recipe.batch,
-                    "learning_rate": recipe.learning_rate,
-                    "weight_decay": recipe.weight_decay,
-                    "warmup_ratio": recipe.warmup_ratio,
-                    "clip": recipe.clip,
-                    "seed": recipe.seed,
+            meta: json!(Provenance {
+                history: learnt,
+                recipe: options::in_full(&recipe),
+                seed: recipe.seed,
+                gate: gate.clone(),
+                training: TrainingCourse {
+                    from_scratch: lesson.from_scratch,
+                    updates,
+                    new_items: lesson.new_items,
+                    replayed_items: lesson.replayed_items,
+                    steps: trained.losses.len() as u64,
+                    trained_tokens: tokens,
                 },
-                "gate": gate,
-                "from_scratch": lesson.from_scratch,
-                "updates": updates,
-                "new_items": lesson.new_items,
-                "replayed_items": lesson.replayed_items,
-                "steps": trained.losses.len(),
-                "trained_tokens": tokens,
             }),
         };
         Ok(Verdict::Publish { generation: Box::new(generation), gate, reason, lesson, tokens })
@@ -253,23 +248,5 @@ fn is_alike(weights: &AdapterWeights, recipe: &Recipe) -> bool {
         (AdapterWeights::Ia3(has), AdapterConfig::Ia3(wanted)) => has.config == *wanted,
         (AdapterWeights::Prompt(has), AdapterConfig::Prompt(wanted)) => has.config == *wanted,
         _ => false,
-    }
-}
-
-/// What an adapter is made of, for people.
-fn described(adapter: &AdapterConfig) -> serde_json::Value {
-    match adapter {
-        AdapterConfig::Lora(lora) => json!({
-            "kind": match (lora.use_dora, lora.use_rslora) {
-                (true, _) => "dora",
-                (false, true) => "rslora",
-                (false, false) => "lora",
-            },
-            "rank": lora.r,
-            "alpha": lora.alpha,
-            "dropout": lora.dropout,
-        }),
-        AdapterConfig::Ia3(_) => json!({ "kind": "ia3" }),
-        AdapterConfig::Prompt(prompt) => json!({ "kind": "prompt", "virtual_tokens": prompt.virtual_tokens }),
     }
 }

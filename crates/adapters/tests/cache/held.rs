@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
-use adapters::{AcquireError, AdapterCache, Answer, Head, Source, Tier};
-use peft::Lease;
+use adapters::{AcquireError, AdapterCache, Answer, CacheSettings, Head, Source, Tier};
+use peft::{Lease, LoraConfig, Precision, TargetModules};
 use store::{AdapterFiles, Store, StoreError};
 use tokio::sync::Notify;
 use types::{AdapterId, GenerationId};
 
-use crate::{base, mark, publish, settings, store, user};
+use crate::{BASE, base, generation_of, mark, publish, settings, store, user};
 
 /// A store whose loads can be held, and whose reads are counted.
 pub(crate) struct HeldStore {
@@ -227,12 +227,43 @@ async fn who_waits_for_room_is_served_by_age() {
 }
 
 #[tokio::test]
+async fn who_waits_behind_a_forgotten_user_gets_the_room_that_is_there() {
+    let store = store().await;
+    let [large, small, other] = ["large", "small", "other"].map(user);
+    publish(&store, &large, 1.0, None).await;
+    for id in [&small, &other] {
+        let half = LoraConfig { target_modules: TargetModules::names(&["q_proj"]), ..LoraConfig::oppu() };
+        store.publish(id, generation_of(half, 2.0, BASE), None, None).await.unwrap();
+    }
+    // Two pages: the one adapter takes both, the others one each.
+    let pages = CacheSettings {
+        host_bytes: 1 << 20,
+        device_bytes: 2048,
+        page_bytes: Some(1024),
+        ..CacheSettings::new(Precision::Fast, 0)
+    };
+    let cache = AdapterCache::new(store.clone(), base(), pages);
+    // All come into host memory, so that only room is wanted, and the last of them keeps a page.
+    cache.acquire(&small).await.unwrap();
+    cache.acquire(&large).await.unwrap();
+    let held = cache.acquire(&other).await.unwrap().unwrap();
+    let first = ask(&cache, &large).await;
+    let second = ask(&cache, &small).await;
+    assert_eq!(cache.residency().waiting, 2, "the free page is not given to who came later");
+    store.erase_user(&large).await.unwrap();
+    cache.forget(&large);
+    assert!(first.await.unwrap().unwrap().is_none());
+    assert_eq!(mark(&got(second).await), 2.0, "while the other page is still leased");
+    drop(held);
+}
+
+#[tokio::test]
 async fn the_queue_for_adapters_is_bounded() {
     let store = store().await;
     let ada = user("ada");
     publish(&store, &ada, 1.0, None).await;
     let source = HeldStore::new(store);
-    let bounded = adapters::CacheSettings { waiting: 3, ..settings(4, 2).await };
+    let bounded = CacheSettings { waiting: 3, ..settings(4, 2).await };
     let cache = AdapterCache::over(Arc::clone(&source) as _, base(), bounded);
     source.hold(&ada);
     let mut requests = Vec::new();

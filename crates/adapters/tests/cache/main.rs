@@ -33,7 +33,10 @@ fn user(name: &str) -> AdapterId {
 
 /// An adapter whose every value is `mark`.
 fn generation(mark: f32, base: [u8; 32]) -> NewGeneration {
-    let config = LoraConfig::oppu();
+    generation_of(LoraConfig::oppu(), mark, base)
+}
+
+fn generation_of(config: LoraConfig, mark: f32, base: [u8; 32]) -> NewGeneration {
     let mut sites = vec![None; shape().sites()];
     for (id, rank, scale) in config.sites(&shape()).unwrap() {
         sites[id.index()] = Some(LoraTensors {

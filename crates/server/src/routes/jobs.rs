@@ -71,7 +71,7 @@ struct WireOutcome {
 
 /// The held-out comparison, in bits per answer token.
 #[derive(Debug, Serialize, ToSchema)]
-struct WireGate {
+pub(crate) struct WireGate {
     train_items: usize,
     heldout_items: usize,
     heldout_tokens: usize,

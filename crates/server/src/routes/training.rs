@@ -27,9 +27,9 @@ pub(crate) struct WireTraining {
     /// What the adapter is made of.
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<WireKind>,
-    /// Rank, for kinds of LoRA.
+    /// Rank, for kinds of LoRA; `GET /v1/limits` has the largest.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1, maximum = 64)]
+    #[schema(minimum = 1)]
     rank: Option<usize>,
     /// Alpha, for kinds of LoRA; the rank if only that is given.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -2,8 +2,10 @@
 
 use axum::body::Body;
 use axum::http::Request;
+use peft::{AdapterWeights, LoraWeights, PeftFiles};
 use serde_json::{Value, json};
 use server::{Auth, Limits};
+use types::TrainingLimits;
 
 use crate::form::{Parts, files, import, put};
 use crate::{Server, chat, text_of, with};
@@ -132,6 +134,54 @@ async fn a_form_must_be_what_is_expected() {
     // Nothing of it was kept, not even the user; and what is sound goes in.
     assert_eq!(server.get("/v1/users/ann").await.status, 404);
     import(&server, ADAPTER, "lora-qv").await;
+}
+
+#[tokio::test]
+async fn the_largest_rank_is_a_setting() {
+    let shape = peft::FrozenBase::shape(&*testkit::tiny_model().0);
+    let (config, weights) = files("tiny-llama/lora-qv");
+    let mut wide = LoraWeights::parse(&config, &weights, &shape).unwrap();
+    wide.config.r = 65;
+    for (id, site) in shape.site_ids().zip(&mut wide.sites) {
+        let Some(site) = site else { continue };
+        let (out, input) = shape.dims(id.site);
+        let value = |at: usize| (at * 31 % 17) as f32 * 0.01;
+        (site.rank, site.a) = (65, (0..65 * input).map(value).collect());
+        site.b = (0..out * 65).map(value).collect();
+    }
+    let PeftFiles { config: by_r, weights } =
+        AdapterWeights::from(wide.clone()).to_files(&shape, "").unwrap();
+    wide.config.rank_pattern = vec![("q_proj|v_proj".into(), 65)];
+    wide.config.r = 1;
+    let PeftFiles { config: by_pattern, .. } = AdapterWeights::from(wide).to_files(&shape, "").unwrap();
+    let limited =
+        |rank| Limits { training: TrainingLimits { rank, ..Default::default() }, ..Limits::default() };
+    for (rank, fits) in [(64, false), (65, true), (512, true)] {
+        let server = Server::with(Auth::Open, limited(rank), None).await;
+        for (config, field) in [(&by_r, "r"), (&by_pattern, "rank_pattern.q_proj|v_proj")] {
+            let answer = put(&server, ADAPTER, &[(CONFIG, config), (WEIGHTS, &weights)], &[]).await;
+            if fits {
+                assert_eq!(answer.status, 200, "{}", answer.text());
+                let generation = answer.json()["generation"].clone();
+                let said =
+                    server.post("/v1/chat/completions", with(chat(), "model", json!("base:ann"))).await;
+                assert_eq!(json!(said.header("x-atelier-generation")), generation);
+                assert_eq!(said.status, 200, "{}", said.text());
+            } else {
+                let error = &answer.json()["error"];
+                assert_eq!((answer.status.as_u16(), &error["param"]), (400, &json!(field)), "{error}");
+                assert!(error["message"].as_str().unwrap().contains("from 1 to 64"), "{error}");
+            }
+        }
+        assert_eq!(server.get("/v1/limits").await.json()["training"]["rank"], rank);
+        let train = json!({ "training": { "rank": rank + 1 } });
+        server.post("/v1/users/ann/history", json!({ "items": [{ "output": "a" }] })).await;
+        let refused = server.post("/v1/users/ann/train", train).await;
+        assert_eq!(
+            (refused.status.as_u16(), &refused.json()["error"]["param"]),
+            (400, &json!("training.rank"))
+        );
+    }
 }
 
 #[tokio::test]

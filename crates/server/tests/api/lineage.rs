@@ -1,6 +1,8 @@
 //! Generations: listed, exported, rolled back to, pinned, deleted.
 
 use serde_json::{Value, json};
+use store::Expected;
+use types::{AdapterKind, GateReport, HistoryRange, Provenance, TrainingCourse, TrainingOptions};
 
 use crate::form::{files, import};
 use crate::{Server, chat, text_of, with};
@@ -66,6 +68,77 @@ async fn every_generation_is_listed_and_exported() {
             (status, &json!(param)),
             "{path}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_trained_generation_says_where_it_comes_from() {
+    let server = Server::new().await;
+    let parent = import(&server, ADAPTER, "lora-all").await;
+    let (config, weights) = files("tiny-llama/lora-qv");
+    let gate = GateReport {
+        train_items: 24,
+        heldout_items: 6,
+        heldout_tokens: 60,
+        base_bits: 4.0,
+        head_bits: Some(3.0),
+        new_bits: 2.5,
+        p_base: Some(0.015625),
+        p_head: Some(0.03125),
+        verdict: "better".into(),
+    };
+    let recipe = TrainingOptions {
+        kind: Some(AdapterKind::Lora),
+        rank: Some(8),
+        epochs: Some(3),
+        ..TrainingOptions::default()
+    };
+    let course = TrainingCourse {
+        from_scratch: false,
+        updates: 2,
+        new_items: 8,
+        replayed_items: 4,
+        steps: 9,
+        trained_tokens: 1234,
+    };
+    let (first, last) = ("i0".parse().unwrap(), "i23".parse().unwrap());
+    let provenance = Provenance {
+        history: Some(HistoryRange { first, last, items: 24 }),
+        recipe,
+        seed: 7,
+        gate: Some(gate),
+        training: course,
+    };
+    let trained = store::NewGeneration {
+        id: peft::generation_id(&server.base, &config, &weights),
+        parent: Some(parent.parse().unwrap()),
+        base: server.base,
+        config,
+        weights,
+        meta: json!(provenance),
+    };
+    server.store.publish(&crate::adapter("default", "ann"), trained, Expected::Any, None).await.unwrap();
+    let list = server.get(GENERATIONS).await.json();
+    let [trained, imported] = &list["data"].as_array().unwrap()[..] else { panic!("{list}") };
+    assert_eq!((&trained["origin"], &trained["parent"]), (&json!("trained"), &json!(parent)));
+    assert_eq!(trained["base_hash"].as_str().unwrap().len(), 64);
+    assert_eq!(trained["history"], json!({ "first_item": "i0", "last_item": "i23", "items": 24 }));
+    assert_eq!(trained["recipe"], json!({ "kind": "lora", "rank": 8, "epochs": 3 }));
+    assert_eq!(trained["seed"], 7);
+    assert_eq!((&trained["gate"]["new_bits"], &trained["gate"]["verdict"]), (&json!(2.5), &json!("better")));
+    assert_eq!(
+        trained["training"],
+        json!({ "from_scratch": false, "updates": 2, "new_items": 8, "replayed_items": 4, "steps": 9,
+                "trained_tokens": 1234 })
+    );
+    assert_eq!(imported["origin"], "imported");
+    for field in ["parent", "history", "recipe", "seed", "gate", "training"] {
+        assert_eq!(imported.get(field), Some(&Value::Null), "{field}: there, and null");
+    }
+    // The adapter itself says the same of its head.
+    let adapter = server.get(ADAPTER).await.json();
+    for field in ["parent", "base_hash", "history", "recipe", "seed", "gate", "training"] {
+        assert_eq!(adapter[field], trained[field], "{field}");
     }
 }
 

@@ -1,6 +1,9 @@
 //! The committed description of the API is that of the code.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+
+use serde_json::Value;
 
 use crate::Server;
 
@@ -10,6 +13,24 @@ async fn the_committed_description_is_current() {
     let committed = std::fs::read_to_string(path).unwrap_or_default();
     assert!(committed == server::openapi_json(), "openapi/openapi.json differs: run `cargo xtask openapi`");
     assert_eq!(Server::new().await.get("/openapi.json").await.text(), committed);
+}
+
+#[test]
+fn every_operation_has_an_id_of_its_own() {
+    let described: Value = serde_json::from_str(&server::openapi_json()).unwrap();
+    let mut ids = BTreeMap::new();
+    for (path, item) in described["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap().iter().filter(|(key, _)| *key != "parameters") {
+            let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
+            let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            assert!(id.chars().all(is_word), "{id}: a client's generator makes a function of it");
+            let place = format!("{method} {path}");
+            if let Some(other) = ids.insert(id.to_owned(), place.clone()) {
+                panic!("{id} is both {other} and {place}");
+            }
+        }
+    }
+    assert!(ids.len() > 50, "{} operations", ids.len());
 }
 
 #[test]

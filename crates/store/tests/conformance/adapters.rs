@@ -1,6 +1,6 @@
 //! Properties of generations and heads.
 
-use store::{NewGeneration, StoreError};
+use store::{AdapterFile, NewGeneration, StoreError};
 use types::{GenerationId, JobState};
 
 use crate::trial::{LEASE, Trial, adapter, alice, assert_fenced, bob, generation, outcome, text};
@@ -15,7 +15,10 @@ pub(crate) async fn a_generation_comes_back(t: Trial) {
     assert_eq!(t.store.head(&alice()).await.unwrap(), Some(record.clone()));
     assert_eq!(t.store.generation(&alice(), &new.id).await.unwrap(), Some(record));
     let files = t.store.fetch(&alice(), &new.id).await.unwrap();
-    assert_eq!((files.config, files.weights), (new.config, new.weights));
+    assert_eq!((&files.config, &files.weights), (&new.config, &new.weights));
+    for (file, content) in [(AdapterFile::Config, new.config), (AdapterFile::Weights, new.weights)] {
+        assert_eq!(t.store.fetch_file(&alice(), &new.id, file).await.unwrap(), content);
+    }
 
     let second = t.publish(&alice(), generation(2), Some(new.id)).await;
     let empty = NewGeneration { weights: Vec::new(), ..generation(3) };

@@ -1,7 +1,7 @@
 //! Histories that grow and shrink: updates, full trainings, forgetting.
 
 use store::{Demand, Manifest, Selection, item_hash};
-use types::{AdapterId, JobState, TrainingOptions};
+use types::{AdapterId, JobState, Provenance, TrainingOptions};
 
 use crate::rig::{Rig, done, settings, user};
 
@@ -121,17 +121,26 @@ async fn hyper_parameters_come_from_job_tenant_and_server() {
     let mut settings = settings();
     let tenant = TrainingOptions { rank: Some(4), epochs: Some(7), ..TrainingOptions::default() };
     settings.tenants.insert(user("ada").tenant, tenant);
+    let seed = settings.recipe.seed;
     let (worker, stop) = rig.start(settings);
     let ada = user("ada");
     let job = rig.upload(&ada, 0..30, |_| "ahoy and welcome aboard".into()).await;
     let outcome = rig.until(&job, done).await.outcome.unwrap();
     assert!(outcome.published, "{}", outcome.reason);
-    let recipe = async || rig.store.head(&ada).await.unwrap().unwrap().meta.clone();
+    let recipe = async || {
+        let record = rig.store.head(&ada).await.unwrap().unwrap();
+        serde_json::from_value::<Provenance>(record.meta).unwrap()
+    };
     let used = recipe().await;
+    assert_eq!((used.recipe.rank, used.recipe.alpha, used.recipe.epochs), (Some(4), Some(4.0), Some(7)));
+    assert_eq!((used.seed, used.gate), (seed, outcome.gate));
+    let learnt = used.history.unwrap();
     assert_eq!(
-        (&used["adapter"]["rank"], &used["adapter"]["alpha"], &used["recipe"]["epochs"]),
-        (&4.into(), &4.0.into(), &7.into())
+        (learnt.first.as_str(), learnt.last.as_str(), learnt.items),
+        ("i0", "i23", 24),
+        "six are held out"
     );
+    assert_eq!((used.training.from_scratch, used.training.new_items), (true, 24));
 
     let job = async |options: TrainingOptions| {
         let demand =
@@ -146,8 +155,8 @@ async fn hyper_parameters_come_from_job_tenant_and_server() {
     let ended = job(asked).await;
     assert!(ended.outcome.as_ref().unwrap().published, "{ended:?}");
     let used = recipe().await;
-    assert_eq!((&used["adapter"]["rank"], &used["recipe"]["epochs"]), (&2.into(), &7.into()));
-    assert_eq!(used["recipe"]["learning_rate"], 2e-2);
+    assert_eq!((used.recipe.rank, used.recipe.epochs), (Some(2), Some(7)));
+    assert_eq!(used.recipe.learning_rate, Some(2e-2));
     stop.cancel();
     worker.await.unwrap().unwrap();
     assert_eq!(ended.state, JobState::Succeeded);

@@ -3,7 +3,7 @@
 use axum::extract::State;
 use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
-use store::AdapterFiles;
+use store::AdapterFile;
 use types::{AdapterId, GenerationId};
 
 use super::wire::{CONFIG, WEIGHTS, named};
@@ -11,23 +11,26 @@ use super::{PathAdapter, PathGeneration, unknown_adapter};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 
-async fn head(app: &App, id: &AdapterId) -> Result<(GenerationId, AdapterFiles), ApiError> {
-    let record = app.store.head(id).await?.ok_or_else(|| unknown_adapter(id))?;
-    Ok((record.id, app.store.fetch(id, &record.id).await?))
-}
-
-fn download(name: &str, media: &'static str, generation: &GenerationId, content: Vec<u8>) -> Response {
+/// The answer with a file of a generation.
+async fn download(
+    app: &App,
+    id: &AdapterId,
+    generation: &GenerationId,
+    file: AdapterFile,
+) -> Result<Response, ApiError> {
+    let content = app.store.fetch_file(id, generation, file).await?;
+    let (name, media) = match file {
+        AdapterFile::Config => (CONFIG, "application/json"),
+        AdapterFile::Weights => (WEIGHTS, "application/octet-stream"),
+    };
     let headers =
         [(CONTENT_TYPE, media.to_owned()), (CONTENT_DISPOSITION, format!("attachment; filename=\"{name}\""))];
-    (named(generation), headers, content).into_response()
+    Ok((named(generation), headers, content).into_response())
 }
 
-fn config_file(generation: &GenerationId, files: AdapterFiles) -> Response {
-    download(CONFIG, "application/json", generation, files.config)
-}
-
-fn weights_file(generation: &GenerationId, files: AdapterFiles) -> Response {
-    download(WEIGHTS, "application/octet-stream", generation, files.weights)
+async fn download_head(app: &App, id: &AdapterId, file: AdapterFile) -> Result<Response, ApiError> {
+    let record = app.store.head(id).await?.ok_or_else(|| unknown_adapter(id))?;
+    download(app, id, &record.id, file).await
 }
 
 /// Downloads the adapter's config. The header `x-atelier-generation` says of which generation.
@@ -44,8 +47,7 @@ pub(super) async fn config(
     State(app): State<App>,
     PathAdapter(id): PathAdapter,
 ) -> Result<Response, ApiError> {
-    let (generation, files) = head(&app, &id).await?;
-    Ok(config_file(&generation, files))
+    download_head(&app, &id, AdapterFile::Config).await
 }
 
 /// Downloads the adapter's weights. The header `x-atelier-generation` says of which generation.
@@ -62,8 +64,7 @@ pub(super) async fn weights(
     State(app): State<App>,
     PathAdapter(id): PathAdapter,
 ) -> Result<Response, ApiError> {
-    let (generation, files) = head(&app, &id).await?;
-    Ok(weights_file(&generation, files))
+    download_head(&app, &id, AdapterFile::Weights).await
 }
 
 /// Downloads a generation's config.
@@ -81,7 +82,7 @@ pub(super) async fn generation_config(
     State(app): State<App>,
     PathGeneration(id, generation): PathGeneration,
 ) -> Result<Response, ApiError> {
-    Ok(config_file(&generation, app.store.fetch(&id, &generation).await?))
+    download(&app, &id, &generation, AdapterFile::Config).await
 }
 
 /// Downloads a generation's weights.
@@ -99,5 +100,5 @@ pub(super) async fn generation_weights(
     State(app): State<App>,
     PathGeneration(id, generation): PathGeneration,
 ) -> Result<Response, ApiError> {
-    Ok(weights_file(&generation, app.store.fetch(&id, &generation).await?))
+    download(&app, &id, &generation, AdapterFile::Weights).await
 }

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::{Query, Request, State};
 use axum::http::header::{IF_MATCH, IF_NONE_MATCH};
 use axum::http::{HeaderMap, Uri};
-use peft::{Adapter, AdapterWeights, PeftError, Precision, generation_id};
+use peft::{Adapter, AdapterConfig, AdapterWeights, PeftError, Precision, generation_id};
 use serde::Deserialize;
 use serde_json::json;
 use store::{Expected, NewGeneration, StoreError};
@@ -113,7 +113,9 @@ pub(super) async fn import(
 /// Reads the files as they will be read to be served.
 fn examine(app: &App, form: Form) -> Result<NewGeneration, PeftError> {
     let Form { config, weights, .. } = form;
-    let parsed = AdapterWeights::parse(&config, &weights, &app.base.shape())?;
+    let shape = app.base.shape();
+    let read = AdapterConfig::parse_within(&config, &shape, app.limits.training.rank)?;
+    let parsed = AdapterWeights::read(read, &weights, &shape)?;
     Adapter::build(&parsed, &*app.base, Precision::Exact)?;
     let base = app.base.hash();
     let id = generation_id(&base, &config, &weights);

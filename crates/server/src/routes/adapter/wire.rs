@@ -4,14 +4,15 @@ use axum::Json;
 use axum::http::header::ETAG;
 use axum::http::{HeaderMap, HeaderValue};
 use serde::Serialize;
-use serde_json::Value;
 use store::{Fingerprint, GenerationRecord, Origin};
-use types::{AdapterId, GenerationId, Owner};
+use types::{AdapterId, GenerationId, HistoryRange, Owner, Provenance, TrainingCourse};
 use utoipa::ToSchema;
 
 use crate::app::App;
 use crate::generation::GENERATION;
 use crate::routes::items::seconds;
+use crate::routes::jobs::WireGate;
+use crate::routes::training::WireTraining;
 use crate::wanted::model_of;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
@@ -65,11 +66,63 @@ struct Lineage {
     pinned: bool,
     /// Bytes of both files.
     bytes: u64,
-    /// What the training was like: hyper-parameters with the seed, the items it learnt from, the gate's report, step
-    /// counts. Null for an imported generation.
-    #[schema(required, value_type = Option<Object>)]
-    training: Option<Value>,
+    /// The part of the history that has gone into it. This and what follows: null for an imported generation.
+    #[schema(required)]
+    history: Option<WireHistoryRange>,
+    /// Every hyper-parameter it was trained with, the seed aside.
+    #[schema(required)]
+    recipe: Option<WireTraining>,
+    /// Seed of initial weights, order and dropout.
+    #[schema(required)]
+    seed: Option<u64>,
+    /// The comparison that it was published for.
+    #[schema(required)]
+    gate: Option<WireGate>,
+    /// How the training went.
+    #[schema(required)]
+    training: Option<WireCourse>,
     files: Vec<WireFile>,
+}
+
+/// A part of a history, in its order: by time, then by arrival.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireHistoryRange {
+    /// Id of the oldest item.
+    first_item: String,
+    /// Id of the newest item.
+    last_item: String,
+    items: u64,
+}
+
+/// How a training went.
+#[derive(Debug, Serialize, ToSchema)]
+struct WireCourse {
+    /// From fresh weights; otherwise on from the parent.
+    from_scratch: bool,
+    /// Trainings since fresh weights, this one included if it is none.
+    updates: u32,
+    /// Items that were learnt for the first time.
+    new_items: u64,
+    /// Items that the parent had learnt, learnt again.
+    replayed_items: u64,
+    /// Optimiser steps.
+    steps: u64,
+    /// Tokens that went through training, all epochs.
+    trained_tokens: u64,
+}
+
+impl From<HistoryRange> for WireHistoryRange {
+    fn from(HistoryRange { first, last, items }: HistoryRange) -> Self {
+        Self { first_item: first.into(), last_item: last.into(), items }
+    }
+}
+
+impl From<TrainingCourse> for WireCourse {
+    fn from(course: TrainingCourse) -> Self {
+        let TrainingCourse { from_scratch, updates, new_items, replayed_items, steps, trained_tokens } =
+            course;
+        Self { from_scratch, updates, new_items, replayed_items, steps, trained_tokens }
+    }
 }
 
 /// A file to download.
@@ -115,6 +168,15 @@ impl Lineage {
             sha256: hex(&print.sha256),
             url: format!("{root}/generations/{}/{name}", record.id),
         };
+        let made = (record.origin == Origin::Trained)
+            .then(|| serde_json::from_value::<Provenance>(record.meta).ok())
+            .flatten();
+        let (history, recipe, seed, gate, training) = match made {
+            None => (None, None, None, None, None),
+            Some(Provenance { history, recipe, seed, gate, training }) => {
+                (history, Some(recipe), Some(seed), gate, Some(training))
+            }
+        };
         Self {
             parent: record.parent.map(|parent| parent.to_string()),
             base_hash: hex(&record.base),
@@ -123,7 +185,11 @@ impl Lineage {
             pinned: record.pinned,
             bytes,
             files: vec![file(CONFIG, record.config), file(WEIGHTS, record.weights)],
-            training: (record.origin == Origin::Trained).then_some(record.meta),
+            history: history.map(WireHistoryRange::from),
+            recipe: recipe.map(WireTraining::from),
+            seed,
+            gate: gate.map(WireGate::from),
+            training: training.map(WireCourse::from),
         }
     }
 }
