@@ -186,6 +186,12 @@ mod tests {
         );
         let again = made(110, Some(&head), false);
         assert_eq!(again.train, plan.train, "the sample is the same");
+        // Negative control: without replay nothing old is learnt again, and the items that drift is measured on stay.
+        let mut settings = Settings::default();
+        (settings.growth.replay, settings.growth.min_replay) = (0.0, 0);
+        let items = (0..110).map(item).collect();
+        let bare = super::plan(items, Some(&head), true, false, &settings, 0);
+        assert_eq!((bare.lesson.replayed_items, bare.train.len(), bare.old.len()), (0, 8, 32));
     }
 
     #[test]

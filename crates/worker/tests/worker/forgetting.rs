@@ -120,7 +120,7 @@ async fn a_forgotten_history_was_never_there() {
     // Another life begins as anybody's does.
     let (worker, stop) = rig.start(settings());
     for user in [&ada, &bob] {
-        let items = (0..20).map(|at| item(at, format!("ahoy guest {at}"))).collect();
+        let items = (0..20).map(|at| item(at, format!("ahoy guest {at} and welcome aboard"))).collect();
         let job = rig.upload_items(user, items).await;
         let outcome = rig.until(&job, done).await.outcome.unwrap();
         assert!(outcome.published, "{}", outcome.reason);

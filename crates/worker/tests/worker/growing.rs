@@ -69,34 +69,6 @@ async fn an_update_that_drifts_learns_everything() {
     worker.await.unwrap().unwrap();
 }
 
-/// Whether an update with items of quite another kind ends as a training of the whole history, and how many old items
-/// the update has learnt again.
-async fn drifts(replay: f64) -> (bool, u64) {
-    let rig = Rig::new().await;
-    let mut settings = settings();
-    settings.growth.replay = replay;
-    settings.growth.min_replay = 0;
-    settings.growth.max_drift = 0.5;
-    let (worker, stop) = rig.start(settings);
-    let ada = user("ada");
-    let job = rig.upload(&ada, 0..20, |_| "ahoy and welcome aboard".into()).await;
-    assert!(rig.until(&job, done).await.outcome.unwrap().published);
-    let job = rig.upload(&ada, 20..60, |at| format!("GO AWAY {at} {at} {at}! NEVER COME BACK!")).await;
-    rig.until(&job, done).await;
-    let progress = rig.store.progress(&ada, None, 10).await.unwrap().unwrap();
-    let point = &progress.points.entries[1];
-    stop.cancel();
-    worker.await.unwrap().unwrap();
-    (point.from_scratch, point.replayed_items)
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replayed_items_keep_an_update_from_drifting() {
-    assert_eq!(drifts(1.0).await, (false, 15), "every old item is learnt again");
-    // Negative control: without them the old is forgotten, which is noticed.
-    assert!(drifts(0.0).await.0);
-}
-
 /// Items that come late with an early time push what the head has learnt into the newest slice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_head_is_not_judged_by_what_it_has_learnt() {
