@@ -115,6 +115,15 @@ async fn a_kill_in_the_middle_of_training_loses_nothing() {
     let program = start(folder.path());
     let again: Value = ask(&client, &program, "base:kit").await.json().await.unwrap();
     assert_eq!(first["choices"], again["choices"]);
+
+    // Whoever erases everything has no adapter from then on, nor after another sudden death.
+    let erased = client.delete(program.url("/v1/users/kit/history")).send().await.unwrap();
+    let erased: Value = erased.json().await.unwrap();
+    assert_eq!((&erased["deleted_items"], &erased["head"]), (&json!(24), &Value::Null));
+    assert_eq!(ask(&client, &program, "base:kit").await.status(), 404);
+    program.kill();
+    let program = start(folder.path());
+    assert_eq!(ask(&client, &program, "base:kit").await.status(), 404);
     let erased = client.delete(program.url("/v1/users/kit")).send().await.unwrap();
     assert!(erased.status().is_success());
     assert_eq!(ask(&client, &program, "base:kit").await.status(), 404);

@@ -159,7 +159,7 @@ fn auth(args: &ServiceArgs) -> anyhow::Result<Auth> {
         Some(key) if key.len() < 16 => bail!("--api-key: must have at least 16 characters"),
         Some(key) => {
             let sha256 = Sha256::digest(key.as_bytes()).into();
-            Ok(Auth::Keys(vec![ApiKey { sha256, tenant: "default".parse()? }]))
+            Ok(Auth::Keys(vec![ApiKey { sha256, tenant: "default".parse()?, operator: true }]))
         }
         None if args.listen.ip().is_loopback() => Ok(Auth::Open),
         None => {

@@ -20,32 +20,35 @@ pub struct ApiKey {
     pub sha256: [u8; 32],
     /// Whose key it is.
     pub tenant: TenantId,
+    /// Whether it may do what concerns all tenants.
+    pub operator: bool,
 }
 
 /// Who may ask.
 #[derive(Debug, Clone)]
 pub enum Auth {
-    /// Everybody who can connect, as the tenant `default`: for a server on loopback. Keys are not looked at.
+    /// Everybody who can connect, as the tenant `default` and its operator: for a server on loopback. Keys are not looked
+    /// at.
     Open,
     /// Those who have one of these keys.
     Keys(Vec<ApiKey>),
 }
 
 impl Auth {
-    /// The tenant that presents `key`. The time it takes does not depend on how much of a key is right.
-    fn tenant(&self, key: Option<&str>) -> Option<TenantId> {
+    /// Who presents `key`. The time it takes does not depend on how much of a key is right.
+    fn principal(&self, key: Option<&str>) -> Option<Principal> {
         let keys = match self {
-            Self::Open => return OPEN_TENANT.parse().ok(),
+            Self::Open => return Some(Principal { tenant: OPEN_TENANT.parse().ok()?, operator: true }),
             Self::Keys(keys) => keys,
         };
         let presented: [u8; 32] = Sha256::digest(key?).into();
         let mut found = None;
         for key in keys {
             if bool::from(key.sha256.ct_eq(&presented)) {
-                found = Some(&key.tenant);
+                found = Some(Principal { tenant: key.tenant.clone(), operator: key.operator });
             }
         }
-        found.cloned()
+        found
     }
 }
 
@@ -53,6 +56,26 @@ impl Auth {
 #[derive(Debug, Clone)]
 pub(crate) struct Principal {
     pub(crate) tenant: TenantId,
+    pub(crate) operator: bool,
+}
+
+/// Who is asking, with an operator's key.
+#[derive(Debug, Clone)]
+pub(crate) struct Operator(pub(crate) Principal);
+
+impl FromRequestParts<App> for Operator {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let principal = Principal::from_request_parts(parts, app).await?;
+        if !principal.operator {
+            return Err(ApiError::new(
+                Code::OperatorKeyNeeded,
+                "this concerns all tenants: it needs an operator's key",
+            ));
+        }
+        Ok(Self(principal))
+    }
 }
 
 impl FromRequestParts<App> for Principal {
@@ -66,10 +89,7 @@ impl FromRequestParts<App> for Principal {
             Some(_) => "this API key is not valid",
             None => "an API key is needed: send the header Authorization: Bearer <key>",
         };
-        match app.auth.tenant(key) {
-            Some(tenant) => Ok(Self { tenant }),
-            None => Err(ApiError::new(Code::InvalidApiKey, refused)),
-        }
+        app.auth.principal(key).ok_or_else(|| ApiError::new(Code::InvalidApiKey, refused))
     }
 }
 
@@ -78,20 +98,26 @@ mod tests {
     use super::*;
 
     fn key(text: &str, tenant: &str) -> ApiKey {
-        ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().expect("tenant") }
+        let operator = text == "k2";
+        ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().expect("tenant"), operator }
     }
 
     #[test]
     fn keys_lead_to_their_tenants() {
         let auth = Auth::Keys(vec![key("k1", "acme"), key("k2", "initech"), key("k3", "acme")]);
-        let tenant = |text| auth.tenant(text).map(String::from);
+        let tenant = |text| auth.principal(text).map(|principal| String::from(principal.tenant));
+        let operator = |auth: &Auth, text| auth.principal(text).map(|principal| principal.operator);
+        let operators = ["k1", "k2", "k3"].map(|text| operator(&auth, Some(text)));
+        assert_eq!(operators, [Some(false), Some(true), Some(false)]);
+        assert_eq!(operator(&Auth::Open, None), Some(true));
         assert_eq!(tenant(Some("k1")).as_deref(), Some("acme"));
         assert_eq!(tenant(Some("k2")).as_deref(), Some("initech"));
         assert_eq!(tenant(Some("k3")).as_deref(), Some("acme"));
         for wrong in [None, Some(""), Some("k"), Some("k1 "), Some("K1")] {
             assert_eq!(tenant(wrong), None, "{wrong:?}");
         }
-        assert_eq!(Auth::Keys(Vec::new()).tenant(Some("k1")), None);
-        assert_eq!(Auth::Open.tenant(None).map(String::from).as_deref(), Some("default"));
+        assert_eq!(operator(&Auth::Keys(Vec::new()), Some("k1")), None);
+        let open = Auth::Open.principal(None).map(|principal| String::from(principal.tenant));
+        assert_eq!(open.as_deref(), Some("default"));
     }
 }

@@ -7,6 +7,7 @@ use axum::extract::{FromRequest, Request};
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use futures::{Stream, StreamExt as _};
+use serde::de::DeserializeOwned;
 
 use crate::app::App;
 use crate::error::{ApiError, Code};
@@ -31,6 +32,20 @@ impl FromRequest<App> for JsonBody {
         }
         let bytes = read(request, app, app.limits.body_bytes).await?;
         Ok(Self(Object::parse(&bytes, app.limits.json_depth)?))
+    }
+}
+
+/// A small JSON object as a body that may be left out.
+pub(crate) async fn read_or_default<T: Default + DeserializeOwned>(
+    request: Request,
+    app: &App,
+) -> Result<T, ApiError> {
+    let media = media_type(request.headers());
+    let bytes = read(request, app, app.limits.body_bytes).await?;
+    match (bytes.is_empty(), media.as_deref()) {
+        (true, _) => Ok(T::default()),
+        (false, Some(media)) if is_json(media) => Object::parse(&bytes, app.limits.json_depth)?.read(),
+        (false, other) => Err(unsupported(other, "application/json")),
     }
 }
 

@@ -38,6 +38,8 @@ pub enum Code {
     AdapterLoadUnsupported,
     /// The API key is missing or wrong.
     InvalidApiKey,
+    /// The API key is one of a tenant, and the request concerns all tenants.
+    OperatorKeyNeeded,
     /// No such model, or no such adapter that a model name stands for.
     ModelNotFound,
     /// No such user.
@@ -106,6 +108,7 @@ impl Code {
             Self::InvalidAdapter => ("invalid_adapter", 400, REQUEST),
             Self::AdapterLoadUnsupported => ("adapter_load_unsupported", 400, REQUEST),
             Self::InvalidApiKey => ("invalid_api_key", 401, "authentication_error"),
+            Self::OperatorKeyNeeded => ("operator_key_needed", 403, "permission_error"),
             Self::ModelNotFound => ("model_not_found", 404, REQUEST),
             Self::UserNotFound => ("user_not_found", 404, REQUEST),
             Self::AdapterNotFound => ("adapter_not_found", 404, REQUEST),

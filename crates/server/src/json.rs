@@ -55,6 +55,11 @@ impl Object {
         self
     }
 
+    /// Whether it has the field.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some()
+    }
+
     /// Reads the fields that `T` has. The error names the field.
     pub(crate) fn read<'de, T: Deserialize<'de>>(&'de self) -> Result<T, ApiError> {
         serde_path_to_error::deserialize(&self.0).map_err(|error| {

@@ -10,8 +10,8 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::routes::{
-    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, progress, tgi, training,
-    users,
+    adapter, adapters, chat, completions, history, jobs, metrics, models, operation, pauses, progress, tgi,
+    training, users,
 };
 
 #[derive(OpenApi)]
@@ -57,8 +57,9 @@ pub(crate) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(progress::progress))
         .routes(routes!(progress::manifest))
         .routes(routes!(training::train))
-        .routes(routes!(training::read, training::pause, training::resume))
-        .routes(routes!(training::read_user, training::pause_user, training::resume_user))
+        .routes(routes!(pauses::read, pauses::pause, pauses::resume))
+        .routes(routes!(pauses::read_server, pauses::pause_server, pauses::resume_server))
+        .routes(routes!(pauses::read_user, pauses::pause_user, pauses::resume_user))
         .routes(routes!(adapters::list))
         .routes(routes!(jobs::job))
         .routes(routes!(jobs::cancel))

@@ -10,8 +10,8 @@ use crate::lineage::move_head;
 use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
 use crate::{
-    AdapterFile, AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, NewGeneration, Origin,
-    Store, StoreError, users,
+    AdapterFile, AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, Manifest,
+    NewGeneration, Origin, Store, StoreError, users,
 };
 
 impl AdapterFile {
@@ -71,10 +71,8 @@ impl Store {
         generation: NewGeneration,
         expected_head: Option<GenerationId>,
         finish: (Fence, JobOutcome),
-        mut lesson: Lesson,
+        lesson: Lesson,
     ) -> Result<GenerationRecord, StoreError> {
-        lesson.manifest.sort_unstable();
-        lesson.manifest.dedup();
         let (adapter, expected_head, lesson) = (adapter.clone(), expected_head.into(), Some(lesson));
         let target = Target { adapter, expected_head, finish: Some(finish), lesson };
         self.publish_whole(target, generation).await
@@ -175,7 +173,9 @@ impl Store {
         }
         let (generation, replaced) = record(&mut tx, target, user, generation).await?;
         if let (Some((fence, outcome)), Some(lesson)) = (&target.finish, &target.lesson) {
-            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &lesson.manifest).await?;
+            let learnt = Manifest::of(lesson.manifest.clone());
+            let judged = judged(&mut tx, user, &generation, lesson).await?;
+            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &learnt, &judged).await?;
             sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
         }
         sql::garbage::delete(&mut tx, folder).await?;
@@ -298,6 +298,19 @@ impl Store {
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
         sql::generations::find(&mut tx, user.key, id).await
     }
+}
+
+/// The items that a new generation was judged by, with those that judged what it has gone on from.
+async fn judged(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &Generation,
+    lesson: &Lesson,
+) -> Result<Manifest, StoreError> {
+    let own = Manifest::of(lesson.judged.clone());
+    let Some(parent) = generation.parent.filter(|_| !lesson.from_scratch) else { return Ok(own) };
+    let before = sql::lessons::judged(db, user, &parent).await?;
+    Ok(before.map_or(own.clone(), |before| own.and(before)))
 }
 
 /// Inserts the row of a generation. If the user has the generation, its row is pointed to the new

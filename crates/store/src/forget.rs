@@ -1,18 +1,23 @@
-//! Forgetting items: out of the history, out of what serves, and out of every generation that learnt from them.
+//! Forgetting items: out of the history, out of what serves, and out of every generation that they have gone into.
 
-use types::{AdapterId, GenerationId, HistoryItem, HistoryStats, ItemId};
+use types::{AdapterId, GenerationId, HistoryItem, HistoryStats, ItemId, Job};
 
 use crate::records::HistoryCursor;
 use crate::sql::{self, Connection, UserKey};
-use crate::{Demand, Forgotten, Selection, Store, StoreError, item_hash};
+use crate::{Demand, Forgotten, Origin, Selection, Store, StoreError, item_hash};
 
 impl Store {
-    /// Deletes items, and with them whatever has learnt from them, in one transaction: generations whose manifest names
-    /// one of them (or is unknown), checkpoints, and the running job, which is cancelled. If the head is among them, the
-    /// newest generation that is left for the same base takes its place, or the base. A job is enqueued that learns what
-    /// is left from fresh weights, at once.
+    /// Deletes items, and with them whatever has come of them, in one transaction: generations that have learnt from one
+    /// of them or were judged by one (or may have been), checkpoints, and the running job, which is cancelled. If the head
+    /// is among them, the newest generation that is left for the same base takes its place, or the base. A job is enqueued
+    /// that learns what is left from fresh weights, at once. So what is published in the end is what would have been had
+    /// the items never come.
     ///
-    /// Items that were only held out to judge a generation are not in its weights, and do not undo it.
+    /// Where nothing is left, nothing that a job has made stays, whatever it is known to have learnt, and no job either.
+    /// Uploaded generations have learnt from no item, and stay. Pins keep a generation from being pruned or deleted, not
+    /// from being forgotten. Answers to uploads stay (they hold no content): an upload that is repeated late does not
+    /// bring the items back.
+    ///
     /// `None` if there is no such user.
     ///
     /// # Errors
@@ -29,7 +34,8 @@ impl Store {
             let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(None) };
             let all = sql::items::list(&mut tx, user.key, HistoryCursor::START, None).await?;
             let chosen = chosen(&all, &selection);
-            if chosen.is_empty() {
+            // The whole history is forgotten even if nothing of it is left: an adapter may be.
+            if chosen.is_empty() && selection != Selection::All {
                 return Ok(Some(Forgotten { items: 0, generations: Vec::new(), head: user.head, job: None }));
             }
             let mut gone = HistoryStats::default();
@@ -39,24 +45,12 @@ impl Store {
                 gone.bytes += (item.output.len() + item.input.as_ref().map_or(0, String::len)) as u64;
             }
             sql::users::shrink(&mut tx, user.key, gone).await?;
+            let is_left = all.len() > chosen.len();
             let hashes: Vec<_> = chosen.iter().map(|(_, item)| item_hash(item)).collect();
-            let (generations, head) = forget_generations(&mut tx, &adapter, &user, &hashes).await?;
+            let extent = if is_left { Extent::Items(&hashes) } else { Extent::All };
+            let (generations, head) = forget_generations(&mut tx, &adapter, &user, extent).await?;
             sql::checkpoints::delete(&mut tx, user.key).await?;
-            if let Some(running) = sql::jobs::running(&mut tx, user.key).await? {
-                let reason = "items of its history were erased; another job learns what is left";
-                sql::jobs::call_off(&mut tx, &running, reason, store.now()).await?;
-            }
-            let demand = Demand { urgent: true, from_scratch: true, ..Demand::default() };
-            let job = match all.len() == chosen.len() {
-                true => {
-                    if let Some(queued) = sql::jobs::queued(&mut tx, user.key).await? {
-                        let reason = "the items it was to learn from were erased";
-                        sql::jobs::call_off(&mut tx, &queued.id, reason, store.now()).await?;
-                    }
-                    None
-                }
-                false => Some(store.queued_job(&mut tx, user.key, &demand).await?),
-            };
+            let job = store.relearn(&mut tx, user.key, is_left).await?;
             tx.commit().await?;
             store.interrupt();
             store.sweep(&adapter).await;
@@ -65,6 +59,39 @@ impl Store {
         })
         .await
     }
+
+    /// Calls the user's jobs off that may have read what is gone; one that waits learns what is left, if anything is.
+    async fn relearn(
+        &self,
+        db: &mut Connection,
+        user: UserKey,
+        is_left: bool,
+    ) -> Result<Option<Job>, StoreError> {
+        let then = match is_left {
+            true => "items of its history were erased; another job learns what is left",
+            false => "the history was erased",
+        };
+        if let Some(running) = sql::jobs::running(db, user).await? {
+            sql::jobs::call_off(db, &running, then, self.now()).await?;
+        }
+        if is_left {
+            let demand = Demand { urgent: true, from_scratch: true, ..Demand::default() };
+            return Ok(Some(self.queued_job(db, user, &demand).await?));
+        }
+        if let Some(queued) = sql::jobs::queued(db, user).await? {
+            sql::jobs::call_off(db, &queued.id, then, self.now()).await?;
+        }
+        Ok(None)
+    }
+}
+
+/// How much is forgotten.
+#[derive(Clone, Copy)]
+enum Extent<'a> {
+    /// The items with these hashes.
+    Items(&'a [[u8; 32]]),
+    /// The whole history.
+    All,
 }
 
 /// The selected items of a history in its order.
@@ -74,6 +101,7 @@ fn chosen<'a>(
 ) -> Vec<&'a (HistoryCursor, HistoryItem)> {
     let all_of = |keep: &dyn Fn(&HistoryItem) -> bool| all.iter().filter(|(_, item)| keep(item)).collect();
     match selection {
+        Selection::All => all.iter().collect(),
         Selection::Item(id) => all_of(&|item| item.id == *id),
         Selection::Times(from, to) => all_of(&|item| {
             from.is_none_or(|from| item.created_at >= from) && to.is_none_or(|to| item.created_at <= to)
@@ -89,19 +117,23 @@ fn chosen<'a>(
     }
 }
 
-/// Deletes the generations that have learnt from one of the items, and returns them and the head that is left.
+/// Deletes the generations that what is forgotten has gone into, and returns them and the head that is left.
 async fn forget_generations(
     db: &mut Connection,
     adapter: &AdapterId,
     user: &sql::users::User,
-    items: &[[u8; 32]],
+    extent: Extent<'_>,
 ) -> Result<(Vec<GenerationId>, Option<GenerationId>), StoreError> {
     let all = sql::generations::list(db, user.key, None, None).await?;
     let all: Vec<_> = all.into_iter().map(|(_, generation)| generation).collect();
     let base = all.iter().find(|generation| Some(generation.id) == user.head).map(|head| head.base);
     let (mut gone, mut left) = (Vec::new(), Vec::new());
     for generation in all {
-        let tainted = learnt(db, user.key, &generation.id, items).await?;
+        let seen = sql::lessons::seen(db, user.key, &generation.id).await?;
+        let tainted = match extent {
+            Extent::Items(items) => seen.is_some_and(|seen| seen.has_any(items)),
+            Extent::All => seen.is_some() || generation.origin == Origin::Trained,
+        };
         if tainted { gone.push(generation) } else { left.push(generation) }
     }
     let mut head = user.head;
@@ -115,14 +147,4 @@ async fn forget_generations(
         sql::generations::delete(db, user.key, &generation.id).await?;
     }
     Ok((gone.into_iter().map(|generation| generation.id).collect(), head))
-}
-
-async fn learnt(
-    db: &mut Connection,
-    user: UserKey,
-    generation: &GenerationId,
-    items: &[[u8; 32]],
-) -> Result<bool, StoreError> {
-    let manifest = sql::lessons::manifest(db, user, generation).await?;
-    Ok(manifest.is_some_and(|manifest| manifest.has_any(items)))
 }

@@ -1,4 +1,4 @@
-//! Histories: uploads, pages, erasure.
+//! Histories: uploads and pages.
 
 use types::{AdapterId, HistoryItem, HistoryStats, ItemId, NewItem, Timestamp, TrainingOptions};
 use uuid::{NoContext, Uuid};
@@ -158,31 +158,6 @@ impl Store {
     pub async fn history_stats(&self, adapter: &AdapterId) -> Result<HistoryStats, StoreError> {
         let mut tx = self.read().await?;
         Ok(sql::users::find(&mut tx, adapter).await?.map(|user| user.history).unwrap_or_default())
-    }
-
-    /// Erases a user's history and says how many items it had; `None` if there is no such user.
-    ///
-    /// The user's queued job is deleted and the running one is failed, so that its worker can
-    /// publish nothing of it. Generations stay. Answers to uploads stay (they hold no content): an
-    /// upload that is repeated late does not bring the items back.
-    ///
-    /// # Errors
-    /// If the database fails.
-    pub async fn erase_history(&self, adapter: &AdapterId) -> Result<Option<u64>, StoreError> {
-        let (store, adapter) = (self.clone(), adapter.clone());
-        Self::to_the_end(async move {
-            let mut tx = store.write().await?;
-            let Some(user) = sql::users::find(&mut tx, &adapter).await? else { return Ok(None) };
-            let erased = sql::items::delete(&mut tx, user.key).await?;
-            sql::users::empty(&mut tx, user.key).await?;
-            sql::jobs::cancel(&mut tx, user.key, "the history was erased", store.now()).await?;
-            tx.commit().await?;
-            store.interrupt();
-            store.sweep(&adapter).await;
-            store.forget().await;
-            Ok(Some(erased))
-        })
-        .await
     }
 }
 

@@ -320,6 +320,9 @@ pub struct Lesson {
     pub replayed_items: u64,
     /// [`item_hash`](crate::item_hash) of every item in the weights, those of the generations they grew from among them.
     pub manifest: Vec<[u8; 32]>,
+    /// The same of the items that were held out to judge them. What they grew from was judged by items too: those are
+    /// added when it is published.
+    pub judged: Vec<[u8; 32]>,
 }
 
 /// Which items have gone into a generation's weights.
@@ -332,6 +335,24 @@ pub enum Manifest {
 }
 
 impl Manifest {
+    /// Of these hashes, in any order.
+    pub(crate) fn of(mut hashes: Vec<[u8; 32]>) -> Self {
+        hashes.sort_unstable();
+        hashes.dedup();
+        Self::Items(hashes)
+    }
+
+    /// The items of both; unknown if one is.
+    pub(crate) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Items(mut all), Self::Items(others)) => {
+                all.extend(others);
+                Self::of(all)
+            }
+            _ => Self::Unknown,
+        }
+    }
+
     /// Whether one of these items may have gone in.
     #[must_use]
     pub fn has_any(&self, items: &[[u8; 32]]) -> bool {
@@ -396,6 +417,8 @@ pub struct Progress {
 /// Items to forget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
+    /// All of them.
+    All,
     /// One.
     Item(ItemId),
     /// All from the first time to the second, both included; open where absent.
@@ -409,7 +432,7 @@ pub enum Selection {
 pub struct Forgotten {
     /// Items deleted.
     pub items: u64,
-    /// Generations deleted, because they had learnt from one of them.
+    /// Generations deleted, because they had learnt from one of them or were judged by one.
     pub generations: Vec<GenerationId>,
     /// The generation that serves until the job is done; `None`: the base.
     pub head: Option<GenerationId>,

@@ -3,7 +3,7 @@
 use types::{AdapterId, AdapterName, TenantId, UserId};
 
 use crate::sql::{self, Connection};
-use crate::{GenerationRecord, Page, SharedRecord, Store, StoreError, UserRecord};
+use crate::{GenerationRecord, Page, PauseScope, SharedRecord, Store, StoreError, UserRecord};
 
 impl Store {
     /// A user at a glance.
@@ -76,7 +76,9 @@ impl Store {
             if let Some(user) = &user {
                 sql::garbage::insert_all(&mut tx, user.key).await?;
                 sql::users::delete(&mut tx, user.key).await?;
-                sql::claims::forget_pause(&mut tx, &adapter).await?;
+                if let Some(own) = PauseScope::of(&adapter) {
+                    sql::claims::resume(&mut tx, &own).await?;
+                }
             }
             let folders = sql::garbage::of_user(&mut tx, &adapter).await?;
             tx.commit().await?;

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
-use store::{Expected, NewGeneration, Store, StoreError};
+use store::{Expected, NewGeneration, Selection, Store, StoreError};
 use tokio::task::JoinSet;
 use types::{AdapterId, GenerationId, ItemId, JobOutcome, NewItem, SystemClock};
 use uuid::Uuid;
@@ -29,6 +29,8 @@ const FOLDER: &str = "ATELIER_STORE_CRASH_FOLDER";
 const LIES: &str = "ATELIER_STORE_CRASH_LIES";
 const ROUNDS: usize = 20;
 const USERS: [&str; 3] = ["ann", "ben", "cho"];
+/// Who forgets everything, again and again.
+const FORGETS: &str = "dee";
 
 fn user(name: &str) -> AdapterId {
     AdapterId::new("acme".parse().unwrap(), name.parse().unwrap())
@@ -105,9 +107,35 @@ async fn work(store: Store) {
             trained_tokens: 0,
             seconds: 0.0,
         };
-        let published =
-            store.publish(adapter, generation, head, Some((claimed.fence, outcome))).await.unwrap();
-        say(&format!("head {} {}", adapter.owner, published.id));
+        match store.publish(adapter, generation, head, Some((claimed.fence, outcome))).await {
+            Ok(published) => say(&format!("head {} {}", adapter.owner, published.id)),
+            // Its history was forgotten meanwhile.
+            Err(StoreError::Fenced { .. } | StoreError::HeadMoved { .. }) if *adapter == user(FORGETS) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Uploads an item, lets it be learnt, and forgets it with what has learnt from it.
+async fn forget(store: Store, lies: bool) {
+    let forgetful = user(FORGETS);
+    loop {
+        let item =
+            NewItem { id: None, input: None, output: "secret".into(), created_at: None, metadata: None };
+        store.append(&forgetful, None, [0; 32], vec![item]).await.unwrap();
+        let head = loop {
+            match store.head(&forgetful).await.unwrap() {
+                Some(head) => break head.id,
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        };
+        if lies {
+            say(&format!("forgot {FORGETS} {head}"));
+        }
+        store.forget_items(&forgetful, &Selection::All).await.unwrap().unwrap();
+        if !lies {
+            say(&format!("forgot {FORGETS} {head}"));
+        }
     }
 }
 
@@ -135,6 +163,7 @@ async fn child() {
         tasks.spawn(upload(store.clone(), name, lies));
     }
     tasks.spawn(replace(store.clone()));
+    tasks.spawn(forget(store.clone(), lies));
     tasks.spawn(work(store));
     tasks.join_next().await.unwrap().unwrap(); // they end only by a panic
 }
@@ -192,6 +221,14 @@ async fn lost(folder: &Path, said: &[String]) -> Vec<String> {
                 let found = store.fetch(&shared(), &id.parse().unwrap()).await;
                 matches!(found, Err(StoreError::NotFound { what: "generation", .. }))
             }
+            // What is forgotten is neither served nor kept, whatever came after the answer.
+            "forgot" => {
+                let is_head =
+                    store.head(&user(name)).await.unwrap().is_some_and(|head| head.id.to_string() == id);
+                let found = store.fetch(&user(name), &id.parse().unwrap()).await;
+                !is_head && matches!(found, Err(StoreError::NotFound { .. }))
+            }
+            "head" if name == FORGETS => continue,
             "head" => store.fetch(&user(name), &id.parse().unwrap()).await.is_ok(),
             _ => continue,
         };
@@ -207,7 +244,7 @@ async fn lost(folder: &Path, said: &[String]) -> Vec<String> {
 async fn assert_sound(folder: &Path) {
     let store = open(folder).await;
     let mut files = 0;
-    for adapter in USERS.map(user).into_iter().chain([shared()]) {
+    for adapter in USERS.map(user).into_iter().chain([shared(), user(FORGETS)]) {
         let generations = store.generations(&adapter).await.unwrap();
         for generation in &generations {
             let fetched = store.fetch(&adapter, &generation.id).await.unwrap();
@@ -225,7 +262,7 @@ async fn assert_sound(folder: &Path) {
     while let Some(job) = store.claim("parent", 60_000, u32::MAX).await.unwrap() {
         claimed.push(job);
     }
-    assert!(claimed.len() as u64 >= open_jobs.running && claimed.len() <= USERS.len());
+    assert!(claimed.len() as u64 >= open_jobs.running && claimed.len() <= USERS.len() + 1);
     for job in claimed {
         store.release(&job.fence).await.unwrap();
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sqlx::{ConnectOptions as _, Connection as _};
-use store::{AdapterFile, NewGeneration, Store, StoreError};
+use store::{AdapterFile, Lesson, NewGeneration, PauseScope, Selection, Store, StoreError};
 use types::{AdapterId, GenerationId, JobOutcome, JobState, ManualClock, NewItem, Timestamp};
 use uuid::Uuid;
 
@@ -252,7 +252,7 @@ async fn erased_content_leaves_the_disk() {
     };
     upload().await;
     assert_ne!(holding(folder, secret.as_bytes()), [""; 0].map(PathBuf::from));
-    store.erase_history(&alice).await.unwrap();
+    store.forget_items(&alice, &Selection::All).await.unwrap();
     assert_eq!(holding(folder, secret.as_bytes()), [""; 0].map(PathBuf::from));
 
     upload().await;
@@ -267,6 +267,49 @@ async fn erased_content_leaves_the_disk() {
     assert!(!folder.join("adapters/acme/alice").exists());
     assert_ne!(holding(folder, b"bob-stays-here"), [""; 0].map(PathBuf::from));
     store.fetch(&bob, &generation(2).id).await.unwrap();
+}
+
+/// What was forgotten stays so, whatever the process comes to right after the answer.
+#[tokio::test]
+async fn a_forgotten_history_stays_forgotten_across_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let alice = user("alice");
+    let store = open(folder.path()).await;
+    store.append(&alice, None, [0; 32], vec![text("a")]).await.unwrap();
+    let claimed = store.claim("worker", 1000, 3).await.unwrap().unwrap();
+    let (one, finish) = (generation(1).id, (claimed.fence, outcome()));
+    store.publish_lesson(&alice, generation(1), None, finish, Lesson::default()).await.unwrap();
+    store.append(&alice, None, [0; 32], vec![text("b")]).await.unwrap();
+    let running = store.claim("worker", 1000, 3).await.unwrap().unwrap();
+    let forgotten = store.forget_items(&alice, &Selection::All).await.unwrap().unwrap();
+    assert_eq!((forgotten.head, &forgotten.generations[..], forgotten.job), (None, &[one][..], None));
+    // No farewell: the connections go as they do when the process dies.
+    drop(store);
+    let store = open(folder.path()).await;
+    assert_eq!(store.head(&alice).await.unwrap(), None);
+    assert_eq!(store.generations(&alice).await.unwrap(), []);
+    assert_eq!(store.claim("worker", 1000, 3).await.unwrap(), None, "no job goes on, none is taken up again");
+    let finish = Some((running.fence, outcome()));
+    assert!(store.publish(&alice, generation(2), None, finish).await.is_err());
+    assert_eq!(files(&folder.path().join("adapters")).len(), 0);
+}
+
+#[tokio::test]
+async fn a_pause_of_the_server_holds_across_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let (alice, operator) = (user("alice"), "ops".parse().unwrap());
+    let store = open(folder.path()).await;
+    store.append(&alice, None, [0; 32], vec![text("a")]).await.unwrap();
+    store.pause(&PauseScope::Server, &operator, Some("a new disk")).await.unwrap();
+    let pause = store.pauses(&alice.tenant, None).await.unwrap().server.unwrap();
+    drop(store);
+    let store = open(folder.path()).await;
+    let again = store.pauses(&alice.tenant, None).await.unwrap().server.unwrap();
+    assert_eq!((&again, again.since.is_some(), again.by.as_ref()), (&pause, true, Some(&operator)));
+    assert_eq!(again.reason.as_deref(), Some("a new disk"));
+    assert_eq!(store.claim("worker", 1000, 3).await.unwrap(), None);
+    store.resume(&PauseScope::Server).await.unwrap();
+    assert!(store.claim("worker", 1000, 3).await.unwrap().is_some());
 }
 
 #[tokio::test]

@@ -62,7 +62,8 @@ pub struct GateReport {
     pub heldout_tokens: usize,
     /// Bits per held-out answer token under the base alone.
     pub base_bits: f64,
-    /// The same under the head that was live when the job began; absent if there was none.
+    /// The same under the head that was live when the job began, which may have learnt some of the items; absent if there
+    /// was none.
     pub head_bits: Option<f64>,
     /// The same under the new generation.
     pub new_bits: f64,
@@ -72,6 +73,10 @@ pub struct GateReport {
     /// The same against the head; absent if there was none.
     #[serde(default)]
     pub p_head: Option<f64>,
+    /// Held-out items that the comparison with the head rests on; absent if there was none. Those that the head has learnt
+    /// are left out, unless too few are left to tell.
+    #[serde(default)]
+    pub head_items: Option<usize>,
     /// Why it was published or held back, for people.
     pub verdict: String,
 }
@@ -114,8 +119,14 @@ pub struct Job {
     pub progress: Option<JobProgress>,
     /// What it came to.
     pub outcome: Option<JobOutcome>,
-    /// Why it failed or was cancelled.
+    /// Why it failed or was cancelled; while it waits for another attempt, why the last one failed.
     pub error: Option<String>,
+    /// While it waits for another attempt: not before.
+    pub retry_at: Option<Timestamp>,
+    /// A pause holds it: it is not taken up, or stops at its next step and keeps what it has done.
+    pub paused: bool,
+    /// It waits for another job of the user that runs.
+    pub held_up: bool,
     /// Learns the whole history from fresh weights, whatever there is.
     pub from_scratch: bool,
     /// What was asked for in place of the tenant's defaults.

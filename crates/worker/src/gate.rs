@@ -14,9 +14,18 @@ pub struct Measured {
     /// Under the base alone.
     pub base: Vec<Loss>,
     /// Under the head, if there is one.
-    pub head: Option<Vec<Loss>>,
+    pub head: Option<HeadMeasured>,
     /// Under the new generation.
     pub new: Vec<Loss>,
+}
+
+/// How the head does, and how fair that is.
+#[derive(Debug, Clone)]
+pub struct HeadMeasured {
+    /// Its losses.
+    pub losses: Vec<Loss>,
+    /// Which of the items it has learnt, or may have.
+    pub learnt: Vec<bool>,
 }
 
 /// What the gate says.
@@ -40,6 +49,10 @@ impl Judgement {
 /// Whether the new generation is better than the base and than the head, by more than a trifle, by a paired test over the
 /// held-out items of the loss of whole answers. A loss that is not a number never wins, nor does a lead that too few
 /// items show.
+///
+/// What is held out now the head may have learnt once (items that came late with an early time push others out of the
+/// newest slice). It is compared on those it has not learnt, if they are enough to tell; otherwise on all, where what it
+/// knows is in its favour: it stays rather than go for a lead that is none.
 #[must_use]
 pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
     let Measured { train_items, base, head, new } = measured;
@@ -47,32 +60,22 @@ pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
         return Judgement::no("no held-out item has an answer to judge by");
     }
     let bits = Loss::bits_per_token;
-    let (base_bits, head_bits, new_bits) = (bits(base), head.as_deref().map(bits), bits(new));
+    let head_bits = head.as_ref().map(|head| bits(&head.losses));
+    let (base_bits, new_bits) = (bits(base), bits(new));
     if ![base_bits, head_bits.unwrap_or(0.0), new_bits].iter().all(|bits| bits.is_finite()) {
         return Judgement::no("the loss on held-out items is not a finite number");
     }
-    let versus = |other: &[Loss]| {
-        let goal = |other: &Loss| other.nats * (1.0 - rules.min_gain);
-        let differences: Vec<f64> =
-            other.iter().zip(new).map(|(other, new)| goal(other) - new.nats).collect();
-        // Different items cannot be compared.
-        if other.len() == new.len() { chance(&differences) } else { 1.0 }
-    };
-    let (p_base, p_head) = (versus(base), head.as_deref().map(versus));
-    let publish = p_base <= rules.level && p_head.is_none_or(|p| p <= rules.level);
-    let against = |name: &str, other: f64, p: f64| match (new_bits < other, p <= rules.level) {
-        (true, false) if new_bits > other * (1.0 - rules.min_gain) => {
-            format!("hardly ahead of the {name} ({other:.3})")
+    let over_base = Duel::new("base", base.clone(), new.clone(), rules);
+    let over_head = head.as_ref().map(|head| against_head(head, new, rules));
+    let publish = over_base.is_won(rules) && over_head.as_ref().is_none_or(|duel| duel.is_won(rules));
+    let mut reason = format!("{new_bits:.3} bits per held-out token, {}", over_base.describe(rules));
+    if let Some(duel) = &over_head {
+        reason = format!("{reason} and {}", duel.describe(rules));
+        if duel.new.len() < new.len() {
+            reason = format!("{reason}, on the {} items that it has not learnt", duel.new.len());
         }
-        (true, true) => format!("better than the {name} ({other:.3}, p {p:.2e})"),
-        (true, false) => format!("ahead of the {name} ({other:.3}), but that may be chance (p {p:.3})"),
-        (false, _) => format!("not better than the {name} ({other:.3})"),
-    };
-    let mut reason = format!("{new_bits:.3} bits per held-out token, {}", against("base", base_bits, p_base));
-    if let Some((bits, p)) = head_bits.zip(p_head) {
-        reason = format!("{reason} and {}", against("current adapter", bits, p));
     }
-    if 0.5f64.powi(i32::try_from(new.len()).unwrap_or(i32::MAX)) > rules.level {
+    if !can_tell(new.len(), rules) {
         reason =
             format!("{reason}; {} held-out items are too few to tell: more history is needed", new.len());
     }
@@ -83,11 +86,67 @@ pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
         base_bits,
         head_bits,
         new_bits,
-        p_base: Some(p_base),
-        p_head,
+        p_base: Some(over_base.p),
+        p_head: over_head.as_ref().map(|duel| duel.p),
+        head_items: over_head.as_ref().map(|duel| duel.new.len()),
         verdict: reason.clone(),
     };
     Judgement { publish, report: Some(report), reason }
+}
+
+/// Whether so many items can show any lead at the rules' level.
+fn can_tell(items: usize, rules: &GateRules) -> bool {
+    0.5f64.powi(i32::try_from(items).unwrap_or(i32::MAX)) <= rules.level
+}
+
+/// The comparison with the head, on items that are as new to it, if they can tell.
+fn against_head(head: &HeadMeasured, new: &[Loss], rules: &GateRules) -> Duel {
+    let fresh = |losses: &[Loss]| -> Vec<Loss> {
+        losses.iter().zip(&head.learnt).filter(|(_, learnt)| !**learnt).map(|(loss, _)| *loss).collect()
+    };
+    let (fresh_head, fresh_new) = (fresh(&head.losses), fresh(new));
+    let is_fair = head.losses.len() == new.len() && can_tell(fresh_new.len(), rules);
+    match is_fair {
+        true => Duel::new("current adapter", fresh_head, fresh_new, rules),
+        false => Duel::new("current adapter", head.losses.clone(), new.to_vec(), rules),
+    }
+}
+
+/// The new generation beside another on the same items.
+struct Duel {
+    name: &'static str,
+    other: Vec<Loss>,
+    new: Vec<Loss>,
+    /// How likely such a lead is by chance.
+    p: f64,
+}
+
+impl Duel {
+    fn new(name: &'static str, other: Vec<Loss>, new: Vec<Loss>, rules: &GateRules) -> Self {
+        let goal = |other: &Loss| other.nats * (1.0 - rules.min_gain);
+        let differences: Vec<f64> =
+            other.iter().zip(&new).map(|(other, new)| goal(other) - new.nats).collect();
+        // Different items cannot be compared.
+        let p = if other.len() == new.len() { chance(&differences) } else { 1.0 };
+        Self { name, other, new, p }
+    }
+
+    fn is_won(&self, rules: &GateRules) -> bool {
+        self.p <= rules.level
+    }
+
+    fn describe(&self, rules: &GateRules) -> String {
+        let Self { name, p, .. } = self;
+        let (other, new) = (Loss::bits_per_token(&self.other), Loss::bits_per_token(&self.new));
+        match (new < other, self.is_won(rules)) {
+            (true, false) if new > other * (1.0 - rules.min_gain) => {
+                format!("hardly ahead of the {name} ({other:.3})")
+            }
+            (true, true) => format!("better than the {name} ({other:.3}, p {p:.2e})"),
+            (true, false) => format!("ahead of the {name} ({other:.3}), but that may be chance (p {p:.3})"),
+            (false, _) => format!("not better than the {name} ({other:.3})"),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -101,10 +160,34 @@ mod tests {
     }
 
     fn judged(base: &[f64], head: Option<&[f64]>, new: &[f64]) -> Judgement {
-        judge(
-            &Measured { train_items: 1, base: losses(base), head: head.map(losses), new: losses(new) },
-            &RULES,
-        )
+        let learnt = vec![false; head.map_or(0, <[f64]>::len)];
+        judged_knowing(base, head.map(|head| (head, learnt)), new)
+    }
+
+    fn judged_knowing(base: &[f64], head: Option<(&[f64], Vec<bool>)>, new: &[f64]) -> Judgement {
+        let head = head.map(|(head, learnt)| HeadMeasured { losses: losses(head), learnt });
+        judge(&Measured { train_items: 1, base: losses(base), head, new: losses(new) }, &RULES)
+    }
+
+    /// A head that knows four of ten held-out items by heart, and is worse on the others.
+    #[test]
+    fn what_the_head_has_learnt_does_not_speak_for_it() {
+        let head = [0.1, 0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0];
+        let known = |count: usize| (0..10).map(|at| at < count).collect::<Vec<_>>();
+        let judged = |count, new: &[f64]| judged_knowing(&[4.0; 10], Some((&head, known(count))), new);
+        let fair = judged(4, &[2.0; 10]);
+        assert!(fair.publish, "{}", fair.reason);
+        assert!(fair.reason.contains("on the 6 items that it has not learnt"), "{}", fair.reason);
+        assert_eq!(fair.report.and_then(|report| report.head_items), Some(6));
+        // Negative control: were the four not known to be learnt, it would keep its place by them.
+        assert!(!judged(0, &[2.0; 10]).publish);
+        // Too few are left: all speak, those it has learnt in its favour.
+        let all = judged(7, &[2.0; 10]);
+        assert!(!all.publish && !all.reason.contains("has not learnt"), "{}", all.reason);
+        assert!(judged(10, &[0.05; 10]).publish, "who beats even that is better");
+        // It is no way around the comparison: worse on what is new to both is worse.
+        assert!(!judged(4, &[0.0, 0.0, 0.0, 0.0, 3.5, 3.5, 3.5, 3.5, 3.5, 3.5]).publish);
+        assert!(!judged_knowing(&[4.0; 10], Some((&head[..6], known(4))), &[2.0; 10]).publish, "other items");
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod trainer;
 mod work;
 
 pub use error::WorkerError;
-pub use gate::{Judgement, Measured, judge};
+pub use gate::{HeadMeasured, Judgement, Measured, judge};
 pub use paired::chance;
 pub use patience::Load;
 pub use run::{Announce, Worker};

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use personalize::split;
+use personalize::{Split, split};
 use sha2::{Digest as _, Sha256};
 use store::{Lesson, Manifest, item_hash};
 use train::Recipe;
@@ -27,6 +27,8 @@ pub(crate) struct Plan {
     pub(crate) train: Vec<HistoryItem>,
     /// The newest, never trained on.
     pub(crate) heldout: Vec<HistoryItem>,
+    /// Which of them the head has learnt, or may have.
+    pub(crate) heldout_learnt: Vec<bool>,
     /// Old items on which an update may not become worse.
     pub(crate) old: Vec<HistoryItem>,
     /// What will have gone into the adapter when it is trained.
@@ -68,6 +70,8 @@ pub(crate) fn plan(
         last: last.id.clone(),
         items: parts.train.len() as u64,
     });
+    let unknown = head.is_some_and(|head| head.manifest == Some(Manifest::Unknown));
+    let heldout_learnt = parts.heldout.iter().map(|item| unknown || is_known(item)).collect();
     let hashes = |items: &[HistoryItem]| items.iter().map(item_hash).collect::<Vec<_>>();
     if !update {
         let lesson = Lesson {
@@ -76,8 +80,10 @@ pub(crate) fn plan(
             new_items: new as u64,
             replayed_items: (parts.train.len() - new) as u64,
             manifest: hashes(&parts.train),
+            judged: hashes(&parts.heldout),
         };
-        return Plan { train: parts.train, heldout: parts.heldout, old: Vec::new(), learnt, lesson };
+        let Split { train, heldout } = parts;
+        return Plan { train, heldout, heldout_learnt, old: Vec::new(), learnt, lesson };
     }
     let old: Vec<&HistoryItem> = parts.train.iter().filter(|item| is_known(item)).collect();
     let (again, probe) = sample(&old, new, &settings.growth, seed);
@@ -101,8 +107,9 @@ pub(crate) fn plan(
         new_items: new as u64,
         replayed_items: again.len() as u64,
         manifest,
+        judged: hashes(&parts.heldout),
     };
-    Plan { train, heldout: parts.heldout, old, learnt, lesson }
+    Plan { train, heldout: parts.heldout, heldout_learnt, old, learnt, lesson }
 }
 
 /// Places of old items to learn again, and of those to measure drift on, which are others as far as there are.
@@ -179,6 +186,8 @@ mod tests {
         );
         let learnt = plan.learnt.map(|range| (range.first, range.last, range.items));
         assert_eq!(learnt, Some((item(0).id, item(87).id, 88)), "all but the held-out ones");
+        assert_eq!(plan.heldout_learnt, [false; 22]);
+        assert_eq!(plan.lesson.judged, (88..110).map(|at| item_hash(&item(at))).collect::<Vec<_>>());
         assert_eq!(plan.old.len(), 32);
         assert!(
             plan.old.iter().all(|old| !plan.train.contains(old)),
@@ -186,6 +195,12 @@ mod tests {
         );
         let again = made(110, Some(&head), false);
         assert_eq!(again.train, plan.train, "the sample is the same");
+        // Negative control: without replay nothing old is learnt again, and the items that drift is measured on stay.
+        let mut settings = Settings::default();
+        (settings.growth.replay, settings.growth.min_replay) = (0.0, 0);
+        let items = (0..110).map(item).collect();
+        let bare = super::plan(items, Some(&head), true, false, &settings, 0);
+        assert_eq!((bare.lesson.replayed_items, bare.train.len(), bare.old.len()), (0, 8, 32));
     }
 
     #[test]
@@ -195,10 +210,14 @@ mod tests {
         assert!(everything(&made(110, Some(&head(0..80, 0)), true)));
         assert!(everything(&made(110, Some(&head(0..80, 8)), false)), "too many updates");
         assert!(everything(&made(110, Some(&head(0..88, 0)), false)), "nothing new");
-        assert!(everything(&made(110, Some(&head(20..90, 0)), false)), "the head knows what would judge it");
+        let knows = made(110, Some(&head(20..90, 0)), false);
+        assert!(everything(&knows), "the head knows what would judge it");
+        assert_eq!(knows.heldout_learnt, [[true; 2].as_slice(), &[false; 20]].concat());
         let unknown = Head { manifest: Some(Manifest::Unknown), ..head(0..1, 0) };
-        assert!(everything(&made(110, Some(&unknown), false)));
-        assert!(everything(&made(110, Some(&Head { manifest: None, ..head(0..1, 0) }), false)));
+        let guarded = made(110, Some(&unknown), false);
+        assert!(everything(&guarded) && guarded.heldout_learnt == [true; 22], "it may have learnt any");
+        let uploaded = made(110, Some(&Head { manifest: None, ..head(0..1, 0) }), false);
+        assert!(everything(&uploaded) && uploaded.heldout_learnt == [false; 22]);
     }
 
     #[test]

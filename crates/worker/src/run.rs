@@ -137,6 +137,7 @@ async fn work(
 ) -> Result<bool, WorkerError> {
     let (done, ended) = tokio::sync::oneshot::channel();
     let (pool, shared, store) = (Arc::clone(pool), Arc::clone(pulse), shift.store.clone());
+    let most = shift.bench.settings.max_attempts;
     let attempts: Vec<u32> = claimed.iter().map(|claimed| claimed.job.attempts).collect();
     let body = move || {
         let result = catch_unwind(AssertUnwindSafe(|| shift.work(claimed, &pool)));
@@ -152,9 +153,8 @@ async fn work(
         Ok(Ok(true)) => Ok(true),
         Ok(_) => {
             for (claim, attempts) in pulse.claims.iter().zip(attempts) {
-                let error = WorkerError::Panicked;
-                let again = error.retry_after_millis(attempts);
-                match store.fail(&claim.fence, &error.to_string(), again).await {
+                let (reason, again) = WorkerError::Panicked.report(attempts, most);
+                match store.fail(&claim.fence, &reason, again).await {
                     // Reported before the panic, or taken away.
                     Ok(_) | Err(StoreError::Fenced { .. }) => {}
                     Err(error) => tracing::error!(%error, "cannot report the job"),

@@ -217,8 +217,8 @@ impl Shift {
             }
             error => {
                 tracing::warn!(job = %job.id, %error, "job failed");
-                let again = error.retry_after_millis(job.attempts);
-                self.runtime.block_on(self.store.fail(&claim.fence, &error.to_string(), again)).map(drop)
+                let (reason, again) = error.report(job.attempts, self.bench.settings.max_attempts);
+                self.runtime.block_on(self.store.fail(&claim.fence, &reason, again)).map(drop)
             }
         };
         match told {

@@ -12,7 +12,7 @@ use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
 use crate::error::WorkerError;
-use crate::gate::{Judgement, Measured, judge};
+use crate::gate::{HeadMeasured, Judgement, Measured, judge};
 use crate::norm::insane;
 use crate::options;
 use crate::plan::{Head, Plan, plan, work_hash};
@@ -41,6 +41,8 @@ pub(crate) struct Prepared {
     head: Option<Head>,
     examples: Vec<Example>,
     heldout: Vec<Example>,
+    /// Which of them the head has learnt, or may have.
+    heldout_learnt: Vec<bool>,
     old: Vec<Example>,
 }
 
@@ -76,9 +78,12 @@ impl Bench {
         let start = weights.filter(|_| !plan.lesson.from_scratch);
         let begins_at = head.as_ref().map(|head| head.id).filter(|_| start.is_some());
         let work = work_hash(&plan, &recipe, begins_at.as_ref());
-        let (examples, heldout) = (self.examples(&plan.train), self.examples(&plan.heldout));
-        let old = self.examples(&plan.old);
-        Ok(Prepared { work, spent: 0, recipe, plan, start, head, examples, heldout, old })
+        let read = |items: &[HistoryItem]| items.iter().filter_map(|item| self.example(item)).collect();
+        let (examples, old) = (read(&plan.train), read(&plan.old));
+        let judges = plan.heldout.iter().zip(&plan.heldout_learnt);
+        let judges = judges.filter_map(|(item, learnt)| Some((self.example(item)?, *learnt)));
+        let (heldout, heldout_learnt) = judges.unzip();
+        Ok(Prepared { work, spent: 0, recipe, plan, start, head, examples, heldout, heldout_learnt, old })
     }
 
     /// Trains all of them; `resume` holds their checkpoints.
@@ -190,10 +195,14 @@ impl Bench {
         let recipe = Recipe { max_tokens: prepared.recipe.max_tokens.min(room), ..prepared.recipe.clone() };
         let mut measure =
             |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &prepared.heldout, &recipe, alive);
+        let learnt = &prepared.heldout_learnt;
+        let head = head.map(|head| {
+            Ok::<_, WorkerError>(HeadMeasured { losses: measure(Some(&head))?, learnt: learnt.clone() })
+        });
         let measured = Measured {
             train_items: prepared.plan.train.len(),
+            head: head.transpose()?,
             base: measure(None)?,
-            head: head.as_ref().map(|head| measure(Some(head))).transpose()?,
             new: measure(Some(&new))?,
         };
         Ok(judge(&measured, rules))
@@ -203,16 +212,16 @@ impl Bench {
         Ok(Arc::new(Adapter::build(weights, &*self.base, Precision::Exact)?))
     }
 
-    /// Items that cannot be read (too long for the tokenizer, refused by the template) teach nothing and judge nothing.
-    fn examples(&self, items: &[HistoryItem]) -> Vec<Example> {
-        let read = |item: &HistoryItem| match example(&self.tokenizer, item) {
+    /// An item that cannot be read (too long for the tokenizer, refused by the template) teaches nothing and judges
+    /// nothing.
+    fn example(&self, item: &HistoryItem) -> Option<Example> {
+        match example(&self.tokenizer, item) {
             Ok(example) => Some(example),
             Err(error) => {
                 tracing::warn!(item = %item.id, %error, "a history item is passed over");
                 None
             }
-        };
-        items.iter().filter_map(read).collect()
+        }
     }
 
     fn measure(

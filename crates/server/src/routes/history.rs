@@ -56,7 +56,7 @@ pub(crate) struct Erased {
     user: String,
     /// Items that are gone.
     deleted_items: u64,
-    /// Generations that are gone, because they had learnt from one of them.
+    /// Generations that are gone, because they had learnt from one of them or were judged by one.
     deleted_generations: Vec<String>,
     /// The generation that answers new requests now; null for the base.
     #[schema(required)]
@@ -75,8 +75,9 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
 
 /// Takes in history and starts learning from it.
 ///
-/// JSON, or an item per line with the content type `application/x-ndjson`. The answer comes when everything is on disk
-/// together with the job.
+/// JSON, or an item per line with the content type `application/x-ndjson`; there, the first line may be
+/// `{"training": {...}}` with the hyper-parameters that `training` has in JSON. The answer comes when everything is on
+/// disk together with the job.
 #[utoipa::path(
     post,
     path = "/v1/users/{user}/history",
@@ -85,7 +86,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
         ("user" = String, Path, description = "The user; made at the first upload"),
         ("Idempotency-Key" = Option<String>, Header, description = "The same key with the same body is answered once"),
     ),
-    request_body = Upload,
+    request_body(content((Upload = "application/json"), (String = "application/x-ndjson"))),
     responses(
         (status = 202, description = "On disk; the job will train", body = Uploaded),
         (status = 400, description = "An item is wrong; `param` names the field", body = ErrorBody),
@@ -179,8 +180,8 @@ pub(crate) struct RangeQuery {
 }
 
 impl RangeQuery {
-    /// The selection; `None` for the whole history.
-    fn read(&self) -> Result<Option<Selection>, ApiError> {
+    /// The selection.
+    fn read(&self) -> Result<Selection, ApiError> {
         let time = |field: &str, text: &Option<String>| {
             text.as_deref().map(|text| items::time(text, field)).transpose()
         };
@@ -191,9 +192,9 @@ impl RangeQuery {
         let times = (time("from", &self.from)?, time("to", &self.to)?);
         let items = (item("from_item", &self.from_item)?, item("to_item", &self.to_item)?);
         match (times, items) {
-            ((None, None), (None, None)) => Ok(None),
-            ((from, to), (None, None)) => Ok(Some(Selection::Times(from, to))),
-            ((None, None), (from, to)) => Ok(Some(Selection::Items(from, to))),
+            ((None, None), (None, None)) => Ok(Selection::All),
+            ((from, to), (None, None)) => Ok(Selection::Times(from, to)),
+            ((None, None), (from, to)) => Ok(Selection::Items(from, to)),
             _ => Err(ApiError::invalid("from_item", "and to_item do not go with from and to")),
         }
     }
@@ -219,9 +220,10 @@ async fn forget_selected(app: &App, id: &AdapterId, selection: &Selection) -> Re
 
 /// Erases a user's history, or a range of it.
 ///
-/// Without a query: all items; a job under way is given up, and the adapter stays until it is trained again or the user
-/// is erased. With a range: the items, and every generation that has learnt from one of them; the newest that has not
-/// serves, or the base, until the job has learnt what is left from fresh weights.
+/// Without a query: all items, every generation that training has made, pinned ones too, and the jobs that wait or run;
+/// an uploaded generation serves if there is one, or the base. With a range: the items, and every generation that has
+/// learnt from one of them or was judged by one; the newest that was not serves, or the base, until the job has learnt
+/// what is left from fresh weights, as if the items had never been. The answer comes when all this is on disk.
 #[utoipa::path(
     delete,
     path = "/v1/users/{user}/history",
@@ -239,18 +241,12 @@ pub(crate) async fn erase(
     query: Result<Query<RangeQuery>, QueryRejection>,
 ) -> Result<Json<Erased>, ApiError> {
     let Query(query) = query.map_err(|error| ApiError::invalid("query", error.body_text()))?;
-    if let Some(selection) = query.read()? {
-        let gone = forget_selected(&app, &id, &selection).await?;
-        return Ok(Json(forgotten(id, gone)));
-    }
-    let deleted_items = app.store.erase_history(&id).await?.ok_or_else(|| unknown_user(&id))?;
-    let head = app.store.head(&id).await?.map(|head| head.id.to_string());
-    let (user, deleted_generations) = (id.owner.to_string(), Vec::new());
-    Ok(Json(Erased { user, deleted_items, deleted_generations, head, job: None }))
+    let gone = forget_selected(&app, &id, &query.read()?).await?;
+    Ok(Json(forgotten(id, gone)))
 }
 
-/// Erases an item, and every generation that has learnt from it. The newest that has not serves, or the base, until the
-/// job has learnt what is left from fresh weights, as if the item had never been.
+/// Erases an item, and every generation that has learnt from it or was judged by it. The newest that was not serves, or
+/// the base, until the job has learnt what is left from fresh weights, as if the item had never been.
 #[utoipa::path(
     delete,
     path = "/v1/users/{user}/history/{item}",

@@ -140,22 +140,44 @@ pub(crate) fn from_json(app: &App, bytes: &[u8]) -> Result<Items, ApiError> {
     Ok((check(app, items)?, training))
 }
 
-/// Reads an NDJSON upload: an item per line; blank lines are skipped.
+/// What may stand before the items of an NDJSON upload.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Heading {
+    training: WireTraining,
+}
+
+/// Reads an NDJSON upload: an item per line, before them perhaps `{"training": {...}}`; blank lines are skipped.
 pub(crate) fn from_ndjson(app: &App, bytes: &[u8]) -> Result<Items, ApiError> {
-    let mut items = Vec::new();
+    let (mut items, mut training, mut is_first) = (Vec::new(), None, true);
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let item = Object::parse(line, app.limits.json_depth).and_then(|object| object.read());
-        items.push(item.map_err(|error| {
-            let detail = error.body().error;
-            let param = detail.param.map_or(String::new(), |param| format!(".{param}"));
-            ApiError::new(error.code(), format!("line {number}: {}", detail.message))
-                .param(format!("line {number}{param}"))
-        })?);
+        let at = |error| in_line(number, &error);
+        let object = Object::parse(line, app.limits.json_depth).map_err(at)?;
+        if object.has("training") {
+            if !is_first {
+                let error =
+                    ApiError::invalid("training", "may only stand in the first line, before the items");
+                return Err(at(error));
+            }
+            let heading: Heading = object.read().map_err(at)?;
+            training = Some(heading.training.check(app).map_err(at)?);
+        } else {
+            items.push(object.read().map_err(at)?);
+        }
+        is_first = false;
     }
-    Ok((check(app, items)?, None))
+    Ok((check(app, items)?, training))
+}
+
+/// The error with the line that it is in.
+fn in_line(number: usize, error: &ApiError) -> ApiError {
+    let detail = error.body().error;
+    let param = detail.param.map_or(String::new(), |param| format!(".{param}"));
+    ApiError::new(error.code(), format!("line {number}: {}", detail.message))
+        .param(format!("line {number}{param}"))
 }
 
 fn check(app: &App, items: Vec<WireItem>) -> Result<Vec<NewItem>, ApiError> {

@@ -34,8 +34,16 @@ pub(crate) struct WireJob {
     progress: Option<WireProgress>,
     #[schema(required)]
     outcome: Option<WireOutcome>,
+    /// Why it failed or was cancelled; while it waits for another attempt, why the last one failed.
     #[schema(required)]
     error: Option<String>,
+    /// While it waits for another attempt: not before, Unix seconds.
+    #[schema(required)]
+    retry_at: Option<f64>,
+    /// A pause of the server, the tenant or the user holds it.
+    paused: bool,
+    /// What happens next, for people.
+    next: &'static str,
     /// Learns the whole history from fresh weights.
     from_scratch: bool,
     /// What was asked for in place of the defaults.
@@ -85,6 +93,9 @@ pub(crate) struct WireGate {
     /// The same over the head.
     #[schema(required)]
     p_head: Option<f64>,
+    /// Held-out items that the comparison with the head rests on: those that it has not learnt, if they are enough.
+    #[schema(required)]
+    head_items: Option<usize>,
     verdict: String,
 }
 
@@ -99,6 +110,7 @@ impl From<GateReport> for WireGate {
             new_bits,
             p_base,
             p_head,
+            head_items,
             verdict,
         } = gate;
         Self {
@@ -110,6 +122,7 @@ impl From<GateReport> for WireGate {
             new_bits,
             p_base,
             p_head,
+            head_items,
             verdict,
         }
     }
@@ -128,9 +141,34 @@ impl From<JobOutcome> for WireOutcome {
     }
 }
 
+/// What happens next.
+fn next(job: &Job) -> &'static str {
+    match job.state {
+        JobState::Queued if job.paused => {
+            "it waits until the pause is lifted, and then goes on from where it was"
+        }
+        JobState::Queued if job.retry_at.is_some() => {
+            "it is tried again at retry_at, or when its turn comes then"
+        }
+        JobState::Queued if job.held_up => "it waits for another job of the user, which runs",
+        JobState::Queued => "it waits for its turn, or for more items",
+        JobState::Running if job.paused => "it stops at its next step, and waits until the pause is lifted",
+        JobState::Running => {
+            "when it has trained, the result is compared with the base and the current adapter"
+        }
+        JobState::Succeeded => "nothing: it is done",
+        JobState::Failed | JobState::Cancelled => {
+            "nothing: new items, or POST /v1/users/{user}/train, make another job"
+        }
+    }
+}
+
 impl From<Job> for WireJob {
     fn from(job: Job) -> Self {
         Self {
+            next: next(&job),
+            retry_at: job.retry_at.map(seconds),
+            paused: job.paused,
             id: job.id.into(),
             object: "job",
             user: job.adapter.owner.to_string(),

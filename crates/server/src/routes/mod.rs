@@ -10,6 +10,7 @@ pub(crate) mod jobs;
 pub(crate) mod metrics;
 pub(crate) mod models;
 pub(crate) mod operation;
+pub(crate) mod pauses;
 pub(crate) mod progress;
 pub(crate) mod tgi;
 pub(crate) mod training;

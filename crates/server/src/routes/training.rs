@@ -1,18 +1,16 @@
-//! `/v1/users/{user}/train`, `/v1/training/pause`, `/v1/users/{user}/training/pause`: training on demand, and on hold.
+//! `/v1/users/{user}/train` and hyper-parameters on the wire: training on demand.
 
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use store::Demand;
-use types::{AdapterKind, OptionError, RecipeName, TenantId, TrainingOptions, UserId};
+use types::{AdapterKind, OptionError, RecipeName, TrainingOptions};
 use utoipa::ToSchema;
 
 use crate::app::App;
-use crate::auth::Principal;
-use crate::body::{self, is_json, media_type, unsupported};
+use crate::body;
 use crate::error::{ApiError, ErrorBody};
-use crate::json::Object;
 use crate::routes::PathUser;
 use crate::routes::jobs::WireJob;
 use crate::routes::users::unknown_user;
@@ -181,98 +179,11 @@ pub(crate) async fn train(
     PathUser(id): PathUser,
     request: Request,
 ) -> Result<(StatusCode, Json<WireJob>), ApiError> {
-    let media = media_type(request.headers());
-    let bytes = body::read(request, &app, app.limits.body_bytes).await?;
-    let wanted = match (bytes.is_empty(), media.as_deref()) {
-        (true, _) => TrainRequest::default(),
-        (false, Some(media)) if is_json(media) => Object::parse(&bytes, app.limits.json_depth)?.read()?,
-        (false, other) => return Err(unsupported(other, "application/json")),
-    };
+    let wanted: TrainRequest = body::read_or_default(request, &app).await?;
     let training = wanted.training.map(|training| training.check(&app)).transpose()?;
     let from_scratch = wanted.from_scratch.unwrap_or(false);
     let demand = Demand { urgent: true, from_scratch, training, ..Demand::default() };
     let job = app.store.enqueue(&id, &demand).await?.ok_or_else(|| unknown_user(&id))?;
     app.on_upload.notify_one();
     Ok((StatusCode::ACCEPTED, Json(job.into())))
-}
-
-/// Whether training is on hold.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct Pauses {
-    /// `training.pause`.
-    object: &'static str,
-    /// Nobody of this tenant is trained.
-    tenant_paused: bool,
-    /// This user is not trained; null for the whole tenant.
-    #[schema(required)]
-    user_paused: Option<bool>,
-}
-
-async fn pauses(app: &App, tenant: &TenantId, user: Option<&UserId>) -> Result<Json<Pauses>, ApiError> {
-    let (tenant_paused, own) = app.store.pauses(tenant, user).await?;
-    Ok(Json(Pauses { object: "training.pause", tenant_paused, user_paused: user.map(|_| own) }))
-}
-
-async fn set_pause(
-    app: &App,
-    tenant: &TenantId,
-    user: Option<&UserId>,
-    paused: bool,
-) -> Result<Json<Pauses>, ApiError> {
-    app.store.set_pause(tenant, user, paused).await?;
-    app.on_upload.notify_one();
-    pauses(app, tenant, user).await
-}
-
-/// Whether training is on hold for all users.
-#[utoipa::path(get, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "How it stands", body = Pauses)))]
-pub(crate) async fn read(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
-    pauses(&app, &principal.tenant, None).await
-}
-
-/// Puts training on hold for all users. Uploads are kept; a job under way goes back to the queue and keeps what it has
-/// done.
-#[utoipa::path(put, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "On hold", body = Pauses)))]
-pub(crate) async fn pause(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
-    set_pause(&app, &principal.tenant, None, true).await
-}
-
-/// Lets training go on; users who are on hold themselves stay so.
-#[utoipa::path(delete, path = "/v1/training/pause", tag = "learn", responses((status = 200, description = "Going on", body = Pauses)))]
-pub(crate) async fn resume(State(app): State<App>, principal: Principal) -> Result<Json<Pauses>, ApiError> {
-    set_pause(&app, &principal.tenant, None, false).await
-}
-
-/// Whether a user's training is on hold.
-#[utoipa::path(get, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "How it stands", body = Pauses)))]
-pub(crate) async fn read_user(
-    State(app): State<App>,
-    PathUser(id): PathUser,
-) -> Result<Json<Pauses>, ApiError> {
-    known(&app, &id).await?;
-    pauses(&app, &id.tenant, id.user()).await
-}
-
-/// Puts a user's training on hold.
-#[utoipa::path(put, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "On hold", body = Pauses), (status = 404, description = "No such user", body = ErrorBody)))]
-pub(crate) async fn pause_user(
-    State(app): State<App>,
-    PathUser(id): PathUser,
-) -> Result<Json<Pauses>, ApiError> {
-    known(&app, &id).await?;
-    set_pause(&app, &id.tenant, id.user(), true).await
-}
-
-/// Lets a user's training go on.
-#[utoipa::path(delete, path = "/v1/users/{user}/training/pause", tag = "learn", params(("user" = String, Path)), responses((status = 200, description = "Going on", body = Pauses), (status = 404, description = "No such user", body = ErrorBody)))]
-pub(crate) async fn resume_user(
-    State(app): State<App>,
-    PathUser(id): PathUser,
-) -> Result<Json<Pauses>, ApiError> {
-    known(&app, &id).await?;
-    set_pause(&app, &id.tenant, id.user(), false).await
-}
-
-async fn known(app: &App, id: &types::AdapterId) -> Result<(), ApiError> {
-    app.store.user(id).await?.map(drop).ok_or_else(|| unknown_user(id))
 }

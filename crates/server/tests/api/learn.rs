@@ -79,7 +79,26 @@ async fn lines_are_items_too() {
     assert_eq!((good.status.as_u16(), &good.json()["accepted"]), (202, &json!(2)));
     let bad = send("{\"output\":\"c\"}\n{\"output\":7}\n").await.json();
     assert_eq!(bad["error"]["param"], "line 2.output");
+    // Hyper-parameters stand before the items.
+    let items = "{\"id\":\"c\",\"output\":\"c\"}\n";
+    for (body, param) in [
+        (format!("{{\"training\":{{\"rank\":0}}}}\n{items}"), "line 1.training.rank"),
+        (format!("\n{{\"training\":{{\"rank\":\"4\"}}}}\n{items}"), "line 2.training.rank"),
+        (format!("{{\"training\":{{\"rnak\":4}}}}\n{items}"), "line 1.training.rnak"),
+        (format!("{{\"training\":{{\"kind\":\"ia3\",\"rank\":8}}}}\n{items}"), "line 1.training.rank"),
+        (format!("{{\"training\":7}}\n{items}"), "line 1.training"),
+        (format!("{{\"training\":{{}},\"output\":\"c\"}}\n{items}"), "line 1.output"),
+        (format!("{items}{{\"training\":{{\"rank\":4}}}}\n"), "line 2.training"),
+        (format!("{{\"training\":{{}}}}\n{{\"training\":{{}}}}\n{items}"), "line 2.training"),
+        ("{\"training\":{\"rank\":4}}\n".to_owned(), "items"),
+    ] {
+        let bad = send(&body).await;
+        assert_eq!((bad.status.as_u16(), &bad.json()["error"]["param"]), (400, &json!(param)), "{body}");
+    }
     assert_eq!(server.get("/v1/users/ann").await.json()["items"], 2, "nothing of a bad upload is kept");
+    let training = json!({ "kind": "rslora", "rank": 4, "learning_rate": 0.001 });
+    let good = send(&format!("{}\n{items}", json!({ "training": training }))).await.json();
+    assert_eq!((&good["accepted"], &good["job"]["training"]), (&json!(1), &training));
 }
 
 #[tokio::test]

@@ -85,6 +85,7 @@ async fn a_trained_generation_says_where_it_comes_from() {
         new_bits: 2.5,
         p_base: Some(0.015625),
         p_head: Some(0.03125),
+        head_items: Some(6),
         verdict: "better".into(),
     };
     let recipe = TrainingOptions {

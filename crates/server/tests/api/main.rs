@@ -24,12 +24,12 @@ use peft::Precision;
 use serde_json::{Value, json};
 use server::{ApiKey, App, AppState, Auth, Limits};
 use sha2::{Digest as _, Sha256};
-use store::{NewGeneration, Store};
+use store::{Lesson, NewGeneration, Store, item_hash};
 use telemetry::Metrics;
 use testkit::tiny_model;
 use tokio::sync::Notify;
 use tower::ServiceExt as _;
-use types::{AdapterId, SystemClock};
+use types::{AdapterId, JobOutcome, SystemClock};
 
 /// A server without a socket.
 struct Server {
@@ -138,18 +138,31 @@ impl Server {
 
     /// Publishes the fixture's adapter under an id.
     async fn adopt_as(&self, adapter: &AdapterId) -> String {
+        self.store.publish(adapter, self.fixture(), None, None).await.unwrap().id.to_string()
+    }
+
+    /// Gives a user of the open tenant the fixture's adapter as what the waiting job has learnt from all items.
+    async fn learn(&self, user: &str) -> String {
+        let claimed = self.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+        let items = self.store.history_of(&claimed.fence).await.unwrap();
+        let lesson = Lesson { manifest: items.iter().map(item_hash).collect(), ..Lesson::default() };
+        let new = self.fixture();
+        let outcome = JobOutcome {
+            published: true,
+            generation: Some(new.id),
+            gate: None,
+            reason: "published".into(),
+            trained_tokens: 7,
+            seconds: 0.5,
+        };
+        let (owner, finish) = (adapter("default", user), (claimed.fence, outcome));
+        self.store.publish_lesson(&owner, new, None, finish, lesson).await.unwrap().id.to_string()
+    }
+
+    fn fixture(&self) -> NewGeneration {
         let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
-        let generation = NewGeneration {
-            id,
-            parent: None,
-            base: self.base,
-            config,
-            weights,
-            meta: json!({ "gate": null }),
-        };
-        self.store.publish(adapter, generation, None, None).await.unwrap();
-        id.to_string()
+        NewGeneration { id, parent: None, base: self.base, config, weights, meta: json!({ "gate": null }) }
     }
 }
 
@@ -158,7 +171,8 @@ fn adapter(tenant: &str, user: &str) -> AdapterId {
 }
 
 fn key(text: &str, tenant: &str) -> ApiKey {
-    ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().unwrap() }
+    let operator = text.contains("operator");
+    ApiKey { sha256: Sha256::digest(text).into(), tenant: tenant.parse().unwrap(), operator }
 }
 
 /// The text of a chat's answer.

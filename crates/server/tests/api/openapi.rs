@@ -51,6 +51,7 @@ fn every_route_of_the_issue_is_described() {
         "/v1/users/{user}/progress",
         "/v1/users/{user}/train",
         "/v1/training/pause",
+        "/v1/server/training/pause",
         "/health/live",
         "/health/ready",
         "/metrics",

@@ -1,14 +1,30 @@
 //! Training on demand and on hold, calling off, forgetting, progress.
 
+use axum::body::Body;
+use axum::http::Request;
 use serde_json::{Value, json};
+use server::{Auth, Limits};
+use types::JobOutcome;
 
-use crate::{Server, with};
+use crate::{Server, chat, key, with};
 
 const HISTORY: &str = "/v1/users/ann/history";
 
 fn items(count: usize) -> Value {
     let item = |at: usize| json!({ "id": format!("i{at}"), "input": "in", "output": format!("out {at}"), "created_at": at });
     json!({ "items": (0..count).map(item).collect::<Vec<_>>() })
+}
+
+/// That of a job that published nothing.
+fn outcome() -> JobOutcome {
+    JobOutcome {
+        published: false,
+        generation: None,
+        gate: None,
+        reason: "not published".into(),
+        trained_tokens: 7,
+        seconds: 0.5,
+    }
 }
 
 async fn error(server: &Server, method: &str, path: &str, body: Option<&Value>) -> (u16, Value, Value) {
@@ -76,17 +92,172 @@ async fn training_can_be_put_on_hold() {
     let server = Server::new().await;
     let (all, ann) = ("/v1/training/pause", "/v1/users/ann/training/pause");
     assert_eq!(error(&server, "PUT", ann, None).await.0, 404);
-    server.post(HISTORY, items(3)).await;
+    let job = server.post(HISTORY, items(3)).await.json()["job"]["id"].as_str().unwrap().to_owned();
     assert_eq!(server.call("PUT", ann, None).await.json()["user_paused"], true);
     assert_eq!(server.get(all).await.json()["tenant_paused"], false);
     assert!(server.store.claim("worker", 1000, 3).await.unwrap().is_none());
-    assert_eq!(server.call("PUT", all, None).await.json()["tenant_paused"], true);
+    let waits = server.get(&format!("/v1/jobs/{job}")).await.json();
+    assert_eq!((&waits["status"], &waits["paused"]), (&json!("queued"), &json!(true)));
+    assert!(waits["next"].as_str().unwrap().contains("until the pause is lifted"), "{waits}");
+    let held = server.call("PUT", all, Some(&json!({ "reason": "a new disk" }))).await.json();
+    assert_eq!(held["tenant_paused"], true);
+    assert_eq!(
+        (&held["pauses"][0]["scope"], &held["pauses"][0]["reason"]),
+        (&json!("tenant"), &json!("a new disk"))
+    );
     assert_eq!(server.call("DELETE", ann, None).await.json()["user_paused"], false);
     assert!(server.store.claim("worker", 1000, 3).await.unwrap().is_none());
     let lifted = server.call("DELETE", all, None).await.json();
     assert_eq!((&lifted["tenant_paused"], &lifted["user_paused"]), (&json!(false), &Value::Null));
     assert_eq!(server.get(ann).await.json()["user_paused"], false);
     assert!(server.store.claim("worker", 1000, 3).await.unwrap().is_some());
+    let long = json!({ "reason": "x".repeat(501) });
+    assert_eq!(error(&server, "PUT", all, Some(&long)).await.2, "reason");
+    assert_eq!(error(&server, "PUT", all, Some(&json!({ "why": "x" }))).await.2, "why");
+    assert_eq!(server.get(all).await.json()["pauses"], json!([]), "nothing of a bad request is kept");
+}
+
+#[tokio::test]
+async fn training_on_the_whole_server_can_be_put_on_hold() {
+    let keys = vec![key("key of one", "one"), key("key of two", "two"), key("key of an operator", "ops")];
+    let server = Server::with(Auth::Keys(keys), Limits::default(), None).await;
+    let ask = async |who: &str, method: &str, path: &str, body: Option<Value>| {
+        let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+        let request = request.header("authorization", format!("Bearer key of {who}"));
+        server.send(request.body(body.map_or(Body::empty(), |body| body.to_string().into())).unwrap()).await
+    };
+    let path = "/v1/server/training/pause";
+    let job = ask("one", "POST", HISTORY, Some(items(3))).await.json()["job"]["id"].clone();
+    for method in ["PUT", "DELETE"] {
+        let refused = ask("one", method, path, None).await;
+        assert_eq!(
+            (refused.status.as_u16(), &refused.json()["error"]["code"]),
+            (403, &json!("operator_key_needed"))
+        );
+    }
+    assert_eq!(ask("one", "GET", path, None).await.json()["server_paused"], false);
+    let body = json!({ "reason": "upkeep until noon" });
+    let held = ask("an operator", "PUT", path, Some(body)).await.json();
+    assert_eq!((&held["server_paused"], &held["pauses"][0]["by"]), (&json!(true), &json!("ops")));
+    assert!(held["pauses"][0]["since"].as_f64().unwrap() > 1.6e9, "{held}");
+    // Tenants see that it is so and why, but not who the others are, and cannot lift it.
+    for (who, path) in [("one", path), ("two", "/v1/training/pause"), ("one", "/v1/users/ann/training/pause")]
+    {
+        let seen = ask(who, "GET", path, None).await.json();
+        assert_eq!(
+            (&seen["server_paused"], &seen["pauses"][0]["by"]),
+            (&json!(true), &Value::Null),
+            "{seen}"
+        );
+        assert_eq!(seen["pauses"][0]["reason"], "upkeep until noon");
+    }
+    ask("one", "DELETE", "/v1/training/pause", None).await;
+    assert!(server.store.claim("worker", 1000, 3).await.unwrap().is_none());
+    let waits = ask("one", "GET", &format!("/v1/jobs/{}", job.as_str().unwrap()), None).await.json();
+    assert_eq!(waits["paused"], true);
+    // Serving goes on.
+    assert_eq!(ask("one", "POST", "/v1/chat/completions", Some(chat())).await.status, 200);
+    assert_eq!(ask("an operator", "DELETE", path, None).await.json()["pauses"], json!([]));
+    assert!(server.store.claim("worker", 1000, 3).await.unwrap().is_some());
+}
+
+/// Every way in which a job stands is told, with what happens next.
+#[tokio::test]
+async fn a_job_says_what_happens_next() {
+    let server = Server::new().await;
+    let upload = async |count| server.post(HISTORY, items(count)).await.json()["job"].clone();
+    let look = async |job: &Value| {
+        let job = server.get(&format!("/v1/jobs/{}", job["id"].as_str().unwrap())).await.json();
+        assert!(!job["next"].as_str().unwrap().is_empty(), "{job}");
+        job
+    };
+    let says = |job: &Value, words: &str| {
+        assert!(job["next"].as_str().unwrap().contains(words), "{job}");
+    };
+    let first = upload(3).await;
+    says(&first, "its turn");
+    let claimed = server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+    says(&look(&first).await, "compared with the base");
+    let second = upload(4).await;
+    says(&second, "waits for another job");
+    server.store.finish(&claimed.fence, &outcome()).await.unwrap();
+    says(&look(&first).await, "done");
+    // It fails, waits, and is given up: the reasons are there at every step.
+    let mut attempts = 0;
+    for wait in [Some(60_000), None] {
+        if wait.is_some() {
+            let claimed = server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+            server.store.fail(&claimed.fence, "out of memory", Some(0)).await.unwrap();
+        }
+        let claimed = server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+        attempts = claimed.job.attempts;
+        let reason = if wait.is_some() {
+            "out of memory"
+        } else {
+            "gave up after 3 attempts; the last one: no memory"
+        };
+        server.store.fail(&claimed.fence, reason, wait.map(|_| 0)).await.unwrap();
+        let job = look(&second).await;
+        assert_eq!(job["error"], reason);
+        match wait {
+            Some(_) => {
+                assert_eq!(job["status"], "queued");
+                assert!(job["retry_at"].as_f64().is_some(), "{job}");
+                says(&job, "tried again");
+            }
+            None => {
+                assert_eq!((&job["status"], &job["retry_at"]), (&json!("failed"), &Value::Null));
+                says(&job, "make another job");
+            }
+        }
+    }
+    assert_eq!(attempts, 3);
+    let third = upload(5).await;
+    server.post(&format!("/v1/jobs/{}/cancel", third["id"].as_str().unwrap()), json!({})).await;
+    let cancelled = look(&third).await;
+    assert_eq!(
+        (&cancelled["status"], &cancelled["error"]),
+        (&json!("cancelled"), &json!("cancelled on request"))
+    );
+    // A running one that is paused.
+    let fourth = upload(6).await;
+    server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+    server.call("PUT", "/v1/training/pause", None).await;
+    let running = look(&fourth).await;
+    assert_eq!((&running["status"], &running["paused"]), (&json!("running"), &json!(true)));
+    says(&running, "stops at its next step");
+}
+
+/// Whoever erases everything is answered by the base from then on, whatever was resident.
+#[tokio::test]
+async fn an_erased_history_takes_its_adapter_with_it() {
+    let server = Server::new().await;
+    let ask = async || {
+        let answer = server.post("/v1/chat/completions", with(chat(), "user", json!("ann"))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.header("x-atelier-generation").to_owned()
+    };
+    server.post(HISTORY, items(10)).await;
+    let generation = server.learn("ann").await;
+    assert_eq!(ask().await, generation);
+    server.call("PUT", &format!("/v1/users/ann/adapter/generations/{generation}/pin"), None).await;
+    server.post(HISTORY, items(11)).await;
+    let running = server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
+    let erased = server.call("DELETE", HISTORY, None).await;
+    assert_eq!(erased.status, 200, "{}", erased.text());
+    let erased = erased.json();
+    assert_eq!((&erased["deleted_items"], &erased["head"]), (&json!(11), &Value::Null));
+    assert_eq!((&erased["deleted_generations"], &erased["job"]), (&json!([generation]), &Value::Null));
+    assert_eq!(ask().await, "none");
+    let named = with(chat(), "model", json!("base:ann"));
+    assert_eq!(server.post("/v1/chat/completions", named).await.status, 404);
+    let job = server.get(&format!("/v1/jobs/{}", running.job.id)).await.json();
+    assert_eq!((&job["status"], &job["error"]), (&json!("cancelled"), &json!("the history was erased")));
+    // What was uploaded has learnt from no item, and stays.
+    let uploaded = server.adopt("default", "ann").await;
+    let erased = server.call("DELETE", HISTORY, None).await.json();
+    assert_eq!((&erased["head"], &erased["deleted_generations"]), (&json!(uploaded), &json!([])));
+    assert_eq!(ask().await, uploaded);
 }
 
 #[tokio::test]
@@ -118,14 +289,7 @@ async fn progress_and_manifests_are_shown() {
     assert_eq!(error(&server, "GET", "/v1/users/ann/progress", None).await.0, 404);
     server.post(HISTORY, items(3)).await;
     let claimed = server.store.claim("worker", 1000, 3).await.unwrap().unwrap();
-    let outcome = types::JobOutcome {
-        published: false,
-        generation: None,
-        gate: None,
-        reason: "not published".into(),
-        trained_tokens: 7,
-        seconds: 0.5,
-    };
+    let outcome = outcome();
     let lesson = store::Lesson { from_scratch: true, items: 3, new_items: 3, ..store::Lesson::default() };
     server.store.finish_lesson(&claimed.fence, &outcome, &lesson).await.unwrap();
     let page = server.get("/v1/users/ann/progress").await.json();

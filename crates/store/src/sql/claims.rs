@@ -1,10 +1,11 @@
 //! The tables `jobs`, `turns` and `pauses`, as far as they say whose job is next.
 
-use types::{AdapterId, Job, TenantId, Timestamp, UserId};
+use sqlx::Row as _;
+use types::{Job, TenantId, Timestamp, UserId};
 
-use super::{Connection, jobs};
+use super::{Connection, jobs, time_or_none};
 use crate::records::{Policy, Standing};
-use crate::{Fence, StoreError};
+use crate::{Fence, Pause, PauseScope, Pauses, StoreError};
 
 /// Fails the jobs that could be claimed now but have been claimed `max_attempts` times.
 pub(crate) async fn give_up(
@@ -49,7 +50,7 @@ pub(crate) async fn claim(
                          AND NOT EXISTS (
                              SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
                  AND NOT EXISTS (
-                     SELECT 1 FROM pauses p WHERE p.tenant = u.tenant AND p.name IN ('', u.name))
+                     SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name))
              ORDER BY COALESCE(t.served, 0), j.seq LIMIT 1)
          RETURNING seq",
     )
@@ -76,7 +77,7 @@ pub(crate) async fn claim(
 /// How the holder of a claim stands.
 pub(crate) async fn standing(db: &mut Connection, fence: &Fence) -> Result<Standing, StoreError> {
     let paused: Option<bool> = sqlx::query_scalar(
-        "SELECT EXISTS (SELECT 1 FROM pauses p WHERE p.tenant = u.tenant AND p.name IN ('', u.name))
+        "SELECT EXISTS (SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name))
          FROM jobs j JOIN users u ON u.id = j.user_id
          WHERE j.id = $1 AND j.token = $2 AND j.state = 'running'",
     )
@@ -91,37 +92,62 @@ pub(crate) async fn standing(db: &mut Connection, fence: &Fence) -> Result<Stand
     })
 }
 
-/// Sets or lifts the pause of a tenant or one of its users.
-pub(crate) async fn set_pause(
+/// Sets a pause, unless it is set.
+pub(crate) async fn pause(
     db: &mut Connection,
-    tenant: &TenantId,
-    user: Option<&UserId>,
-    paused: bool,
+    scope: &PauseScope,
+    by: &TenantId,
+    reason: Option<&str>,
+    now: Timestamp,
 ) -> Result<(), StoreError> {
-    let statement = match paused {
-        true => "INSERT INTO pauses (tenant, name) VALUES ($1, $2) ON CONFLICT DO NOTHING",
-        false => "DELETE FROM pauses WHERE tenant = $1 AND name = $2",
-    };
-    sqlx::query(statement).bind(tenant.as_str()).bind(user.map_or("", UserId::as_str)).execute(db).await?;
+    let (tenant, name) = scope.names();
+    sqlx::query(
+        "INSERT INTO pauses (tenant, name, since, paused_by, reason) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT DO NOTHING",
+    )
+    .bind(tenant)
+    .bind(name)
+    .bind(now.0)
+    .bind(by.as_str())
+    .bind(reason)
+    .execute(db)
+    .await?;
     Ok(())
 }
 
-/// Lifts what an erased user has left.
-pub(crate) async fn forget_pause(db: &mut Connection, adapter: &AdapterId) -> Result<(), StoreError> {
-    set_pause(db, &adapter.tenant, adapter.user(), false).await
+/// Lifts a pause.
+pub(crate) async fn resume(db: &mut Connection, scope: &PauseScope) -> Result<(), StoreError> {
+    let (tenant, name) = scope.names();
+    sqlx::query("DELETE FROM pauses WHERE tenant = $1 AND name = $2")
+        .bind(tenant)
+        .bind(name)
+        .execute(db)
+        .await?;
+    Ok(())
 }
 
-/// Whether the tenant's training is paused, and whether the user's own is.
+/// The pauses that a tenant, or one of its users, is under.
 pub(crate) async fn pauses(
     db: &mut Connection,
     tenant: &TenantId,
     user: Option<&UserId>,
-) -> Result<(bool, bool), StoreError> {
-    let names: Vec<String> =
-        sqlx::query_scalar("SELECT name FROM pauses WHERE tenant = $1 AND name IN ('', $2)")
-            .bind(tenant.as_str())
-            .bind(user.map_or("", UserId::as_str))
-            .fetch_all(db)
-            .await?;
-    Ok((names.iter().any(String::is_empty), names.iter().any(|name| !name.is_empty())))
+) -> Result<Pauses, StoreError> {
+    let found = sqlx::query("SELECT * FROM pauses WHERE tenant IN ('', $1) AND name IN ('', $2)")
+        .bind(tenant.as_str())
+        .bind(user.map_or("", UserId::as_str))
+        .fetch_all(db)
+        .await?;
+    let mut pauses = Pauses::default();
+    for row in &found {
+        let by: Option<&str> = row.try_get("paused_by")?;
+        let by = by.map(|by| by.parse().map_err(|error| StoreError::unreadable("paused_by", error)));
+        let since = time_or_none(row, "since")?;
+        let pause = Some(Pause { since, by: by.transpose()?, reason: row.try_get("reason")? });
+        match (row.try_get("tenant")?, row.try_get("name")?) {
+            ("", _) => pauses.server = pause,
+            (_, "") => pauses.tenant = pause,
+            _ => pauses.user = pause,
+        }
+    }
+    Ok(pauses)
 }

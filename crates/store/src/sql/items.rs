@@ -85,9 +85,3 @@ pub(crate) async fn delete_one(db: &mut Connection, user: UserKey, seq: i64) -> 
         .await?;
     Ok(())
 }
-
-/// Deletes all items of the user and says how many there were.
-pub(crate) async fn delete(db: &mut Connection, user: UserKey) -> Result<u64, StoreError> {
-    let done = sqlx::query("DELETE FROM items WHERE user_id = $1").bind(user.0).execute(db).await?;
-    Ok(done.rows_affected())
-}

@@ -8,25 +8,40 @@ use super::{Connection, UserKey, count, id, json_or_none, rows, time, time_or_no
 use crate::records::Demand;
 use crate::{Fence, QueueStats, StoreError};
 
-/// Selects jobs with their owner's name; the argument is the rest of the statement.
+/// Selects jobs with their owner's name and what holds them; the argument is the rest of the statement.
 macro_rules! select {
     ($rest:literal) => {
-        concat!("SELECT j.*, u.tenant, u.name FROM jobs j JOIN users u ON u.id = j.user_id ", $rest)
+        concat!(
+            "SELECT j.*, u.tenant, u.name,
+                 j.state IN ('queued', 'running') AND EXISTS (
+                     SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name)) AS paused,
+                 j.state = 'queued' AND EXISTS (
+                     SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running') AS held_up
+             FROM jobs j JOIN users u ON u.id = j.user_id ",
+            $rest
+        )
     };
 }
 
 fn job(row: &SqliteRow) -> Result<Job, StoreError> {
+    let (state, error) = (state(row)?, row.try_get::<Option<String>, _>("error")?);
+    // A queued job has an error only from an attempt.
+    let waits = state == JobState::Queued && error.is_some();
+    let retry_at = time_or_none(row, "not_before")?.filter(|_| waits);
     Ok(Job {
         id: id(row, "id")?,
         adapter: AdapterId::new(id(row, "tenant")?, id(row, "name")?),
-        state: state(row)?,
+        state,
         attempts: row.try_get("attempts")?,
         created_at: time(row, "created_at")?,
         started_at: time_or_none(row, "started_at")?,
         finished_at: time_or_none(row, "finished_at")?,
         progress: progress(row)?,
         outcome: json_or_none(row, "outcome")?,
-        error: row.try_get("error")?,
+        error,
+        retry_at,
+        paused: row.try_get("paused")?,
+        held_up: row.try_get("held_up")?,
         from_scratch: row.try_get("scratch")?,
         training: json_or_none(row, "training")?,
     })
@@ -324,27 +339,4 @@ pub(crate) async fn expire_running(db: &mut Connection) -> Result<u64, StoreErro
         .execute(db)
         .await?;
     Ok(done.rows_affected())
-}
-
-/// Deletes the user's queued job and takes the running one away from its worker.
-pub(crate) async fn cancel(
-    db: &mut Connection,
-    user: UserKey,
-    reason: &str,
-    now: Timestamp,
-) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM jobs WHERE user_id = $1 AND state = 'queued'")
-        .bind(user.0)
-        .execute(&mut *db)
-        .await?;
-    sqlx::query(
-        "UPDATE jobs SET state = 'failed', error = $2, finished_at = $3, lease_until = NULL, token = token + 1
-         WHERE user_id = $1 AND state = 'running'",
-    )
-    .bind(user.0)
-    .bind(reason)
-    .bind(now.0)
-    .execute(db)
-    .await?;
-    Ok(())
 }

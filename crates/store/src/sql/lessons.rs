@@ -14,34 +14,72 @@ pub(crate) async fn manifest(
     user: UserKey,
     generation: &GenerationId,
 ) -> Result<Option<Manifest>, StoreError> {
-    let row = sqlx::query("SELECT items FROM manifests WHERE user_id = $1 AND generation = $2")
+    let row = find(db, user, generation).await?;
+    row.map(|row| hashes(&row, "items")).transpose()
+}
+
+/// The items that a generation has learnt from or was judged by; `None` if it has no manifest.
+pub(crate) async fn seen(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Option<Manifest>, StoreError> {
+    let Some(row) = find(db, user, generation).await? else { return Ok(None) };
+    Ok(Some(hashes(&row, "items")?.and(hashes(&row, "judged")?)))
+}
+
+/// The items that a generation was judged by, and those that it grew from.
+pub(crate) async fn judged(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Option<Manifest>, StoreError> {
+    let row = find(db, user, generation).await?;
+    row.map(|row| hashes(&row, "judged")).transpose()
+}
+
+async fn find(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Option<SqliteRow>, StoreError> {
+    let row = sqlx::query("SELECT items, judged FROM manifests WHERE user_id = $1 AND generation = $2")
         .bind(user.0)
         .bind(generation.as_bytes().as_slice())
         .fetch_optional(db)
         .await?;
-    let Some(row) = row else { return Ok(None) };
-    let Some(bytes) = row.try_get::<Option<&[u8]>, _>("items")? else { return Ok(Some(Manifest::Unknown)) };
-    let (hashes, rest) = bytes.as_chunks::<32>();
-    if !rest.is_empty() {
-        return Err(StoreError::unreadable("manifest", format!("{} bytes", bytes.len())));
-    }
-    Ok(Some(Manifest::Items(hashes.to_vec())))
+    Ok(row)
 }
 
-/// Notes what has gone into a generation's weights.
+fn hashes(row: &SqliteRow, column: &'static str) -> Result<Manifest, StoreError> {
+    let Some(bytes) = row.try_get::<Option<&[u8]>, _>(column)? else { return Ok(Manifest::Unknown) };
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() {
+        return Err(StoreError::unreadable(column, format!("{} bytes", bytes.len())));
+    }
+    Ok(Manifest::Items(hashes.to_vec()))
+}
+
+/// Notes what has gone into a generation's weights, and what it was judged by.
 pub(crate) async fn insert_manifest(
     db: &mut Connection,
     user: UserKey,
     generation: &GenerationId,
-    items: &[[u8; 32]],
+    learnt: &Manifest,
+    judged: &Manifest,
 ) -> Result<(), StoreError> {
+    let bytes = |manifest: &Manifest| match manifest {
+        Manifest::Items(hashes) => Some(hashes.as_flattened().to_vec()),
+        Manifest::Unknown => None,
+    };
     sqlx::query(
-        "INSERT INTO manifests (user_id, generation, items) VALUES ($1, $2, $3)
-         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items",
+        "INSERT INTO manifests (user_id, generation, items, judged) VALUES ($1, $2, $3, $4)
+         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items, judged = excluded.judged",
     )
     .bind(user.0)
     .bind(generation.as_bytes().as_slice())
-    .bind(items.as_flattened())
+    .bind(bytes(learnt))
+    .bind(bytes(judged))
     .execute(db)
     .await?;
     Ok(())

@@ -111,12 +111,6 @@ pub(crate) async fn shrink(db: &mut Connection, user: UserKey, by: HistoryStats)
     Ok(())
 }
 
-/// Sets the figures of the user's history to nothing.
-pub(crate) async fn empty(db: &mut Connection, user: UserKey) -> Result<(), StoreError> {
-    sqlx::query("UPDATE users SET items = 0, bytes = 0 WHERE id = $1").bind(user.0).execute(db).await?;
-    Ok(())
-}
-
 /// Compare-and-set of the head; `false` if the head is not `expected`.
 pub(crate) async fn move_head(
     db: &mut Connection,

@@ -162,6 +162,7 @@ async fn a_tenant_who_pushes_in_is_noticed() {
 async fn a_pause_that_does_not_hold_is_noticed() {
     let trigger = "CREATE TRIGGER t AFTER INSERT ON pauses BEGIN DELETE FROM pauses; END";
     must_fail(trigger, learning::a_pause_holds_jobs_back).await;
+    must_fail(trigger, learning::a_pause_of_the_server_holds_everybody).await;
 }
 
 #[tokio::test]
@@ -187,4 +188,90 @@ async fn a_checkpoint_that_outlives_its_job_is_noticed() {
 async fn lost_progress_is_noticed() {
     let trigger = "CREATE TRIGGER t AFTER INSERT ON progress WHEN NEW.scratch BEGIN DELETE FROM progress WHERE seq = NEW.seq; END";
     must_fail(trigger, learning::progress_is_kept).await;
+}
+
+#[tokio::test]
+async fn attempts_that_are_not_counted_are_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF attempts ON jobs WHEN NEW.attempts > 1
+        BEGIN UPDATE jobs SET attempts = 1 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::a_job_is_given_up_after_its_attempts).await;
+    must_fail(trigger, jobs::a_failed_job_waits_for_its_retry).await;
+}
+
+#[tokio::test]
+async fn a_lease_that_never_ends_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF lease_until ON jobs WHEN NEW.lease_until < 9000000000000
+        BEGIN UPDATE jobs SET lease_until = 9000000000000 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::an_expired_lease_passes_the_job_on).await;
+    must_fail(trigger, jobs::a_job_is_given_up_after_its_attempts).await;
+}
+
+#[tokio::test]
+async fn a_beat_that_is_not_felt_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF lease_until ON jobs
+        WHEN OLD.state = 'running' AND NEW.token = OLD.token AND NEW.state = 'running'
+        BEGIN UPDATE jobs SET lease_until = OLD.lease_until WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::a_beat_extends_the_lease).await;
+}
+
+#[tokio::test]
+async fn a_user_who_pushes_in_is_noticed() {
+    // The last to come is the first to be served.
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON jobs WHEN NEW.seq > 0
+        BEGIN UPDATE jobs SET seq = -NEW.seq WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::the_oldest_claimable_job_is_next).await;
+}
+
+#[tokio::test]
+async fn a_job_that_does_not_wait_for_more_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF touched_at ON jobs WHEN NEW.touched_at > NEW.created_at
+        BEGIN UPDATE jobs SET touched_at = NEW.created_at WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_job_waits_as_the_policy_says).await;
+}
+
+#[tokio::test]
+async fn a_job_for_too_few_items_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF new_items ON jobs WHEN NEW.new_items BETWEEN 1 AND 98
+        BEGIN UPDATE jobs SET new_items = 99 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_job_waits_as_the_policy_says).await;
+}
+
+#[tokio::test]
+async fn a_job_that_grows_stale_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON jobs
+        BEGIN UPDATE jobs SET created_at = created_at + 10 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_job_waits_as_the_policy_says).await;
+}
+
+#[tokio::test]
+async fn a_demand_that_waits_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF urgent ON jobs WHEN NEW.urgent
+        BEGIN UPDATE jobs SET urgent = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::a_job_waits_as_the_policy_says).await;
+    must_fail(trigger, learning::what_has_learnt_from_an_item_is_forgotten_with_it).await;
+}
+
+#[tokio::test]
+async fn a_retry_that_comes_too_early_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF not_before ON jobs WHEN NEW.not_before > 0
+        BEGIN UPDATE jobs SET not_before = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::a_failed_job_waits_for_its_retry).await;
+    must_fail(trigger, learning::a_job_says_what_it_waits_for).await;
+}
+
+#[tokio::test]
+async fn an_adapter_that_outlives_its_history_is_noticed() {
+    // As it was before: the items go, and what has learnt from them serves on.
+    let trigger =
+        "CREATE TRIGGER t BEFORE UPDATE OF head ON users WHEN OLD.head IS NOT NULL AND NEW.items = 0
+        BEGIN SELECT RAISE(IGNORE); END;
+        CREATE TRIGGER u BEFORE DELETE ON generations BEGIN SELECT RAISE(IGNORE); END";
+    must_fail(trigger, learning::a_forgotten_history_leaves_no_adapter).await;
+}
+
+#[tokio::test]
+async fn a_judge_that_is_not_remembered_is_noticed() {
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON manifests
+        BEGIN UPDATE manifests SET judged = x'' WHERE generation = NEW.generation; END";
+    must_fail(trigger, learning::who_was_judged_by_an_item_is_forgotten_with_it).await;
 }

@@ -154,7 +154,7 @@ pub(crate) async fn the_store_counts_what_it_holds(t: Trial) {
     t.append(&alice(), vec![item("x", 1), NewItem { input: Some("日".to_owned()), ..text("") }]).await;
     let counted = t.store.history_stats(&alice()).await.unwrap();
     assert_eq!(counted, HistoryStats { items: 3, bytes: 5 + 2 + 3 });
-    assert_eq!(t.store.erase_history(&alice()).await.unwrap(), Some(3));
+    assert_eq!(t.forget_all(&alice()).await, Some(3));
     assert_eq!(t.store.history_stats(&alice()).await.unwrap(), none);
 }
 
@@ -183,23 +183,25 @@ pub(crate) async fn erased_history_is_gone_and_its_jobs_with_it(t: Trial) {
     let upload = async || t.store.append(&alice(), Some("key"), [1; 32], vec![text("c")]).await.unwrap();
     upload().await;
 
-    assert_eq!(t.store.erase_history(&alice()).await.unwrap(), Some(3));
+    assert_eq!(t.forget_all(&alice()).await, Some(3));
     assert_eq!(t.ids(&alice()).await, [""; 0]);
-    assert_eq!(t.store.job(&alice().tenant, &queued.id).await.unwrap(), None);
-    let stopped = t.store.job(&alice().tenant, &running.job.id).await.unwrap().unwrap();
-    assert_eq!((stopped.state, stopped.error.as_deref()), (JobState::Failed, Some("the history was erased")));
+    for id in [&queued.id, &running.job.id] {
+        let ended = t.store.job(&alice().tenant, id).await.unwrap().unwrap();
+        let reason = Some("the history was erased");
+        assert_eq!((ended.state, ended.error.as_deref()), (JobState::Cancelled, reason));
+    }
     assert_fenced(t.store.beat(&running.fence, None, 1000).await);
     assert_eq!(t.claim().await, None);
 
-    // A late repetition does not bring the items back, and its job is gone.
+    // A late repetition brings back neither the items nor their job.
     let late = upload().await;
-    assert_eq!((late.replayed, late.job), (true, None));
+    assert_eq!((late.replayed, late.job.map(|job| job.state)), (true, Some(JobState::Cancelled)));
     assert_eq!(t.ids(&alice()).await, [""; 0]);
 
     // The user goes on at once, with a job of its own.
     let next = t.running_job(&alice()).await;
     assert_ne!(next.job.id, running.job.id);
-    assert_eq!(t.store.erase_history(&adapter("acme", "nobody")).await.unwrap(), None);
+    assert_eq!(t.forget_all(&adapter("acme", "nobody")).await, None);
 }
 
 pub(crate) async fn a_cancelled_append_is_whole_or_absent(t: Trial) {

@@ -229,6 +229,7 @@ pub(crate) async fn an_outcome_comes_back(t: Trial) {
         new_bits: 2.9,
         p_base: Some(0.01),
         p_head: None,
+        head_items: None,
         verdict: "better".to_owned(),
     };
     let full = JobOutcome { gate: Some(gate.clone()), ..outcome(None) };

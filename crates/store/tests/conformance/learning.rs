@@ -1,7 +1,10 @@
 //! Properties of what surrounds training: calling off, pauses, turns, checkpoints, forgetting, progress.
 
-use store::{Claimed, Demand, Lesson, Manifest, Policy, Selection, Standing, item_hash};
-use types::{AdapterId, GenerationId, JobState, Timestamp, TrainingOptions};
+use store::{
+    Claimed, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection, Standing,
+    item_hash,
+};
+use types::{AdapterId, GenerationId, HistoryStats, Job, JobState, Timestamp, TrainingOptions};
 
 use crate::trial::{
     ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, generation, item, outcome, text,
@@ -36,24 +39,88 @@ pub(crate) async fn a_cancelled_job_is_over(t: Trial) {
 
 pub(crate) async fn a_pause_holds_jobs_back(t: Trial) {
     let tenant = alice().tenant;
+    let all = PauseScope::Tenant(tenant.clone());
+    let bobs = PauseScope::User(tenant.clone(), bob().user().unwrap().clone());
     let running = t.running_job(&alice()).await;
     t.append(&bob(), vec![text("b")]).await;
-    t.store.set_pause(&tenant, bob().user(), true).await.unwrap();
-    assert_eq!(t.store.pauses(&tenant, bob().user()).await.unwrap(), (false, true));
+    t.store.pause(&bobs, &tenant, None).await.unwrap();
+    let held = async |user| {
+        let Pauses { server, tenant, user } = t.store.pauses(&tenant, user).await.unwrap();
+        (server.is_some(), tenant.is_some(), user.is_some())
+    };
+    let (alice_alone, bob_alone) = (alice(), bob());
+    assert_eq!(held(bob_alone.user()).await, (false, false, true));
+    assert_eq!(held(alice_alone.user()).await, (false, false, false));
     assert_eq!(t.claim().await, None, "only bob's job waits, and bob is paused");
+    assert!(t.store.latest_job(&bob()).await.unwrap().unwrap().paused);
     assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
-    t.store.set_pause(&tenant, None, true).await.unwrap();
+    t.store.pause(&all, &tenant, None).await.unwrap();
     assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
+    assert!(t.store.latest_job(&alice()).await.unwrap().unwrap().paused);
     t.store.beat(&running.fence, None, LEASE).await.unwrap();
     t.store.release(&running.fence).await.unwrap();
-    t.store.set_pause(&tenant, bob().user(), false).await.unwrap();
+    t.store.resume(&bobs).await.unwrap();
     assert_eq!(t.claim().await, None, "the tenant is paused");
     let other = t.running_job(&adapter("globex", "carol")).await;
     assert_eq!(other.job.adapter.tenant.as_str(), "globex", "others go on");
-    t.store.set_pause(&tenant, None, false).await.unwrap();
-    assert_eq!(t.store.pauses(&tenant, None).await.unwrap(), (false, false));
+    t.store.finish(&other.fence, &outcome(None)).await.unwrap();
+    t.store.resume(&all).await.unwrap();
+    assert_eq!(held(None).await, (false, false, false));
+    assert!(!t.store.latest_job(&alice()).await.unwrap().unwrap().paused);
     assert_eq!(t.claim().await.unwrap().job.adapter, alice());
     assert_eq!(t.claim().await.unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn a_pause_of_the_server_holds_everybody(t: Trial) {
+    let (operator, mine) = ("ops".parse().unwrap(), alice().tenant);
+    let mut interrupts = t.store.interrupts();
+    let running = t.running_job(&alice()).await;
+    interrupts.mark_unchanged();
+    t.store.pause(&PauseScope::Server, &operator, Some("upkeep")).await.unwrap();
+    assert!(interrupts.has_changed().unwrap(), "the worker is told");
+    let pause = Pause { since: Some(t.now()), by: Some(operator), reason: Some("upkeep".into()) };
+    for tenant in [&mine, &"globex".parse().unwrap()] {
+        let pauses = t.store.pauses(tenant, None).await.unwrap();
+        assert_eq!(pauses, Pauses { server: Some(pause.clone()), ..Pauses::default() });
+    }
+    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
+    t.store.release(&running.fence).await.unwrap();
+    t.append(&adapter("globex", "carol"), vec![text("c")]).await;
+    assert_eq!(t.claim().await, None);
+    // A second one changes nothing, a tenant's own cannot lift it, and whoever is erased leaves it.
+    t.clock.advance_millis(5);
+    t.store.pause(&PauseScope::Server, &mine, None).await.unwrap();
+    t.store.resume(&PauseScope::Tenant(mine.clone())).await.unwrap();
+    t.append(&bob(), vec![text("b")]).await;
+    assert!(t.store.erase_user(&bob()).await.unwrap());
+    assert_eq!(t.store.pauses(&mine, None).await.unwrap().server, Some(pause));
+    assert_eq!(t.claim().await, None);
+    t.store.resume(&PauseScope::Server).await.unwrap();
+    assert_eq!(t.claim().await.unwrap().job.adapter.tenant.as_str(), "globex", "it was never served");
+    assert_eq!(t.claim().await.unwrap().job.adapter, alice());
+}
+
+/// What a user can see of a job that waits.
+pub(crate) async fn a_job_says_what_it_waits_for(t: Trial) {
+    let read = async |job: &Job| t.store.job(&alice().tenant, &job.id).await.unwrap().unwrap();
+    let running = t.running_job(&alice()).await;
+    assert_eq!((running.job.retry_at, running.job.held_up), (None, false));
+    let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+    assert!(next.held_up && next.retry_at.is_none());
+    let done = t.store.finish(&running.fence, &outcome(None)).await.unwrap();
+    assert!(!done.held_up && !read(&next).await.held_up);
+    let claimed = t.claim().await.unwrap();
+    let job = t.store.fail(&claimed.fence, "out of memory", Some(1000)).await.unwrap();
+    assert_eq!(job.retry_at, Some(t.now().plus_millis(1000)));
+    assert_eq!(read(&job).await.error.as_deref(), Some("out of memory"));
+    t.clock.advance_millis(1000);
+    let again = t.claim().await.unwrap();
+    assert_eq!((again.job.retry_at, &again.job.error), (None, &None));
+    // Given back, it waits for nothing but its turn.
+    assert_eq!(t.store.release(&again.fence).await.unwrap().retry_at, None);
+    let last = t.claim().await.unwrap();
+    let failed = t.store.fail(&last.fence, "no", None).await.unwrap();
+    assert_eq!((failed.state, failed.retry_at, failed.paused), (JobState::Failed, None, false));
 }
 
 pub(crate) async fn tenants_take_turns(t: Trial) {
@@ -177,7 +244,7 @@ pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
             0 => drop(t.store.finish(&claimed.fence, &outcome(None)).await.unwrap()),
             1 => drop(t.store.fail(&claimed.fence, "no", None).await.unwrap()),
             2 => drop(t.store.cancel(&alice().tenant, &claimed.job.id).await.unwrap()),
-            3 => drop(t.store.erase_history(&alice()).await.unwrap()),
+            3 => drop(t.forget_all(&alice()).await),
             _ => {
                 let finish = Some((claimed.fence.clone(), outcome(Some(generation(1).id))));
                 t.store.publish(&alice(), generation(1), None, finish).await.unwrap();
@@ -194,15 +261,36 @@ pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
 
 /// Publishes a generation that has learnt from items with these ids.
 async fn learn(t: &Trial, user: &AdapterId, seed: u8, items: &[&str]) -> GenerationId {
+    learn_judged(t, user, seed, items, &[], false).await
+}
+
+/// Publishes a generation that has learnt from items with these ids and was judged by others.
+async fn learn_judged(
+    t: &Trial,
+    user: &AdapterId,
+    seed: u8,
+    items: &[&str],
+    judges: &[&str],
+    from_scratch: bool,
+) -> GenerationId {
     let all = t.store.all_history(user).await.unwrap();
-    let hashes = all.iter().filter(|item| items.contains(&item.id.as_str())).map(item_hash);
-    let lesson =
-        Lesson { manifest: hashes.collect(), items: all.len() as u64, new_items: 1, ..Lesson::default() };
+    let hashes = |ids: &[&str]| {
+        all.iter().filter(|item| ids.contains(&item.id.as_str())).map(item_hash).collect::<Vec<_>>()
+    };
+    let lesson = Lesson {
+        from_scratch,
+        manifest: hashes(items),
+        judged: hashes(judges),
+        items: all.len() as u64,
+        new_items: 1,
+        ..Lesson::default()
+    };
     t.store.enqueue(user, &Demand::default()).await.unwrap();
     let claimed = t.claim().await.unwrap();
     let head = t.head(user).await;
-    let finish = (claimed.fence, outcome(Some(generation(seed).id)));
-    t.store.publish_lesson(user, generation(seed), head, finish, lesson).await.unwrap().id
+    let new = NewGeneration { parent: head, ..generation(seed) };
+    let finish = (claimed.fence, outcome(Some(new.id)));
+    t.store.publish_lesson(user, new, head, finish, lesson).await.unwrap().id
 }
 
 pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) {
@@ -239,7 +327,7 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     let next = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
     assert_eq!((&next.job.id, next.job.from_scratch), (&forgotten.job.unwrap().id, true));
     assert_eq!(t.store.checkpoint(&next.fence, WORK).await.unwrap(), None);
-    // What was held out only is in no weights.
+    // What no generation has learnt from or was judged by is nobody's loss.
     let forgotten = forget("d").await;
     assert_eq!((forgotten.items, forgotten.head, forgotten.generations.len()), (1, Some(imported), 0));
     let forgotten = forget("a").await;
@@ -251,6 +339,69 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     let rest = t.store.forget_items(&alice(), &Selection::Times(None, None)).await.unwrap().unwrap();
     assert_eq!((rest.items, rest.job), (2, None));
     assert_eq!(t.claim().await, None);
+}
+
+pub(crate) async fn who_was_judged_by_an_item_is_forgotten_with_it(t: Trial) {
+    let forget = async |id: &str| {
+        let selection = Selection::Item(id.parse().unwrap());
+        t.store.forget_items(&alice(), &selection).await.unwrap().unwrap()
+    };
+    t.append(&alice(), ["a", "b", "c", "d"].into_iter().zip(1..).map(|(id, at)| item(id, at)).collect())
+        .await;
+    let first = learn_judged(&t, &alice(), 1, &["a"], &["b"], true).await;
+    // Goes on from the first, and so has what judged that behind it too; the third does not.
+    let second = learn_judged(&t, &alice(), 2, &["a"], &["c"], false).await;
+    let third = learn_judged(&t, &alice(), 3, &["a"], &["d"], true).await;
+    let manifest = t.store.manifest(&alice(), &second).await.unwrap().unwrap();
+    assert!(matches!(manifest, Manifest::Items(items) if items.len() == 1), "judges are not learnt");
+    let forgotten = forget("b").await;
+    assert_eq!((&forgotten.generations[..], forgotten.head), (&[second, first][..], Some(third)));
+    let forgotten = forget("c").await;
+    assert_eq!((forgotten.generations.len(), forgotten.head), (0, Some(third)));
+    let forgotten = forget("d").await;
+    assert_eq!((&forgotten.generations[..], forgotten.head), (&[third][..], None));
+}
+
+pub(crate) async fn a_forgotten_history_leaves_no_adapter(t: Trial) {
+    let forget = async || t.store.forget_items(&alice(), &Selection::All).await.unwrap().unwrap();
+    assert_eq!(t.store.forget_items(&alice(), &Selection::All).await.unwrap(), None);
+    t.append(&alice(), vec![item("a", 1), item("b", 2)]).await;
+    let imported = t.publish(&alice(), generation(1), None).await;
+    let trained = learn(&t, &alice(), 2, &["a"]).await;
+    // One that knows nothing of the items that are left, and is pinned.
+    let other = learn(&t, &alice(), 3, &[]).await;
+    t.store.pin(&alice(), &other, true).await.unwrap();
+    let running = t.running_job(&alice()).await;
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    let moves = t.store.head_moves(&alice());
+    let forgotten = forget().await;
+    assert_eq!((forgotten.items, forgotten.head, forgotten.job), (3, Some(imported), None));
+    assert_eq!(forgotten.generations, [other, trained]);
+    assert_eq!(t.head(&alice()).await, Some(imported), "it was uploaded, and has learnt from no item");
+    assert_ne!(t.store.head_moves(&alice()), moves, "what is resident is stale");
+    for gone in [trained, other] {
+        assert!(t.store.fetch(&alice(), &gone).await.is_err(), "its files are gone");
+    }
+    // The job that ran can bring nothing back.
+    let finish = Some((running.fence.clone(), outcome(Some(generation(4).id))));
+    assert_fenced(t.store.publish(&alice(), generation(4), Some(imported), finish).await);
+    assert_eq!(t.store.history_stats(&alice()).await.unwrap(), HistoryStats::default());
+
+    // The last item takes all with it as well, and an adapter that outlived its history can still be forgotten.
+    t.append(&alice(), vec![item("c", 3)]).await;
+    let trained = learn(&t, &alice(), 5, &[]).await;
+    let last = t.store.forget_items(&alice(), &Selection::Item("c".parse().unwrap())).await.unwrap().unwrap();
+    assert_eq!((&last.generations[..], last.head), (&[trained][..], Some(imported)));
+    let orphan = learn(&t, &alice(), 6, &[]).await;
+    assert_eq!(t.head(&alice()).await, Some(orphan));
+    let forgotten = forget().await;
+    assert_eq!((forgotten.items, &forgotten.generations[..]), (0, &[orphan][..]));
+    // Without an uploaded one the base is left.
+    assert!(t.store.erase_adapter(&alice()).await.unwrap());
+    t.append(&alice(), vec![item("d", 4)]).await;
+    learn(&t, &alice(), 7, &["d"]).await;
+    assert_eq!(forget().await.head, None);
+    assert_eq!(t.head(&alice()).await, None);
 }
 
 pub(crate) async fn ranges_select_what_they_say(t: Trial) {
@@ -275,6 +426,7 @@ pub(crate) async fn ranges_select_what_they_say(t: Trial) {
         (items(Some("nobody"), None), "abcde"),
         (items(None, Some("nobody")), "abcde"),
         (times(None, None), ""),
+        (Selection::All, ""),
     ] {
         fill().await;
         t.store.forget_items(&alice(), &selection).await.unwrap();
@@ -288,8 +440,7 @@ pub(crate) async fn progress_is_kept(t: Trial) {
     let first = learn(&t, &alice(), 1, &["a"]).await;
     t.store.enqueue(&alice(), &Demand::default()).await.unwrap();
     let claimed = t.claim().await.unwrap();
-    let lesson =
-        Lesson { from_scratch: true, items: 2, new_items: 0, replayed_items: 2, manifest: Vec::new() };
+    let lesson = Lesson { from_scratch: true, items: 2, replayed_items: 2, ..Lesson::default() };
     t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson).await.unwrap();
     assert_fenced(t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson).await);
     let page = t.store.progress(&alice(), None, 1).await.unwrap().unwrap();

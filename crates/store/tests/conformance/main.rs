@@ -53,9 +53,11 @@ conformance! {
         one_of_two_publishers_wins, one_of_many_equal_publishers_wins, republishing_is_harmless,
         an_id_means_its_bytes, a_cancelled_publish_is_whole_or_absent;
     learning:
-        a_cancelled_job_is_over, a_pause_holds_jobs_back, tenants_take_turns, a_job_waits_as_the_policy_says,
+        a_cancelled_job_is_over, a_pause_holds_jobs_back, a_pause_of_the_server_holds_everybody,
+        a_job_says_what_it_waits_for, tenants_take_turns, a_job_waits_as_the_policy_says,
         demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, a_checkpoint_ends_with_its_job,
-        what_has_learnt_from_an_item_is_forgotten_with_it, ranges_select_what_they_say, progress_is_kept;
+        what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,
+        a_forgotten_history_leaves_no_adapter, ranges_select_what_they_say, progress_is_kept;
     lineage:
         heads_can_be_moved, old_generations_are_pruned, generations_say_where_they_come_from,
         any_head_can_be_replaced, generations_come_in_pages, pinned_generations_stay, generations_are_deleted_singly,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use store::{Appended, Claimed, NewGeneration, Store, StoreError};
+use store::{Appended, Claimed, NewGeneration, Selection, Store, StoreError};
 use types::{AdapterId, Clock as _, GenerationId, JobOutcome, ManualClock, NewItem, Timestamp};
 
 pub(crate) const LEASE: i64 = 30_000;
@@ -56,6 +56,12 @@ impl Trial {
         expected: Option<GenerationId>,
     ) -> GenerationId {
         self.store.publish(adapter, generation, expected, None).await.unwrap().id
+    }
+
+    /// Forgets the whole history; the number of items, or `None` if there is no such user.
+    pub(crate) async fn forget_all(&self, adapter: &AdapterId) -> Option<u64> {
+        let forgotten = self.store.forget_items(adapter, &Selection::All).await.unwrap();
+        forgotten.map(|forgotten| forgotten.items)
     }
 
     pub(crate) async fn head(&self, adapter: &AdapterId) -> Option<GenerationId> {

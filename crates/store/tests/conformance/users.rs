@@ -69,7 +69,7 @@ pub(crate) async fn tenants_are_apart(t: Trial) {
     assert_eq!(t.store.jobs(&foreign.tenant, None, None, 9).await.unwrap().entries, []);
     assert_eq!(t.store.generations_page(&foreign, None, 9).await.unwrap(), None);
     assert!(!t.store.erase_user(&foreign).await.unwrap());
-    assert_eq!(t.store.erase_history(&foreign).await.unwrap(), None);
+    assert_eq!(t.forget_all(&foreign).await, None);
 
     // The user of the same name, with the same item, the same key and the same generation.
     let other = t.store.append(&foreign, Some("key"), [2; 32], vec![item("x", 2)]).await.unwrap();

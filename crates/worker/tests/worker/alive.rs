@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::BaseModel;
-use store::Store;
+use store::{PauseScope, Store};
 use train::{Control, StepReport, TrainError, TrainJob, Trained};
 use types::{JobState, SystemClock};
 use worker::{Jointly, Trainer};
@@ -123,16 +123,17 @@ async fn a_paused_user_waits() {
     let rig = Rig::new().await;
     let (worker, stop) = rig.start(slow());
     let ada = user("ada");
+    let hers = PauseScope::User(ada.tenant.clone(), ada.user().unwrap().clone());
     let job = rig.upload(&ada, 0..200, |at| format!("welcome number {at}")).await;
     rig.until(&job, |job| job.progress.is_some()).await;
-    rig.store.set_pause(&ada.tenant, ada.user(), true).await.unwrap();
+    rig.store.pause(&hers, &ada.tenant, None).await.unwrap();
     let waits = rig.until(&job, |job| job.state == JobState::Queued).await;
     assert_eq!(waits.attempts, 0, "being paused is no attempt");
     let other = rig.upload(&user("bob"), 0..3, |_| "hi".into()).await;
     rig.until(&other, done).await;
     let waits = rig.store.job(&ada.tenant, &job.id).await.unwrap().unwrap();
     assert_eq!(waits.state, JobState::Queued);
-    rig.store.set_pause(&ada.tenant, ada.user(), false).await.unwrap();
+    rig.store.resume(&hers).await.unwrap();
     rig.wake.notify_one();
     rig.until(&job, |job| job.state == JobState::Running).await;
     stop.cancel();

@@ -20,11 +20,12 @@ async fn history_becomes_a_better_head_and_only_a_better_one() {
     assert_eq!((gate.train_items, gate.heldout_items), (15, 5));
     let head = fixture.store.head(&ada).await.unwrap().unwrap();
     assert_eq!(Some(head.id), outcome.generation);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    // A head is announced after its job has ended: the count holds when the worker has stopped.
     assert_eq!(fixture.announced.lock().unwrap().as_slice(), [(ada.clone(), head.id)]);
 
     // More of the same, hardly learnt: it is no better than the head, which stays.
-    stop.cancel();
-    worker.await.unwrap().unwrap();
     let mut hasty = settings();
     hasty.growth.full_every = 0;
     hasty.recipe.epochs = 1;

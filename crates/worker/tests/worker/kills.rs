@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use store::Store;
 use train::{Control, StepReport, TrainError, TrainJob, Trained, Verdict};
-use types::{Clock, ManualClock, Timestamp};
+use types::{Clock, JobState, ManualClock, Timestamp};
 use worker::{Jointly, Trainer};
 
 use crate::rig::{Rig, done, settings, user};
@@ -108,6 +108,34 @@ async fn fifty_kills_change_no_bit() {
     assert_eq!(attempts, 51);
     assert_eq!(killed, whole, "the id is a hash of the weights");
     assert_eq!(steps, STEPS + 50, "no step but the one it died in is done twice");
+}
+
+/// With the last attempt the job ends, and its user can read why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_attempt_says_why() {
+    let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
+    let shared: Arc<dyn Clock> = clock.clone();
+    let rig = Rig::over(Store::in_memory(shared).await.unwrap());
+    let mut settings = settings();
+    settings.lease_millis = 1 << 40;
+    settings.max_attempts = 3;
+    let mortal = Mortal { deaths: vec![1; 9], died: AtomicU32::new(0), steps: AtomicU32::new(0) };
+    let (worker, stop) = rig.start_with(settings, Arc::new(mortal));
+    let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+    for attempt in 1..3 {
+        let waits = rig.until(&job, |job| job.attempts == attempt && job.state == JobState::Queued).await;
+        assert_eq!(waits.error.as_deref(), Some("training panicked"));
+        let wait = 5_000 << (attempt - 1);
+        assert_eq!(waits.retry_at, Some(clock.now().plus_millis(wait)), "twice as late every time");
+        clock.advance_millis(wait);
+        rig.wake.notify_one();
+    }
+    // The clock stands still: the job ends with the attempt, not when the next would be due.
+    let failed = rig.until(&job, done).await;
+    assert_eq!((failed.state, failed.attempts), (JobState::Failed, 3));
+    assert_eq!(failed.error.as_deref(), Some("gave up after 3 attempts; the last one: training panicked"));
+    stop.cancel();
+    worker.await.unwrap().unwrap();
 }
 
 /// Leaves a checkpoint of something else behind when it first dies.

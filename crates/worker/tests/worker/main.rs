@@ -4,7 +4,9 @@
 mod alive;
 mod bad_runs;
 mod basics;
+mod forgetting;
 mod growing;
 mod kills;
+mod pauses;
 mod rig;
 mod together;

@@ -46,7 +46,7 @@ struct AdapterPath {
 }
 
 async fn adapter_path(parts: &mut Parts, app: &App) -> Result<(AdapterId, Option<String>), ApiError> {
-    let Principal { tenant } = Principal::from_request_parts(parts, app).await?;
+    let Principal { tenant, .. } = Principal::from_request_parts(parts, app).await?;
     let route = parts.extensions.get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
     let param = if route.contains("{user}") { "user" } else { "name" };
     let path = Path::<AdapterPath>::from_request_parts(parts, app).await;
