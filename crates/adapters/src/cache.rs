@@ -12,6 +12,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use types::{AdapterId, GenerationId};
 
 use crate::AcquireError;
+use crate::loaders::Loaders;
 use crate::residency::{CacheSettings, Residency, Tier, TierResidency};
 use crate::source::{Head, Source};
 use crate::tiers::{Hosted, Landed, Load, Placement, Request, Sizes, Tiers};
@@ -36,6 +37,7 @@ struct Inner {
     /// A lease is gone while requests wait: one of them looks for room.
     room: Notify,
     turns: Semaphore,
+    loaders: Loaders,
     loads: AtomicU64,
 }
 
@@ -97,6 +99,7 @@ impl AdapterCache {
             state: Mutex::new(state),
             room: Notify::new(),
             turns: Semaphore::new(settings.parallel_loads.max(1)),
+            loaders: Loaders::new(settings.parallel_loads),
             loads: AtomicU64::new(0),
             settings,
         }))
@@ -376,7 +379,10 @@ impl Inner {
             let weights = AdapterWeights::parse(&files.config, &files.weights, &base.shape())?;
             Adapter::build(&weights, &*base, storage)
         };
-        let adapter = tokio::task::spawn_blocking(parse).await.map_err(|_| AcquireError::Stopped)??;
+        let (made, ready) = oneshot::channel();
+        // Nobody may wait for it any more.
+        self.loaders.run(move || drop(made.send(parse())));
+        let adapter = ready.await.map_err(|_| AcquireError::Stopped)??;
         let (pages, page_bytes) = (self.pool.pages(), self.pool.page_bytes());
         let wanted = adapter.pages(page_bytes).filter(|wanted| *wanted <= pages);
         let wanted = wanted.ok_or(AcquireError::TooLarge { pages, page_bytes })?;

@@ -5,6 +5,7 @@
 
 mod cache;
 mod error;
+mod loaders;
 mod residency;
 mod source;
 mod tiers;
