@@ -73,6 +73,15 @@ fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
     (rows.div_ceil(each).max(1), each)
 }
 
+/// `len` values of a buffer that grows as needed, from a cache line on: a step of a product reads exactly one.
+fn at_a_line(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len + PANEL {
+        buffer.resize(len + PANEL, 0.0);
+    }
+    let start = buffer.as_ptr().align_offset(64).min(PANEL);
+    &mut buffer[start..start + len]
+}
+
 multiversion! {
     fn forwards(weight: &Weight, panels: [usize; 2], rows: [usize; 2], x: &[f32], y: Shared<'_>)
         = forwards_body<Lanes>
@@ -81,8 +90,8 @@ multiversion! {
 #[inline(always)]
 fn forwards_body<L: Lanes>(weight: &Weight, panels: [usize; 2], rows: [usize; 2], x: &[f32], y: Shared<'_>) {
     let (n, k) = (weight.rows(), weight.cols());
-    let mut decoded = DECODED.take();
-    decoded.resize(decoded.len().max((panels[1] - panels[0]) * PANEL * k), 0.0);
+    let mut buffer = DECODED.take();
+    let decoded = at_a_line(&mut buffer, (panels[1] - panels[0]) * PANEL * k);
     for (at, index) in (panels[0]..panels[1]).enumerate() {
         let out = decoded[at * PANEL * k..][..PANEL * k].as_mut_ptr();
         // SAFETY: the panel has `k` columns, the buffer `k` times sixteen values; this code is compiled for the unit.
@@ -111,7 +120,7 @@ fn forwards_body<L: Lanes>(weight: &Weight, panels: [usize; 2], rows: [usize; 2]
             unsafe { product.strip(BLOCK_ROWS.min(rows[1] - row), PANEL.min(n - index * PANEL)) };
         }
     }
-    DECODED.set(decoded);
+    DECODED.set(buffer);
 }
 
 multiversion! {
@@ -128,9 +137,9 @@ fn backwards_body<L: Lanes>(
     dx: Shared<'_>,
 ) {
     let (n, k) = (weight.rows(), weight.cols());
-    let mut decoded = DECODED.take();
+    let mut buffer = DECODED.take();
     let groups = (to - from).div_ceil(PANEL);
-    decoded.resize(decoded.len().max(groups * PANEL * BACK.1), 0.0);
+    let decoded = at_a_line(&mut buffer, groups * PANEL * BACK.1);
     for first in (0..n).step_by(BACK.1) {
         let count = BACK.1.min(n - first);
         for panel in 0..count.div_ceil(PANEL) {
@@ -170,7 +179,7 @@ fn backwards_body<L: Lanes>(
             }
         }
     }
-    DECODED.set(decoded);
+    DECODED.set(buffer);
 }
 
 /// Columns `from..from + count` of a panel, sixteen values each.
