@@ -104,7 +104,7 @@ fn settings_are_refused_before_the_model_is_looked_for() {
         ),
         (&["--rank", "65"], "--rank 65: must be at most --max-rank, 64"),
         (&["--max-rank", "513"], "--max-rank"),
-        (&["--tenant-training", r#"{"a":{"rank":65}}"#], "--tenant-training: a: rank must be from 1 to 64"),
+        (&["--tenant-training", r#"{"a":{"rank":65}}"#], "rank must be from 1 to 64"),
         (&["--train-floor", "0"], "--train-floor"),
         (&["--learning-rate", "0"], "learning_rate"),
     ] {
