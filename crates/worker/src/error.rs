@@ -3,7 +3,7 @@
 use store::StoreError;
 use train::TrainError;
 
-/// What the worker does about each: see [`WorkerError::report`].
+/// What the worker does about each: see `WorkerError::report`.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The store failed, or the job belongs to somebody else by now.
