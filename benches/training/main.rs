@@ -41,7 +41,7 @@ fn main() -> anyhow::Result<()> {
         print(&rate(&base, &mut peer, runs)?);
     }
     if all || has("joint") {
-        print(&joint(&base, runs)?);
+        print(&joint(&base, if has("--quick") { 4 } else { 16 }, runs)?);
     }
     if !(all || has("users") || has("service")) {
         return Ok(());
@@ -146,10 +146,10 @@ fn rate(base: &BaseModel, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Ro
     ])
 }
 
-/// Sixteen users with sixteen short items each, at once and one after another.
-fn joint(base: &BaseModel, runs: usize) -> anyhow::Result<Vec<Row>> {
+/// Sixteen users with some short items each, at once and one after another.
+fn joint(base: &BaseModel, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> {
     let items =
-        |user: u32| (0..16).map(move |at| example(user * 16 + at, 24 + (user + at) % 16, 18)).collect();
+        |user: u32| (0..count).map(move |at| example(user * 16 + at, 24 + (user + at) % 16, 18)).collect();
     let users: Vec<Vec<Example>> = (0..USERS as u32).map(items).collect();
     let recipe = Recipe { batch: 4, ..Recipe::oppu() };
     let (mut together, mut apart) = (Vec::new(), Vec::new());
@@ -158,7 +158,9 @@ fn joint(base: &BaseModel, runs: usize) -> anyhow::Result<Vec<Row>> {
         let each = users.iter().map(|user| seconds(base, &recipe, std::slice::from_ref(user)));
         apart.push(3600.0 * USERS as f64 / each.sum::<anyhow::Result<f64>>()?);
     }
-    let name = "joint training, 16 users with 16 short items, batch 4, users/hour (other: one after another)";
+    let name = format!(
+        "joint training, 16 users with {count} short items, batch 4, users/hour (other: one after another)"
+    );
     Ok(vec![Row::paired(name, &together, &apart).goal(Goal::AtLeast(1.5))])
 }
 

@@ -52,7 +52,8 @@ async fn measure(data: &Path, histories: &[Items], seconds: u64, runs: usize) ->
     let args = Cli::parse_from(["bench", "--listen", "127.0.0.1:0", "--no-prefix-cache"]).service;
     let service = Service::start(&args, data).await?;
     let site = Site {
-        client: Client::builder().no_proxy().build()?,
+        // The server closes a connection that rests for ten seconds.
+        client: Client::builder().no_proxy().pool_idle_timeout(Duration::from_secs(5)).build()?,
         base: format!("http://{}", service.address),
         model: service.model_name.clone(),
     };
