@@ -1,7 +1,25 @@
-//! A block of memory that holds values of any precision, beginning at a cache line.
+//! Memory that begins at a cache line: a block that holds values of any precision, and parts of buffers that grow.
 
 /// Bytes of a cache line: where a buffer begins, and what its length is a multiple of.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
+
+/// The place of the first value that begins a cache line.
+#[must_use]
+pub fn first_at_a_line<T>(values: &[T]) -> usize {
+    // An allocation is aligned to its values, so the line begins within the first line's worth of them.
+    values.as_ptr().align_offset(LINE).min(LINE / size_of::<T>()).min(values.len())
+}
+
+/// `len` values of a buffer that grows as needed, from a cache line on ([`first_at_a_line`]): what one thread writes shares
+/// no line with another's, and a vector that is read lies in one.
+pub fn at_a_line(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    let most = len + LINE / size_of::<f32>();
+    if buffer.len() < most {
+        buffer.resize(most, 0.0);
+    }
+    let start = first_at_a_line(buffer);
+    &mut buffer[start..start + len]
+}
 
 /// A fixed block of zeroed memory, read and written as float32, as bfloat16 or as bytes. What the operating system has not been
 /// asked to fill takes no memory.
@@ -20,8 +38,7 @@ impl PageBuffer {
     pub fn zeroed(bytes: usize) -> Self {
         let len = bytes.div_ceil(LINE) * LINE / 4;
         let words = vec![0u32; len + LINE / 4].into_boxed_slice();
-        // An allocation for words is aligned to words, so the line begins within the first sixteen.
-        let start = words.as_ptr().align_offset(LINE).min(LINE / 4);
+        let start = first_at_a_line(&words);
         Self { words, start, len }
     }
 

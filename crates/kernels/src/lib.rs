@@ -36,7 +36,7 @@ mod vectors;
 mod weight;
 
 pub use attention::{KvStore, paged_attention};
-pub use buffer::PageBuffer;
+pub use buffer::{PageBuffer, at_a_line, first_at_a_line};
 pub use format::{Format, WeightError};
 pub use input::Input;
 pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};

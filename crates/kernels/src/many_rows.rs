@@ -6,6 +6,7 @@ use std::cell::Cell;
 
 use rayon::prelude::*;
 
+use crate::buffer::at_a_line;
 use crate::lanes::{Lanes, isa, multiversion};
 use crate::layout::{Columns, with_layout};
 use crate::matrices::Product;
@@ -71,15 +72,6 @@ fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
     let wanted = (3 * rayon::current_num_threads()).div_ceil(tasks).min(rows.div_ceil(64)).max(1);
     let each = rows.div_ceil(wanted).next_multiple_of(BLOCK_ROWS).max(BLOCK_ROWS);
     (rows.div_ceil(each).max(1), each)
-}
-
-/// `len` values of a buffer that grows as needed, from a cache line on: a step of a product reads exactly one.
-fn at_a_line(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len + PANEL {
-        buffer.resize(len + PANEL, 0.0);
-    }
-    let start = buffer.as_ptr().align_offset(64).min(PANEL);
-    &mut buffer[start..start + len]
 }
 
 multiversion! {

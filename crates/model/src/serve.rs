@@ -4,7 +4,8 @@
 //! nothing is allocated. Training keeps the differentiable form; a test holds the two together.
 
 use kernels::{
-    Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, Scratch, Team, fused_linear,
+    Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, Scratch, Team, at_a_line,
+    first_at_a_line, fused_linear,
 };
 use peft::{Adapter, AdapterBatch};
 use types::{Site, SiteId};
@@ -100,7 +101,7 @@ pub struct Logits {
 impl Logits {
     /// The rows, each with one value per token of the vocabulary.
     pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.values[line(&self.values)..][..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
+        self.values[first_at_a_line(&self.values)..][..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
     }
 }
 
@@ -143,23 +144,6 @@ impl Runtime {
     }
 }
 
-/// `len` values of a buffer that grows as needed, from a cache line on: what one thread writes shares no line with another's.
-fn part(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len + LINE {
-        buffer.resize(len + LINE, 0.0);
-    }
-    let start = line(buffer);
-    &mut buffer[start..start + len]
-}
-
-/// Values of a cache line.
-const LINE: usize = 64 / size_of::<f32>();
-
-/// The first value of a buffer that lies at a cache line.
-fn line(buffer: &[f32]) -> usize {
-    buffer.as_ptr().align_offset(64).min(buffer.len().min(LINE))
-}
-
 impl BaseModel {
     /// One forward pass. `adapters` routes every row of `input`, in order, to its adapter or to none.
     ///
@@ -179,7 +163,7 @@ impl BaseModel {
         let means = Means { isa: kernels::isa(), workers: team, precision: *precision };
         let (rows, hidden, vocab) = (input.rows(), config.hidden, config.vocab);
         let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let x = part(x, rows * hidden);
+        let x = at_a_line(x, rows * hidden);
         for (at, (&token, row)) in input.tokens.iter().zip(x.chunks_exact_mut(hidden)).enumerate() {
             match (token as usize).checked_sub(vocab) {
                 None => self.embedding().decode_row(token as usize, row),
@@ -199,9 +183,10 @@ impl BaseModel {
                     .iter()
                     .for_each(|&site| scratch.announce(&adapters.site(SiteId::new(index, site)), rows));
             };
-            let [q, k] = [part(q, rows * query), part(k, rows * key)];
-            let [v, attended] = [part(v, rows * key), part(attended, rows * query)];
-            let [gate, up] = [part(gate, rows * config.feed_forward), part(up, rows * config.feed_forward)];
+            let [q, k] = [at_a_line(q, rows * query), at_a_line(k, rows * key)];
+            let [v, attended] = [at_a_line(v, rows * key), at_a_line(attended, rows * query)];
+            let [gate, up] =
+                [at_a_line(gate, rows * config.feed_forward), at_a_line(up, rows * config.feed_forward)];
 
             let (at_q, at_k, at_v) = (site(Site::Q), site(Site::K), site(Site::V));
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
@@ -252,12 +237,12 @@ impl BaseModel {
         }
         logits.rows = input.wanted.len();
         logits.vocab = vocab;
-        let last = part(last, input.wanted.len() * hidden);
+        let last = at_a_line(last, input.wanted.len() * hidden);
         for (&row, last) in input.wanted.iter().zip(last.chunks_exact_mut(hidden)) {
             last.copy_from_slice(&x[row * hidden..][..hidden]);
         }
         if !last.is_empty() {
-            let y = part(&mut logits.values, input.wanted.len() * vocab);
+            let y = at_a_line(&mut logits.values, input.wanted.len() * vocab);
             let normed = Input::Norm { x: last, weight: self.final_norm(), eps };
             let head =
                 Layer { weight: &self.head().weight, bias: None, adapters: &NoAdapters, y, add: false };
