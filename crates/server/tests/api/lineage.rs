@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 use store::Expected;
-use types::{AdapterKind, GateReport, HistoryRange, JobOutcome, Provenance, TrainingCourse, TrainingOptions};
+use types::{AdapterKind, GateReport, HistoryRange, Provenance, TrainingCourse, TrainingOptions};
 
 use crate::form::{files, import};
-use crate::{Server, chat, text_of, with};
+use crate::{Server, chat, outcome, text_of, with};
 
 const ADAPTER: &str = "/v1/users/ann/adapter";
 const GENERATIONS: &str = "/v1/users/ann/adapter/generations";
@@ -121,15 +121,7 @@ async fn a_trained_generation_says_where_it_comes_from() {
     let upload = json!({ "items": [{ "id": "i0", "input": "a", "output": "b" }] });
     assert_eq!(server.post("/v1/users/ann/history", upload).await.status.as_u16(), 202);
     let claimed = server.store.claim("worker", 60_000, 3).await.unwrap().unwrap();
-    let outcome = JobOutcome {
-        published: true,
-        generation: Some(trained.id),
-        gate: None,
-        reason: "published".into(),
-        trained_tokens: 1234,
-        seconds: 0.5,
-    };
-    let (owner, finish) = (crate::adapter("default", "ann"), (claimed.fence, outcome));
+    let (owner, finish) = (crate::adapter("default", "ann"), (claimed.fence, outcome(Some(trained.id))));
     server.store.publish(&owner, trained, Expected::Any, Some(finish)).await.unwrap();
     let list = server.get(GENERATIONS).await.json();
     let [trained, imported] = &list["data"].as_array().unwrap()[..] else { panic!("{list}") };

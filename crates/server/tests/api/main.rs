@@ -29,7 +29,7 @@ use telemetry::Metrics;
 use testkit::tiny_model;
 use tokio::sync::Notify;
 use tower::ServiceExt as _;
-use types::{AdapterId, JobOutcome, SystemClock};
+use types::{AdapterId, GenerationId, JobOutcome, SystemClock};
 
 /// A server without a socket.
 struct Server {
@@ -147,14 +147,7 @@ impl Server {
         let items = self.store.history_of(&claimed.fence).await.unwrap();
         let lesson = Lesson { manifest: items.iter().map(item_hash).collect(), ..Lesson::default() };
         let new = self.fixture();
-        let outcome = JobOutcome {
-            published: true,
-            generation: Some(new.id),
-            gate: None,
-            reason: "published".into(),
-            trained_tokens: 7,
-            seconds: 0.5,
-        };
+        let outcome = outcome(Some(new.id));
         let (owner, finish) = (adapter("default", user), (claimed.fence, outcome));
         self.store.publish_lesson(&owner, new, None, finish, lesson).await.unwrap().id.to_string()
     }
@@ -163,6 +156,18 @@ impl Server {
         let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
         NewGeneration { id, parent: None, base: self.base, config, weights, meta: json!({ "gate": null }) }
+    }
+}
+
+/// That of a job that published a generation, or nothing.
+fn outcome(generation: Option<GenerationId>) -> JobOutcome {
+    JobOutcome {
+        published: generation.is_some(),
+        generation,
+        gate: None,
+        reason: if generation.is_some() { "published" } else { "not published" }.into(),
+        trained_tokens: 7,
+        seconds: 0.5,
     }
 }
 

@@ -4,27 +4,14 @@ use axum::body::Body;
 use axum::http::Request;
 use serde_json::{Value, json};
 use server::{Auth, Limits};
-use types::JobOutcome;
 
-use crate::{Server, chat, key, with};
+use crate::{Server, chat, key, outcome, with};
 
 const HISTORY: &str = "/v1/users/ann/history";
 
 fn items(count: usize) -> Value {
     let item = |at: usize| json!({ "id": format!("i{at}"), "input": "in", "output": format!("out {at}"), "created_at": at });
     json!({ "items": (0..count).map(item).collect::<Vec<_>>() })
-}
-
-/// That of a job that published nothing.
-fn outcome() -> JobOutcome {
-    JobOutcome {
-        published: false,
-        generation: None,
-        gate: None,
-        reason: "not published".into(),
-        trained_tokens: 7,
-        seconds: 0.5,
-    }
 }
 
 async fn error(server: &Server, method: &str, path: &str, body: Option<&Value>) -> (u16, Value, Value) {
@@ -180,7 +167,7 @@ async fn a_job_says_what_happens_next() {
     says(&look(&first).await, "compared with the base");
     let second = upload(4).await;
     says(&second, "waits for another job");
-    server.store.finish(&claimed.fence, &outcome()).await.unwrap();
+    server.store.finish(&claimed.fence, &outcome(None)).await.unwrap();
     says(&look(&first).await, "done");
     // It fails, waits, and is given up: the reasons are there at every step.
     let mut attempts = 0;
@@ -289,7 +276,7 @@ async fn progress_and_manifests_are_shown() {
     assert_eq!(error(&server, "GET", "/v1/users/ann/progress", None).await.0, 404);
     server.post(HISTORY, items(3)).await;
     let claimed = server.store.claim("worker", 1000, 3).await.unwrap().unwrap();
-    let outcome = outcome();
+    let outcome = outcome(None);
     let lesson = store::Lesson { from_scratch: true, items: 3, new_items: 3, ..store::Lesson::default() };
     server.store.finish_lesson(&claimed.fence, &outcome, &lesson).await.unwrap();
     let page = server.get("/v1/users/ann/progress").await.json();

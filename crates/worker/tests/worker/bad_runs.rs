@@ -8,11 +8,11 @@ use model::BaseModel;
 use peft::AdapterWeights;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use train::{Control, Recipe, StepReport, TrainError, TrainJob, Trained, Verdict};
+use train::{Control, Recipe, TrainError, TrainJob, Trained};
 use types::{JobState, NewItem};
 use worker::{GateRules, Jointly, Settings, Trainer};
 
-use crate::rig::{Rig, done, item, settings, user};
+use crate::rig::{Rig, done, item, settings, user, watched};
 
 /// What goes wrong in a training.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,23 +33,6 @@ struct Faulty {
     seed: AtomicU64,
 }
 
-struct StopAt<'a> {
-    inner: &'a mut dyn Control,
-    step: u32,
-    reached: bool,
-}
-
-impl Control for StopAt<'_> {
-    fn step(&mut self, job: usize, report: StepReport) -> Verdict {
-        self.reached |= report.step >= self.step;
-        if self.reached { ControlFlow::Break(()) } else { self.inner.step(job, report) }
-    }
-
-    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
-        self.inner.checkpoint(job, step, make);
-    }
-}
-
 impl Trainer for Faulty {
     fn train(
         &self,
@@ -67,8 +50,11 @@ impl Trainer for Faulty {
             }
             Fault::Diverge => {
                 let step = random.random_range(1..8);
-                let mut stop = StopAt { inner: control, step, reached: false };
-                let results = Jointly.train(base, jobs, &mut stop);
+                let mut reached = false;
+                let results = watched(base, jobs, control, &mut |job, report, inner| {
+                    reached |= report.step >= step;
+                    if reached { ControlFlow::Break(()) } else { inner.step(job, report) }
+                });
                 let diverged = |result| match result {
                     Err(TrainError::Stopped) => Err(TrainError::Diverged { step, what: "the loss" }),
                     other => other,

@@ -7,11 +7,11 @@ use model::BaseModel;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use store::Store;
-use train::{Control, StepReport, TrainError, TrainJob, Trained, Verdict};
+use train::{Control, TrainError, TrainJob, Trained};
 use types::{Clock, JobState, ManualClock, Timestamp};
 use worker::{Jointly, Trainer};
 
-use crate::rig::{Rig, done, settings, user};
+use crate::rig::{Rig, done, settings, user, watched};
 
 /// Steps of the training: six epochs of fifteen items in batches of four.
 const STEPS: u32 = 24;
@@ -23,27 +23,6 @@ struct Mortal {
     steps: AtomicU32,
 }
 
-struct Watch<'a> {
-    mortal: &'a Mortal,
-    inner: &'a mut dyn Control,
-}
-
-impl Control for Watch<'_> {
-    fn step(&mut self, job: usize, report: StepReport) -> Verdict {
-        self.mortal.steps.fetch_add(1, Ordering::Relaxed);
-        let next = self.mortal.deaths.get(self.mortal.died.load(Ordering::Relaxed) as usize);
-        if next == Some(&report.step) {
-            self.mortal.died.fetch_add(1, Ordering::Relaxed);
-            panic!("killed at step {}", report.step);
-        }
-        self.inner.step(job, report)
-    }
-
-    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
-        self.inner.checkpoint(job, step, make);
-    }
-}
-
 impl Trainer for Mortal {
     fn train(
         &self,
@@ -51,7 +30,15 @@ impl Trainer for Mortal {
         jobs: &[TrainJob<'_>],
         control: &mut dyn Control,
     ) -> Vec<Result<Trained, TrainError>> {
-        Jointly.train(base, jobs, &mut Watch { mortal: self, inner: control })
+        watched(base, jobs, control, &mut |job, report, inner| {
+            self.steps.fetch_add(1, Ordering::Relaxed);
+            let next = self.deaths.get(self.died.load(Ordering::Relaxed) as usize);
+            if next == Some(&report.step) {
+                self.died.fetch_add(1, Ordering::Relaxed);
+                panic!("killed at step {}", report.step);
+            }
+            inner.step(job, report)
+        })
     }
 }
 

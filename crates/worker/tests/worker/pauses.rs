@@ -9,11 +9,11 @@ use std::time::Duration;
 use model::BaseModel;
 use store::{PauseScope, Store};
 use tokio::runtime::Handle;
-use train::{Control, StepReport, TrainError, TrainJob, Trained, Verdict};
+use train::{Control, TrainError, TrainJob, Trained};
 use types::{GenerationId, JobState};
-use worker::{Jointly, Trainer};
+use worker::Trainer;
 
-use crate::rig::{Rig, done, settings, user};
+use crate::rig::{Rig, done, settings, user, watched};
 
 /// Steps of the training: six epochs of fifteen items in batches of four.
 const STEPS: u32 = 24;
@@ -27,33 +27,6 @@ struct Paused {
     steps: AtomicU32,
 }
 
-struct Watch<'a> {
-    of: &'a Paused,
-    inner: &'a mut dyn Control,
-}
-
-impl Control for Watch<'_> {
-    fn step(&mut self, job: usize, report: StepReport) -> Verdict {
-        self.of.steps.fetch_add(1, Ordering::Relaxed);
-        let next = self.of.pauses.get(self.of.set.load(Ordering::Relaxed) as usize);
-        let Some((_, scope)) = next.filter(|(step, _)| *step == report.step) else {
-            return self.inner.step(job, report);
-        };
-        self.of.set.fetch_add(1, Ordering::Relaxed);
-        let by = user("ada").tenant;
-        self.of.runtime.block_on(self.of.store.pause(scope, &by, None)).unwrap();
-        // The word comes by the heartbeat.
-        while self.inner.step(job, report).is_continue() {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        ControlFlow::Break(())
-    }
-
-    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
-        self.inner.checkpoint(job, step, make);
-    }
-}
-
 impl Trainer for Paused {
     fn train(
         &self,
@@ -61,7 +34,21 @@ impl Trainer for Paused {
         jobs: &[TrainJob<'_>],
         control: &mut dyn Control,
     ) -> Vec<Result<Trained, TrainError>> {
-        Jointly.train(base, jobs, &mut Watch { of: self, inner: control })
+        watched(base, jobs, control, &mut |job, report, inner| {
+            self.steps.fetch_add(1, Ordering::Relaxed);
+            let next = self.pauses.get(self.set.load(Ordering::Relaxed) as usize);
+            let Some((_, scope)) = next.filter(|(step, _)| *step == report.step) else {
+                return inner.step(job, report);
+            };
+            self.set.fetch_add(1, Ordering::Relaxed);
+            let by = user("ada").tenant;
+            self.runtime.block_on(self.store.pause(scope, &by, None)).unwrap();
+            // The word comes by the heartbeat.
+            while inner.step(job, report).is_continue() {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            ControlFlow::Break(())
+        })
     }
 }
 

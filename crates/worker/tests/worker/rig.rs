@@ -12,7 +12,7 @@ use text::Tokenizer;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use train::Recipe;
+use train::{Control, Recipe, StepReport, TrainError, TrainJob, Trained, Verdict};
 use types::{AdapterId, GenerationId, Job, NewItem, SystemClock, Timestamp};
 use worker::{Jointly, Settings, Trainer, Worker, WorkerError};
 
@@ -125,4 +125,32 @@ pub(crate) fn user(name: &str) -> AdapterId {
 
 pub(crate) fn done(job: &Job) -> bool {
     !job.state.is_open()
+}
+
+/// What decides at every step in place of the worker's control, which it is given.
+pub(crate) type Step<'a> = dyn FnMut(usize, StepReport, &mut dyn Control) -> Verdict + 'a;
+
+struct Watch<'a> {
+    step: &'a mut Step<'a>,
+    inner: &'a mut dyn Control,
+}
+
+impl Control for Watch<'_> {
+    fn step(&mut self, job: usize, report: StepReport) -> Verdict {
+        (self.step)(job, report, self.inner)
+    }
+
+    fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
+        self.inner.checkpoint(job, step, make);
+    }
+}
+
+/// Trains as the worker does, with `step` at every step.
+pub(crate) fn watched(
+    base: &BaseModel,
+    jobs: &[TrainJob<'_>],
+    control: &mut dyn Control,
+    step: &mut Step<'_>,
+) -> Vec<Result<Trained, TrainError>> {
+    Jointly.train(base, jobs, &mut Watch { step, inner: control })
 }
