@@ -183,8 +183,9 @@ fn users_per_hour(
         }
         theirs.push(3600.0 * users.len() as f64 / sum);
     }
+    let count = users.len();
     let name =
-        format!("16 real histories, OPPU's recipe, users/hour (peer: peft {dtype}, one after another)");
+        format!("{count} real histories, OPPU's recipe, users/hour (peer: peft {dtype}, one after another)");
     Ok(vec![Row::against(name, &ours, &theirs).goal(Goal::AtLeast(3.0))])
 }
 
