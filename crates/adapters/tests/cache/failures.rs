@@ -43,7 +43,8 @@ async fn vllm_47724_a_slot_is_not_evicted_while_a_request_decodes_on_it() {
     let mut tokens = vec![first.id];
     // The only slot is in use: another user waits, and does not get it before the answer is complete.
     let full = cache.acquire_within(&bob, Duration::from_millis(5)).await;
-    assert!(matches!(full, Err(AcquireError::Full { .. })) || engine_is_done(&engine), "{full:?}");
+    let refused = matches!(full, Err(AcquireError::Full { .. } | AcquireError::Late));
+    assert!(refused || engine_is_done(&engine), "{full:?}");
     let waits = ask(&cache, &bob).await;
     while let Some(event) = stream.next().await {
         if let Event::Token(token) = event {

@@ -139,7 +139,7 @@ async fn a_lease_outlives_eviction_and_swap() {
     assert_eq!((old.generation, new.generation), (first, second));
     // Both slots are leased, one by a generation that is head no more: there is no room for another user.
     let full = cache.acquire_within(&bob, Duration::from_millis(20)).await;
-    assert!(matches!(full, Err(AcquireError::Full { .. })), "{full:?}");
+    assert!(matches!(full, Err(AcquireError::Full { .. } | AcquireError::Late)), "{full:?}");
     drop(old);
     assert_eq!(mark(&cache.acquire(&bob).await.unwrap().unwrap()), 2.0);
     // Without an announcement too the next request gets the new head.
