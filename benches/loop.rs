@@ -78,6 +78,7 @@ fn serving(base: &Arc<BaseModel>, path: &Path, runs: usize) -> Vec<Row> {
         kv_bytes: 512 << 20,
         // Every run computes its prompts.
         prefix_cache: false,
+        guest_floor: 0.2,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         precision: Precision::Fast,
         eos: Vec::new(),

@@ -54,6 +54,7 @@ impl Bench {
             step_tokens: 256,
             kv_bytes: 512 << 20,
             prefix_cache: true,
+            guest_floor: 0.2,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             precision: Precision::Fast,
             eos: Vec::new(),

@@ -57,6 +57,7 @@ fn greedy_continuations_equal_transformers() {
         step_tokens: 64,
         kv_bytes: 256 << 20,
         prefix_cache: true,
+        guest_floor: 0.2,
         threads: 2,
         precision: model::Precision::Exact,
         eos: tokenizer.eos_ids().to_vec(),

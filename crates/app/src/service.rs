@@ -91,8 +91,9 @@ impl Service {
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
         let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings);
-        let engine: Arc<dyn Engine> =
-            Arc::new(ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?);
+        let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
+        let guest = engine.guest();
+        let engine: Arc<dyn Engine> = Arc::new(engine);
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();
         let worker = if args.training.no_training {
@@ -107,10 +108,11 @@ impl Service {
                 Arc::new(move |id, head| announced.announce(id, head)),
             );
             let serving = Arc::clone(&engine);
-            let worker = worker.with_load(Arc::new(move || {
+            let load = move || {
                 let stats = serving.stats();
                 stats.running + stats.waiting > 0
-            }));
+            };
+            let worker = worker.beside(Arc::new(load), Arc::new(move || Box::new(guest.visit())));
             Some(tokio::spawn(worker.run(Arc::clone(&on_upload), stop.clone())))
         };
         let app = App::new(AppState {
@@ -204,6 +206,7 @@ pub fn engine_settings(args: &ServiceArgs, tokenizer: &Tokenizer) -> engine::Set
         step_tokens: args.step_tokens as usize,
         kv_bytes: args.kv_mib as usize * MIB,
         prefix_cache: !args.no_prefix_cache,
+        guest_floor: args.training.train_floor,
         threads: args.threads.map_or_else(cores, usize::from),
         precision: args.precision.into(),
         eos: tokenizer.eos_ids().to_vec(),
@@ -233,8 +236,8 @@ fn worker_settings(service: &ServiceArgs) -> anyhow::Result<worker::Settings> {
     if args.rank > limits.rank {
         bail!("--rank {}: must be at most --max-rank, {}", args.rank, limits.rank);
     }
-    if !(args.train_floor > 0.0 && args.train_floor <= 1.0) {
-        bail!("--train-floor: must be above 0, at most 1");
+    if !(args.train_floor > 0.0 && args.train_floor <= 0.9) {
+        bail!("--train-floor: must be above 0, at most 0.9");
     }
     if !(args.gate_level > 0.0 && args.gate_level <= 0.5) {
         bail!("--gate-level: must be above 0, at most 0.5");

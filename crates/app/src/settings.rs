@@ -236,7 +236,7 @@ pub struct TrainingArgs {
     /// Seconds between two checkpoints of a job.
     #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]
     pub checkpoint_s: u32,
-    /// Share of the time, above 0 to 1, that training takes even while requests run.
+    /// Share of the model threads' time, above 0 to 0.9, that training gets even while requests run.
     #[arg(long, default_value_t = 0.2, env = "ATELIER_TRAIN_FLOOR")]
     pub train_floor: f64,
 }

@@ -5,6 +5,7 @@
 
 mod blocks;
 mod draw;
+mod guest;
 mod idle;
 mod request;
 mod runner;
@@ -14,6 +15,7 @@ mod sequence;
 mod thread;
 
 pub use blocks::{BlockPool, BlockTable, Scope};
+pub use guest::{Guest, Visit};
 pub use request::{
     Engine, EngineStats, Event, Generate, Limits, SampledToken, SubmitError, TokenSink, TokenStream, channel,
 };

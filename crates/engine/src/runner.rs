@@ -5,12 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model::{BaseModel, BatchInput, KvPool, Logits, Runtime};
 use peft::AdapterBatch;
 
 use crate::blocks::BlockPool;
+use crate::guest::{Guest, Host};
 use crate::request::{Event, Generate, TokenSink};
 use crate::sampler::Scratch;
 use crate::scheduler::{Blocks, Scheduler, Step, Work};
@@ -36,6 +37,8 @@ pub(crate) struct Runner {
     pub(crate) sequences: HashMap<u64, Sequence>,
     pub(crate) next_id: u64,
     pub(crate) scratch: Scratch,
+    pub(crate) guest: Guest,
+    pub(crate) host: Host,
 }
 
 /// The sequences' blocks, as the scheduler moves them.
@@ -77,20 +80,23 @@ impl Runner {
     pub(crate) fn run(mut self) {
         while self.receive() {
             self.sweep();
-            if !self.sequences.is_empty() {
-                self.step();
-            }
+            let pause = if self.sequences.is_empty() { None } else { self.step() };
             self.publish_stats();
+            if let Some(pause) = pause {
+                self.pause(pause);
+            }
         }
     }
 
     /// Takes in what has arrived; waits when there is nothing to do. False when all is done.
     fn receive(&mut self) -> bool {
         if self.sequences.is_empty() {
+            let begun = Instant::now();
             match self.inbox.recv() {
                 Ok(arrival) => self.add(arrival),
                 Err(_) => return false,
             }
+            self.host.idle(begun.elapsed().as_secs_f64());
         }
         loop {
             match self.inbox.try_recv() {
@@ -129,12 +135,30 @@ impl Runner {
         }
     }
 
-    fn step(&mut self) {
+    /// One step; the pause after it, if a guest is there and it is due.
+    fn step(&mut self) -> Option<Duration> {
         let mut step = std::mem::take(&mut self.step);
         let mut held = Held { pool: &mut self.blocks, sequences: &mut self.sequences };
         self.scheduler.plan(&mut held, &mut step);
+        let guest = self.guest.is_there();
+        let rows = step.work.iter().map(|work| work.tokens).sum();
+        let threads = if guest { self.host.threads(rows) } else { self.runtime.threads() };
+        self.runtime.keep(threads);
+        let begun = Instant::now();
         self.carry_out(&step);
+        let seconds = begun.elapsed().as_secs_f64();
+        self.host.measured(rows, threads, seconds);
+        let pause = if guest { self.host.pause(threads, seconds) } else { None };
         self.step = step;
+        pause
+    }
+
+    /// Leaves all threads to the guest, until somebody arrives.
+    fn pause(&mut self, pause: Duration) {
+        self.runtime.keep(1);
+        if let Ok(arrival) = self.inbox.recv_timeout(pause) {
+            self.add(arrival);
+        }
     }
 
     fn carry_out(&mut self, step: &Step) {

@@ -9,6 +9,7 @@ use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, Logits, ModelError, Precis
 use peft::AdapterBatch;
 
 use crate::blocks::BlockPool;
+use crate::guest::{Guest, Host};
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
 use crate::sampler::Scratch;
@@ -29,6 +30,8 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Threads of the model's arithmetic.
     pub threads: usize,
+    /// Share of the threads' time, from 0 to below 1, that a [`Guest`] gets while requests run.
+    pub guest_floor: f64,
     /// Whether quantised weights meet activations in 8 bits and KV is bfloat16, or all is float32.
     pub precision: Precision,
     /// Tokens that end a sequence.
@@ -62,6 +65,7 @@ pub struct ModelEngine {
     inbox: SyncSender<(Generate, TokenSink)>,
     shared: Arc<Shared>,
     limits: Limits,
+    guest: Guest,
 }
 
 impl ModelEngine {
@@ -89,7 +93,10 @@ impl ModelEngine {
         let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats) });
         let start =
             |error: std::io::Error| ModelError::Batch(format!("the model thread cannot start: {error}"));
+        let guest = Guest::default();
         let runner = Runner {
+            guest: guest.clone(),
+            host: Host::new(settings.threads, settings.guest_floor),
             kv: KvPool::new(config, blocks, settings.precision)?,
             runtime: Runtime::new(settings.threads, settings.precision).map_err(start)?,
             input: BatchInput::with_capacity(settings.batch, settings.step_tokens, blocks),
@@ -108,7 +115,13 @@ impl ModelEngine {
             model,
         };
         std::thread::Builder::new().name("model".into()).spawn(move || runner.run()).map_err(start)?;
-        Ok(Self { inbox, shared, limits })
+        Ok(Self { inbox, shared, limits, guest })
+    }
+
+    /// Who is to say when work of low priority runs beside this engine.
+    #[must_use]
+    pub fn guest(&self) -> Guest {
+        self.guest.clone()
     }
 
     fn check(&self, job: &Generate) -> Result<(), SubmitError> {

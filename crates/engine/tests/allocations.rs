@@ -31,6 +31,7 @@ async fn a_step_allocates_nothing_after_warm_up() {
         step_tokens: 64,
         kv_bytes: 128 * KvPool::block_bytes(base.config(), Precision::Fast),
         prefix_cache: true,
+        guest_floor: 0.2,
         threads: 2,
         precision: Precision::Fast,
         eos: vec![1],

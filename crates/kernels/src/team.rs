@@ -59,6 +59,8 @@ struct Shared {
     body: AtomicPtr<()>,
     panicked: AtomicBool,
     sleepers: AtomicUsize,
+    /// Helpers from this index on sit out.
+    helpers: AtomicUsize,
     stop: AtomicBool,
 }
 
@@ -76,10 +78,15 @@ impl Shared {
     }
 
     /// A helper's life: join a round, work, leave, wait for the next.
-    fn serve(&self) {
+    fn serve(&self, index: usize) {
         let mut seen = 0;
         let mut idle = 0u32;
         while !self.stop.load(Ordering::Acquire) {
+            if self.sits_out(index) {
+                // Whoever calls it back unparks it.
+                std::thread::park();
+                continue;
+            }
             let state = self.state.load(Ordering::Acquire);
             let round = state / ROUND;
             if state & OPEN != 0 && round != seen {
@@ -106,17 +113,24 @@ impl Shared {
             if idle < SPINS {
                 std::hint::spin_loop();
             } else {
-                self.sleep(state);
+                self.sleep(state, index);
                 idle = 0;
             }
         }
     }
 
-    /// Sleeps until the state changes. The leader looks for sleepers after it changes the state, the sleeper at the
+    fn sits_out(&self, index: usize) -> bool {
+        index >= self.helpers.load(Ordering::Acquire)
+    }
+
+    /// Sleeps until the state changes or it is to sit out. The leader looks for sleepers after it changes the state, the sleeper at the
     /// state after it counts itself among them: one of the two sees the other.
-    fn sleep(&self, state: u64) {
+    fn sleep(&self, state: u64, index: usize) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while self.state.load(Ordering::SeqCst) == state && !self.stop.load(Ordering::SeqCst) {
+        while self.state.load(Ordering::SeqCst) == state
+            && !self.stop.load(Ordering::SeqCst)
+            && !self.sits_out(index)
+        {
             std::thread::park();
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -129,31 +143,47 @@ impl Team {
     /// # Errors
     /// When a thread cannot be started.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let helpers = threads.max(1) - 1;
+        let shared = Arc::new(Shared { helpers: AtomicUsize::new(helpers), ..Shared::default() });
         let start = |index| {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new().name(format!("team-{index}")).spawn(move || shared.serve())
+            std::thread::Builder::new().name(format!("team-{index}")).spawn(move || shared.serve(index - 1))
         };
         let threads = (1..threads.max(1)).map(start).collect::<Result<Vec<_>, _>>()?;
         let handles = threads.iter().map(|thread| thread.thread().clone()).collect();
         Ok(Self { shared, threads, handles })
     }
 
+    /// Has the caller and `threads - 1` others do what follows, at most as many as there are; the rest sleep, without a
+    /// turn of the waiting loop, and leave their cores to somebody else. What is computed does not depend on it.
+    pub fn keep(&self, threads: usize) {
+        let helpers = (threads.max(1) - 1).min(self.threads.len());
+        let before = self.shared.helpers.swap(helpers, Ordering::AcqRel);
+        // Those who sleep between rounds and now sit out are no longer among the sleepers.
+        self.handles[before.min(helpers)..before.max(helpers)].iter().for_each(Thread::unpark);
+    }
+
+    /// Its threads, those that sit out among them.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.threads.len() + 1
+    }
+
     fn wake(&self) {
         if self.shared.sleepers.load(Ordering::SeqCst) > 0 {
-            self.handles.iter().for_each(Thread::unpark);
+            self.handles[..self.threads() - 1].iter().for_each(Thread::unpark);
         }
     }
 }
 
 impl Workers for Team {
     fn threads(&self) -> usize {
-        self.threads.len() + 1
+        self.shared.helpers.load(Ordering::Relaxed) + 1
     }
 
     /// Rounds of one team must not overlap: it belongs to one thread.
     fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
-        if tasks <= 1 || self.threads.is_empty() {
+        if tasks <= 1 || self.threads() == 1 {
             (0..tasks).for_each(body);
             return;
         }
@@ -215,6 +245,35 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn threads_that_sit_out_sleep_and_come_back() {
+        let team = Team::new(4).unwrap_or_else(|error| panic!("{error}"));
+        for round in 0..400 {
+            team.keep(1 + round % 5);
+            assert_eq!(team.threads(), (1 + round % 5).min(4));
+            let seen = std::sync::Mutex::new(std::collections::HashSet::new());
+            let done = AtomicUsize::new(0);
+            team.run(32, &|_| {
+                seen.lock().unwrap_or_else(|error| panic!("{error}")).insert(std::thread::current().id());
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 32);
+            let seen = seen.into_inner().unwrap_or_else(|error| panic!("{error}"));
+            // One who was about to begin when it was told to sit out may still join.
+            assert!(round % 5 > 0 || seen.len() == 1, "{} threads", seen.len());
+        }
+        // Those who sit out are not woken by rounds: nobody counts as sleeper for them.
+        team.keep(1);
+        while team.shared.sleepers.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        team.keep(4);
+        let met = std::sync::Barrier::new(4);
+        team.run(4, &|_| {
+            met.wait();
+        });
     }
 
     #[test]

@@ -142,6 +142,18 @@ impl Runtime {
             last: Vec::new(),
         })
     }
+
+    /// Its threads, the caller's among them.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.team.size()
+    }
+
+    /// Has the passes that follow use `threads` of them, at least one, and the others sleep. What is computed does not
+    /// depend on it.
+    pub fn keep(&self, threads: usize) {
+        self.team.keep(threads);
+    }
 }
 
 impl BaseModel {

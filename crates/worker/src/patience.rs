@@ -11,19 +11,24 @@ use thread_priority::{
 /// Whether requests run at this moment.
 pub type Load = Arc<dyn Fn() -> bool + Send + Sync>;
 
+/// Begins a visit of training to the processor, which ends when the value is dropped.
+pub(crate) type Visits = Arc<dyn Fn() -> Box<dyn Send> + Send + Sync>;
+
 /// How long one look at the load holds.
 const GLANCE: Duration = Duration::from_millis(1);
 
-/// Lets the calling thread run when nothing else wants the processor (`SCHED_IDLE` on Linux). Where that is not
-/// possible it runs as others do.
-pub(crate) fn run_when_idle() {
-    if cfg!(target_os = "linux") {
-        let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
-        let set = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
-        if let Err(error) = set {
-            tracing::warn!(?error, "training runs at normal priority");
-        }
+/// Lets the calling thread run when nothing else wants the processor (`SCHED_IDLE` on Linux). False where that is not
+/// possible: it runs as others do.
+pub(crate) fn run_when_idle() -> bool {
+    if !cfg!(target_os = "linux") {
+        return false;
     }
+    let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    let set = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
+    if let Err(error) = &set {
+        tracing::warn!(?error, "training runs at normal priority");
+    }
+    set.is_ok()
 }
 
 /// Waits its turn between two pieces of work.

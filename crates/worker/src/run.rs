@@ -13,7 +13,7 @@ use types::{AdapterId, GenerationId};
 
 use crate::error::WorkerError;
 use crate::heartbeat::{self, Claim, Pulse};
-use crate::patience::{Load, Patience, run_when_idle};
+use crate::patience::{Load, Patience, Visits, run_when_idle};
 use crate::settings::Settings;
 use crate::shift::Shift;
 use crate::trainer::{Jointly, Trainer};
@@ -28,6 +28,7 @@ pub struct Worker {
     bench: Bench,
     announce: Announce,
     load: Option<Load>,
+    visits: Option<Visits>,
 }
 
 impl Worker {
@@ -41,7 +42,7 @@ impl Worker {
         announce: Announce,
     ) -> Self {
         let bench = Bench { base, tokenizer, settings, trainer: Arc::new(Jointly) };
-        Self { store, bench, announce, load: None }
+        Self { store, bench, announce, load: None, visits: None }
     }
 
     /// The worker with another trainer.
@@ -51,10 +52,13 @@ impl Worker {
         self
     }
 
-    /// The worker, giving way while `load` says that requests run.
+    /// The worker beside a server. `visits` is called when training begins, and what it returns is dropped when
+    /// training ends: meanwhile the server leaves it some of the processor. Where training cannot run at idle priority,
+    /// it gives way while `load` says that requests run.
     #[must_use]
-    pub fn with_load(mut self, load: Load) -> Self {
+    pub fn beside(mut self, load: Load, visits: Visits) -> Self {
         self.load = Some(load);
+        self.visits = Some(visits);
         self
     }
 
@@ -64,10 +68,10 @@ impl Worker {
     /// # Errors
     /// When its threads cannot be started.
     pub async fn run(self, wake: Arc<Notify>, stop: CancellationToken) -> Result<(), WorkerError> {
-        let Self { store, bench, announce, load } = self;
+        let Self { store, bench, announce, load, visits } = self;
         let bench = Arc::new(bench);
         let settings = &bench.settings;
-        let mut pool = threads(settings.threads)?;
+        let (mut pool, mut idle) = threads(settings.threads)?;
         let poll = Duration::from_millis(settings.poll_millis);
         // A job that waits for more items is announced before it is ripe.
         let ripe = u64::try_from(settings.policy.debounce_millis).unwrap_or(0).max(50);
@@ -103,11 +107,12 @@ impl Worker {
                 announce: Arc::clone(&announce),
                 runtime: heartbeat::runtime()?,
                 pulse: Arc::clone(&pulse),
-                patience: Patience::new(load.clone(), settings.floor),
+                patience: Patience::new(load.clone().filter(|_| !idle), settings.floor),
             };
+            let _visit = visits.as_ref().map(|visit| visit());
             if !work(shift, claimed, &pool, &pulse).await? {
                 // The threads of one that hangs are not to be had any more.
-                pool = threads(settings.threads)?;
+                (pool, idle) = threads(settings.threads)?;
             }
         }
         Ok(())
@@ -166,11 +171,10 @@ async fn work(
     }
 }
 
-fn threads(count: usize) -> Result<Arc<rayon::ThreadPool>, WorkerError> {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(count)
-        .thread_name(|i| format!("train-{i}"))
-        .start_handler(|_| run_when_idle())
-        .build()?;
-    Ok(Arc::new(pool))
+/// The threads of the arithmetic, and whether they run at idle priority.
+fn threads(count: usize) -> Result<(Arc<rayon::ThreadPool>, bool), WorkerError> {
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("train-{i}")).build()?;
+    let idle = pool.broadcast(|_| run_when_idle()).into_iter().all(|idle| idle);
+    Ok((Arc::new(pool), idle))
 }

@@ -27,6 +27,7 @@ pub(crate) fn engine() -> ModelEngine {
         step_tokens: 96,
         kv_bytes: 200 * KvPool::block_bytes(base().config(), PRECISION),
         prefix_cache: true,
+        guest_floor: 0.2,
         threads: 1,
         precision: PRECISION,
         eos: vec![],

@@ -44,6 +44,7 @@ fn settings(blocks: usize) -> Settings {
         precision: PRECISION,
         kv_bytes: blocks * KvPool::block_bytes(base().config(), PRECISION),
         prefix_cache: true,
+        guest_floor: 0.2,
         threads: 2,
         eos: vec![],
     }
@@ -129,6 +130,12 @@ async fn company_and_preemption_change_nothing() {
         assert_eq!(usage.completion_tokens, job.params.max_tokens);
     }
     assert_eq!(run(&roomy, &jobs).await, alone, "together");
+    // A guest is lent threads and given pauses.
+    let visit = roomy.guest().visit();
+    for _ in 0..4 {
+        assert_eq!(run(&roomy, &jobs).await, alone, "beside a guest");
+    }
+    drop(visit);
     // Six blocks hold one and a half of the longest sequences: they push each other out and start again.
     let tight = ModelEngine::start(base(), settings(6)).unwrap();
     assert_eq!(run(&tight, &jobs).await, alone, "with preemption");

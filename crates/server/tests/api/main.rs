@@ -77,6 +77,7 @@ impl Server {
             step_tokens: 64,
             kv_bytes: 1 << 20,
             prefix_cache: true,
+            guest_floor: 0.2,
             threads: 1,
             precision: Precision::Fast,
             eos: tokenizer.eos_ids().to_vec(),

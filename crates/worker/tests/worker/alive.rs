@@ -12,7 +12,7 @@ use train::{Control, StepReport, TrainError, TrainJob, Trained};
 use types::{JobState, SystemClock};
 use worker::{Jointly, Trainer};
 
-use crate::rig::{Rig, done, settings, slow, user};
+use crate::rig::{Rig, Visits, done, settings, slow, user};
 
 /// Takes `pause` before every one of `steps` steps, then trains; the first run may hang instead.
 struct Sleepy {
@@ -48,6 +48,32 @@ impl Trainer for Sleepy {
         }
         Jointly.train(base, jobs, control)
     }
+}
+
+/// The server leaves some of the processor to training while there is any, and no longer: also where it fails.
+#[tokio::test]
+async fn the_server_knows_of_training_as_long_as_it_runs() {
+    struct Looks(Arc<Visits>, AtomicU32);
+    impl Trainer for Looks {
+        fn train(
+            &self,
+            base: &BaseModel,
+            jobs: &[TrainJob<'_>],
+            control: &mut dyn Control,
+        ) -> Vec<Result<Trained, TrainError>> {
+            assert_eq!(self.0.now.load(Ordering::SeqCst), 1);
+            assert!(self.1.fetch_add(1, Ordering::SeqCst) > 0, "a panic of the first run");
+            Jointly.train(base, jobs, control)
+        }
+    }
+    let rig = Rig::new().await;
+    let looks = Arc::new(Looks(Arc::clone(&rig.visits), AtomicU32::new(0)));
+    let (running, stop) = rig.start_with(settings(), looks);
+    let job = rig.upload(&user("ada"), 0..12, |_| "good day".into()).await;
+    assert_eq!(rig.until(&job, done).await.state, JobState::Succeeded);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    assert_eq!((rig.visits.now.load(Ordering::SeqCst), rig.visits.all.load(Ordering::SeqCst)), (0, 2));
 }
 
 /// Healthy runs were reaped elsewhere, because what extended their lease was held up by the training itself

@@ -1,5 +1,6 @@
 //! What every test gets: a store, a tiny model, a worker to start, and trainers that misbehave on demand.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,6 +23,22 @@ pub(crate) struct Rig {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) announced: Arc<Mutex<Vec<(AdapterId, GenerationId)>>>,
     pub(crate) wake: Arc<Notify>,
+    /// The workers' visits to the processor, under way and in all.
+    pub(crate) visits: Arc<Visits>,
+}
+
+#[derive(Default)]
+pub(crate) struct Visits {
+    pub(crate) now: AtomicU32,
+    pub(crate) all: AtomicU32,
+}
+
+struct Visit(Arc<Visits>);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 pub(crate) type Running = (JoinHandle<Result<(), WorkerError>>, CancellationToken);
@@ -33,7 +50,8 @@ impl Rig {
 
     pub(crate) fn over(store: Store) -> Self {
         let (base, tokenizer) = tiny_model();
-        Self { store, base, tokenizer, announced: Arc::default(), wake: Arc::new(Notify::new()) }
+        let (announced, visits) = Default::default();
+        Self { store, base, tokenizer, announced, wake: Arc::new(Notify::new()), visits }
     }
 
     pub(crate) fn start(&self, settings: Settings) -> Running {
@@ -49,6 +67,13 @@ impl Rig {
             settings,
             Arc::new(move |id, generation| announced.lock().unwrap().push((id.clone(), *generation))),
         );
+        let visits = Arc::clone(&self.visits);
+        let visit = move || -> Box<dyn Send> {
+            visits.now.fetch_add(1, Ordering::SeqCst);
+            visits.all.fetch_add(1, Ordering::SeqCst);
+            Box::new(Visit(Arc::clone(&visits)))
+        };
+        let worker = worker.beside(Arc::new(|| false), Arc::new(visit));
         let stop = CancellationToken::new();
         let run = worker.with_trainer(trainer).run(Arc::clone(&self.wake), stop.clone());
         (tokio::spawn(run), stop)
