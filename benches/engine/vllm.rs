@@ -18,7 +18,7 @@ use crate::adapters::peft_files;
 use crate::ours::{Ours, fresh_prompt};
 
 const VERSION: &str = "0.32";
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine/vllm.py");
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine/vllm_side.py");
 /// Prints what it needs. It names torch's builds for CPUs, which PyPI does not have; the same versions that PyPI has do.
 const REQUIREMENTS: &str = r#"
 from importlib.metadata import requires
@@ -53,7 +53,7 @@ pub(crate) struct Vllm {
 }
 
 impl Vllm {
-    /// Installs it if need be, and loads the default model in BF16 with these adapters.
+    /// Installs it if need be, and loads the default model with these adapters.
     pub(crate) fn start(bench: &Bench, ours: &Ours, adapters: &[LoraWeights]) -> anyhow::Result<Self> {
         let python = install(&bench.cache)?;
         let folder = tempfile::tempdir().context("a folder for vLLM's model")?;
@@ -61,7 +61,7 @@ impl Vllm {
         std::fs::create_dir(&model)?;
         write_model(&bench.model, ours.base.config(), &model)?;
         let mut command = Command::new(python);
-        command.arg(SCRIPT).arg(&model);
+        command.arg(SCRIPT).arg(number_format()).arg(&model);
         for (number, weights) in adapters.iter().enumerate() {
             let adapter = folder.path().join(format!("adapter-{number}"));
             std::fs::create_dir(&adapter)?;
@@ -71,6 +71,7 @@ impl Vllm {
             command.arg(adapter);
         }
         command.env("VLLM_CPU_KVCACHE_SPACE", "1").env("VLLM_NO_USAGE_STATS", "1").env("HF_HUB_OFFLINE", "1");
+        command.env("VLLM_ENABLE_V1_MULTIPROCESSING", "0");
         command.env("VLLM_CPU_OMP_THREADS_BIND", "nobind").env("OMP_NUM_THREADS", "2");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let (input, output) = (child.stdin.take(), child.stdout.take());
@@ -99,6 +100,12 @@ impl Drop for Vllm {
         let _killed = self.child.kill();
         let _ended = self.child.wait();
     }
+}
+
+/// torch's name of what vLLM computes in: bfloat16 is a hundred times slower where the CPU has no instructions for it.
+pub(crate) fn number_format() -> &'static str {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if flags.split_whitespace().any(|flag| flag == "avx512_bf16") { "bfloat16" } else { "float32" }
 }
 
 /// A Python environment with vLLM in the cache folder.

@@ -12,7 +12,7 @@ use crate::ours::{Job, Ours};
 use crate::plot::{self, Bar};
 use crate::row::{Goal, Row};
 use crate::server::Server;
-use crate::vllm::Vllm;
+use crate::vllm::{Vllm, number_format};
 
 const USERS: usize = 16;
 const PROMPT: usize = 64;
@@ -104,9 +104,12 @@ fn crowd(
     let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
     let between = format!("{name}: between tokens p99, ms, same file (ratio: its time / ours)");
     let cost = format!("{name}: wall s / engine alone, s (ratio: share of HTTP, tokenising, streaming)");
-    let other =
-        Row::against(format!("{name}: ours / vLLM on CPU, BF16, without HTTP, tok/s"), &speeds[0], &batched)
-            .goal(Goal::AtLeast(6.0));
+    let other = Row::against(
+        format!("{name}: ours / vLLM on CPU, {}, without HTTP, tok/s", number_format()),
+        &speeds[0],
+        &batched,
+    )
+    .goal(Goal::AtLeast(6.0));
     let other = if bench.vllm { other } else { other.note("not measured: it takes --vllm") };
     Ok(vec![
         Row::against(format!("{name}: same file, tok/s"), &speeds[0], &speeds[1]).goal(Goal::AtLeast(10.0)),

@@ -1,6 +1,8 @@
-"""Sixteen users in vLLM on CPU: one line of prompts in, tokens per second out. Arguments: the model, then the adapters."""
+"""Sixteen users in vLLM on CPU: one line of prompts in, tokens per second out. Arguments: the number
+format, the model, then the adapters."""
 
 import json
+import os
 import sys
 import time
 
@@ -9,13 +11,14 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
-    model, *folders = sys.argv[1:]
-    # Whatever else is printed goes to standard error.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    dtype, model, *folders = sys.argv[1:]
+    # Whatever else is printed goes to standard error, by its processes too.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     adapters = [LoRARequest(f"user-{i}", i + 1, folder) for i, folder in enumerate(folders)]
     llm = LLM(
         model=model,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=512,
