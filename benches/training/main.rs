@@ -4,7 +4,7 @@
 //! sides of a row take turns within one run, on the same examples. The floor is what operations over peak allow on a
 //! two-core Zen 4 (392 GFLOP/s in BF16, 0.54 GFLOP a token with the whole loss). `cargo bench --bench training -- rate`
 //! prints one section alone: `rate`, `joint`, `users` or `service`.
-#![expect(clippy::print_stdout, reason = "a benchmark")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
 
 mod histories;
 mod peer;
@@ -13,11 +13,13 @@ mod peer;
 mod row;
 mod service;
 
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::ensure;
 use atelier::fetch;
+use indicatif::{ProgressBar, ProgressStyle};
 use model::{BaseModel, LoadOptions, Loaded};
 use text::Tokenizer;
 use train::{Control, Recipe, StepReport, TrainJob, Verdict, train_jointly};
@@ -72,21 +74,41 @@ fn print(rows: &[Row]) {
     }
 }
 
-struct Quiet;
+/// A bar on standard error; one line where there is no terminal.
+fn progress(what: &str, trainings: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("{what}: {trainings} trainings");
+    }
+    let bar = ProgressBar::new(trainings as u64).with_message(what.to_owned());
+    match ProgressStyle::with_template("{msg:20} [{bar:40}] {pos}/{len} {elapsed} (about {eta} more)") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
 
-impl Control for Quiet {
+/// Moves the bar on.
+struct Watched<'a>(&'a ProgressBar);
+
+impl Control for Watched<'_> {
     fn step(&mut self, _: usize, _: StepReport) -> Verdict {
+        self.0.tick();
         ControlFlow::Continue(())
     }
 }
 
-/// Seconds of a joint training.
-fn seconds(base: &BaseModel, recipe: &Recipe, users: &[Vec<Example>]) -> anyhow::Result<f64> {
+/// Seconds of a joint training, one of those that `bar` counts.
+fn seconds(
+    base: &BaseModel,
+    recipe: &Recipe,
+    users: &[Vec<Example>],
+    bar: &ProgressBar,
+) -> anyhow::Result<f64> {
     let job = |examples| TrainJob { recipe, start: None, examples, resume: None };
     let jobs: Vec<TrainJob<'_>> = users.iter().map(|examples| job(examples.as_slice())).collect();
     let start = Instant::now();
-    let ends = train_jointly(base, &jobs, &mut Quiet);
+    let ends = train_jointly(base, &jobs, &mut Watched(bar));
     let seconds = start.elapsed().as_secs_f64();
+    bar.inc(1);
     for end in ends {
         end?;
     }
@@ -126,13 +148,17 @@ fn rate(base: &BaseModel, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Ro
     let hopeless = half * HOPELESS < single;
     let (mut ours, mut singles) = (Vec::new(), Vec::new());
     let mut halves = if hopeless { vec![half] } else { Vec::new() };
+    let bar = progress("rate", runs * if hopeless { 2 } else { 3 });
     for _ in 0..runs {
-        ours.push(tokens / seconds(base, &recipe, &users)?);
+        ours.push(tokens / seconds(base, &recipe, &users, &bar)?);
         if !hopeless {
             halves.push(tokens / peer.train(HALF, &recipe, &users[0])?);
+            bar.inc(1);
         }
         singles.push(tokens / peer.train(SINGLE, &recipe, &users[0])?);
+        bar.inc(1);
     }
+    bar.finish();
     let added = (status_mib("VmHWM:") - before) / 1024.0;
     let name =
         |peer: &str| format!("training, rank 8 on q and v, 4 x 256, whole loss, tok/s (peer: peft {peer})");
@@ -153,11 +179,13 @@ fn joint(base: &BaseModel, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> 
     let users: Vec<Vec<Example>> = (0..USERS as u32).map(items).collect();
     let recipe = Recipe { batch: 4, ..Recipe::oppu() };
     let (mut together, mut apart) = (Vec::new(), Vec::new());
+    let bar = progress("joint", runs * (1 + USERS));
     for _ in 0..runs {
-        together.push(3600.0 * USERS as f64 / seconds(base, &recipe, &users)?);
-        let each = users.iter().map(|user| seconds(base, &recipe, std::slice::from_ref(user)));
+        together.push(3600.0 * USERS as f64 / seconds(base, &recipe, &users, &bar)?);
+        let each = users.iter().map(|user| seconds(base, &recipe, std::slice::from_ref(user), &bar));
         apart.push(3600.0 * USERS as f64 / each.sum::<anyhow::Result<f64>>()?);
     }
+    bar.finish();
     let name = format!(
         "joint training, 16 users with {count} short items, batch 4, users/hour (other: one after another)"
     );
@@ -175,14 +203,17 @@ fn users_per_hour(
     let recipe = Recipe::oppu();
     let (dtype, ..) = faster(peer)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let bar = progress("users", runs * (1 + users.len()));
     for _ in 0..runs {
-        ours.push(3600.0 * users.len() as f64 / seconds(base, &recipe, users)?);
+        ours.push(3600.0 * users.len() as f64 / seconds(base, &recipe, users, &bar)?);
         let mut sum = 0.0;
         for user in users {
             sum += peer.train(dtype, &recipe, user)?;
+            bar.inc(1);
         }
         theirs.push(3600.0 * users.len() as f64 / sum);
     }
+    bar.finish();
     let count = users.len();
     let name =
         format!("{count} real histories, OPPU's recipe, users/hour (peer: peft {dtype}, one after another)");

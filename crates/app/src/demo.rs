@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::BaseModel;
-use peft::{Adapter, AdapterWeights, Precision};
+use peft::AdapterWeights;
 use serde_json::Value;
 use text::Tokenizer;
 use train::{Loss, evaluate};
@@ -121,8 +121,7 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
     for person in people {
         let (config, weights) =
             api.adapter(person.id).await.with_context(|| format!("the adapter of {}", person.id))?;
-        let weights = AdapterWeights::parse(&config, &weights, &context.base.shape())?;
-        adapters.push(Arc::new(Adapter::build(&weights, &*context.base, Precision::Exact)?));
+        adapters.push(AdapterWeights::parse(&config, &weights, &context.base.shape())?);
     }
     let example = |item: &HistoryItem| personalize::example(&context.tokenizer, item);
     let kept = |person: &Person| person.split().1.iter().map(example).collect::<Result<Vec<Example>, _>>();
@@ -130,13 +129,15 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
     let base = Arc::clone(&context.base);
     let names = people.iter().map(|person| person.id).collect();
     tokio::task::spawn_blocking(move || {
-        let bits = |adapter: Option<&Arc<Adapter>>, examples: &[Example]| -> anyhow::Result<f64> {
-            Ok(Loss::bits_per_token(&evaluate(&base, adapter, examples, 2048, 512)?))
-        };
-        let by_base = kept.iter().map(|examples| bits(None, examples)).collect::<Result<_, _>>()?;
-        let row =
-            |examples: &Vec<Example>| adapters.iter().map(|adapter| bits(Some(adapter), examples)).collect();
-        let by_adapters = kept.iter().map(row).collect::<Result<_, _>>()?;
+        let sides: Vec<Option<&AdapterWeights>> =
+            std::iter::once(None).chain(adapters.iter().map(Some)).collect();
+        let (mut by_base, mut by_adapters) = (Vec::new(), Vec::new());
+        for examples in &kept {
+            let losses = evaluate(&base, &sides, examples, 2048, 512, &mut || ())?;
+            let mut bits = losses.iter().map(|losses| Loss::bits_per_token(losses));
+            by_base.extend(bits.next());
+            by_adapters.push(bits.collect());
+        }
         Ok(Table { names, base: by_base, adapters: by_adapters })
     })
     .await?

@@ -231,7 +231,7 @@ pub struct TrainingArgs {
     #[arg(long, default_value_t = 8, env = "ATELIER_FULL_EVERY")]
     pub full_every: u32,
     /// Jobs that are trained at once, if so many wait.
-    #[arg(long, default_value_t = 1, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, default_value_t = 4, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub train_jobs: u16,
     /// Seconds between two checkpoints of a job.
     #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]

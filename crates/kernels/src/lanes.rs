@@ -155,6 +155,16 @@ pub(crate) trait Lanes: Copy {
         let _ = from;
     }
 
+    /// Turns a matrix of sixteen rows and columns.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 256 values, `to` for writing them; the CPU has the implementation's unit.
+    #[inline(always)]
+    unsafe fn transpose(from: *const f32, to: *mut f32) {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { crate::transpose::plain(from, to) };
+    }
+
     /// The same integer in every lane.
     fn ints(value: i32) -> Self::Ints;
     /// The integers as float32.

@@ -177,6 +177,11 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn transpose(from: *const f32, to: *mut f32) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { crate::transpose::with_avx(from, to) }
+    }
+    #[inline(always)]
     fn halves(low: f32, high: f32) -> Self {
         // SAFETY: as for `zero`.
         Self(unsafe { _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high)) })
@@ -455,6 +460,11 @@ impl Lanes for Avx2 {
             };
             [half(from, x[0]), half(from.add(32), x[1])]
         }
+    }
+    #[inline(always)]
+    unsafe fn transpose(from: *const f32, to: *mut f32) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { crate::transpose::with_avx(from, to) }
     }
     #[inline(always)]
     fn halves(low: f32, high: f32) -> Self {

@@ -32,6 +32,7 @@ pub mod reference;
 mod rotary;
 mod sequence_attention;
 mod team;
+mod transpose;
 mod vectors;
 mod weight;
 
@@ -46,7 +47,9 @@ pub use many_rows::{linear_many, linear_transposed};
 pub use matrices::{Left, Right, multiply};
 pub use norms::row_norms;
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
-pub use pointwise::{rms_norm, rms_norm_grad, softmax_weights, swiglu, swiglu_grad};
+pub use pointwise::{
+    Thinning, rms_norm, rms_norm_grad, softmax_loss, softmax_weights, swiglu, swiglu_grad, thin_out,
+};
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use sequence_attention::{Group, Span, SpanAttention, span_attention, span_attention_grad};
 pub use team::{Rayon, Team, Workers};

@@ -24,7 +24,7 @@ const DECODED_VALUES: usize = 48 * 1024;
 const BLOCK_ROWS: usize = 12;
 
 /// Input columns of a backward task, and output features it decodes at a time.
-const BACK: (usize, usize) = (96, 128);
+const BACK: (usize, usize) = (96, 256);
 
 /// `y = x Wᵀ`: `x` is (rows, input features), `y` (rows, output features). On the caller's rayon pool.
 ///
@@ -35,14 +35,14 @@ pub fn linear_many(weight: &Weight, x: &[f32], y: &mut [f32]) {
     let m = x.len() / k;
     assert_eq!(x.len(), m * k, "x does not divide into rows of {k}");
     assert_eq!(y.len(), m * n, "y is not {m} x {n}");
-    let each = (DECODED_VALUES / (PANEL * k)).clamp(1, 8);
-    let tasks = weight.panels().div_ceil(each);
+    let (panels, most) = (weight.panels(), (DECODED_VALUES / (PANEL * k)).clamp(1, 8));
+    let tasks = tasks(panels, most);
     let (stripes, rows) = stripes(tasks, m);
     let y = Shared::new(y);
     (0..tasks * stripes).into_par_iter().for_each(|task| {
-        let (panel, row) = (task / stripes * each, task % stripes * rows);
-        let panels = [panel, (panel + each).min(weight.panels())];
-        forwards(isa(), weight, panels, [row, (row + rows).min(m)], x, y);
+        let (part, row) = (task / stripes, task % stripes * rows);
+        let own = [part * panels / tasks, (part + 1) * panels / tasks];
+        forwards(isa(), weight, own, [row, (row + rows).min(m)], x, y);
     });
 }
 
@@ -56,14 +56,20 @@ pub fn linear_transposed(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
     let m = dy.len() / n;
     assert_eq!(dy.len(), m * n, "dy does not divide into rows of {n}");
     assert_eq!(dx.len(), m * k, "dx is not {m} x {k}");
-    let tasks = k.div_ceil(BACK.0);
+    let groups = k.div_ceil(PANEL);
+    let tasks = tasks(groups, BACK.0 / PANEL);
     let (stripes, rows) = stripes(tasks, m);
     let dx = Shared::new(dx);
     (0..tasks * stripes).into_par_iter().for_each(|task| {
-        let (column, row) = (task / stripes * BACK.0, task % stripes * rows);
-        let columns = [column, (column + BACK.0).min(k)];
+        let (part, row) = (task / stripes, task % stripes * rows);
+        let columns = [part, part + 1].map(|part| (part * groups / tasks * PANEL).min(k));
         backwards(isa(), weight, columns, [row, (row + rows).min(m)], dy, dx);
     });
+}
+
+/// Into how many tasks so many parts are divided, of `most` parts each: as many for every thread.
+fn tasks(parts: usize, most: usize) -> usize {
+    parts.div_ceil(most).next_multiple_of(rayon::current_num_threads()).min(parts)
 }
 
 /// Rows are divided too when there are fewer tasks than would keep every thread busy to the end: each part decodes
@@ -149,10 +155,16 @@ fn backwards_body<L: Lanes>(
                     );
                 }
                 let out = &mut decoded[(group * BACK.1 + panel * PANEL) * PANEL..][..PANEL * PANEL];
-                transpose(&block, out);
+                // SAFETY: both are sixteen times sixteen values.
+                unsafe { L::transpose(block.as_ptr().cast(), out.as_mut_ptr()) };
             }
         }
         for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
+            // Pieces of rows that lie far apart: nobody else fetches those of the next block ahead.
+            for row in row + BLOCK_ROWS..(row + 2 * BLOCK_ROWS).min(rows[1]) {
+                let piece = dy[row * n + first..][..count].as_ptr().cast::<u8>();
+                (0..count * 4).step_by(64).for_each(|at| L::prefetch(piece.wrapping_add(at)));
+            }
             for group in 0..groups {
                 let column = from + group * PANEL;
                 let product = Product {
@@ -191,15 +203,6 @@ unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize,
         }
         for column in count / 4 * 4..count {
             C::one::<L>(panel, from + column).store(out.add(column * PANEL));
-        }
-    }
-}
-
-#[inline(always)]
-fn transpose(block: &[[f32; PANEL]; PANEL], out: &mut [f32]) {
-    for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
-        for column in 0..PANEL {
-            out[column] = block[column][row];
         }
     }
 }

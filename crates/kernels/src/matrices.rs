@@ -151,12 +151,13 @@ impl Product {
                 self.tile::<L, 6, WHOLE, DENSE>(row, width);
                 row += 6;
             }
-            while row + 2 <= m {
-                self.tile::<L, 2, WHOLE, DENSE>(row, width);
-                row += 2;
-            }
-            if row < m {
-                self.tile::<L, 1, WHOLE, DENSE>(row, width);
+            match m - row {
+                5 => self.tile::<L, 5, WHOLE, DENSE>(row, width),
+                4 => self.tile::<L, 4, WHOLE, DENSE>(row, width),
+                3 => self.tile::<L, 3, WHOLE, DENSE>(row, width),
+                2 => self.tile::<L, 2, WHOLE, DENSE>(row, width),
+                1 => self.tile::<L, 1, WHOLE, DENSE>(row, width),
+                _ => {}
             }
         }
     }
@@ -178,10 +179,27 @@ impl Product {
                     sums[i] = read::<L, WHOLE>(out.add(i * self.out_stride), width);
                 }
             }
-            for j in 0..self.len {
-                let right = read::<L, WHOLE>(self.right.add(j * self.stride), width);
+            // Two rows to start from, and four steps at a time, leave the places to the instructions' addresses: most
+            // of what is issued are then products.
+            let half = M.div_ceil(2);
+            let mut from = [left, left.wrapping_add(half * self.row)];
+            let mut right = self.right;
+            let fours = if DENSE { self.len / 4 } else { 0 };
+            for _ in 0..fours {
+                for j in 0..4 {
+                    let columns = read::<L, WHOLE>(right.add(j * self.stride), width);
+                    for i in 0..M {
+                        let value = *from[i / half].add(i % half * self.row + j);
+                        sums[i] = sums[i].fma(L::splat(value), columns);
+                    }
+                }
+                from = from.map(|from| from.wrapping_add(4));
+                right = right.wrapping_add(4 * self.stride);
+            }
+            for j in fours * 4..self.len {
+                let columns = read::<L, WHOLE>(self.right.add(j * self.stride), width);
                 for i in 0..M {
-                    sums[i] = sums[i].fma(L::splat(*left.add(i * self.row + j * step)), right);
+                    sums[i] = sums[i].fma(L::splat(*left.add(i * self.row + j * step)), columns);
                 }
             }
             for i in 0..M {

@@ -12,13 +12,13 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     norm(x, weight, eps, y);
 }
 
-/// The gradient of [`rms_norm`] with respect to `x`.
+/// The gradient of [`rms_norm`] with respect to `x`, in place of `dy`.
 ///
 /// # Panics
 /// When the lengths differ or do not divide into rows.
-pub fn rms_norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
-    assert!(x.len() == dy.len() && x.len() == dx.len() && x.len().is_multiple_of(weight.len()));
-    norm_grad(x, weight, eps, dy, dx);
+pub fn rms_norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) {
+    assert!(x.len() == dy.len() && x.len().is_multiple_of(weight.len()));
+    norm_grad(x, weight, eps, dy);
 }
 
 multiversion! {
@@ -26,7 +26,7 @@ multiversion! {
 }
 
 multiversion! {
-    fn norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) = norm_grad_body
+    fn norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) = norm_grad_body
 }
 
 /// Sum of `f(i)` over `0..n` in sixteen lanes, a shape the compiler turns into vector code.
@@ -87,13 +87,13 @@ pub(crate) fn norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
 
 /// With `s = 1 / rms`: `dx = s (w dy - x s² mean(w dy x))`.
 #[inline(always)]
-fn norm_grad_body(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+fn norm_grad_body(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) {
     let n = weight.len();
-    for ((x, dy), dx) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
+    for (x, dy) in x.chunks_exact(n).zip(dy.chunks_exact_mut(n)) {
         let scale = inverse_rms(x, eps);
         let along = lane_sum(n, |i| weight[i] * dy[i] * x[i]) / n as f32 * scale * scale;
         for i in 0..n {
-            dx[i] = scale * (weight[i] * dy[i] - x[i] * along);
+            dy[i] = scale * (weight[i] * dy[i] - x[i] * along);
         }
     }
 }
@@ -107,13 +107,13 @@ pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
     gated(gate, up, y);
 }
 
-/// The gradients of [`swiglu`] with respect to `gate` and `up`.
+/// The gradients of [`swiglu`] with respect to `gate` and `up`, in their place.
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn swiglu_grad(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-    assert!([up.len(), dy.len(), dgate.len(), dup.len()].iter().all(|&len| len == gate.len()));
-    gated_grad(gate, up, dy, dgate, dup);
+pub fn swiglu_grad(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    assert!(gate.len() == up.len() && gate.len() == dy.len());
+    gated_grad(gate, up, dy);
 }
 
 multiversion! {
@@ -121,7 +121,7 @@ multiversion! {
 }
 
 multiversion! {
-    fn gated_grad(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated_grad_body
+    fn gated_grad(gate: &mut [f32], up: &mut [f32], dy: &[f32]) = gated_grad_body
 }
 
 #[inline(always)]
@@ -132,13 +132,12 @@ fn gated_body(gate: &[f32], up: &[f32], y: &mut [f32]) {
 }
 
 #[inline(always)]
-fn gated_grad_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-    let n = gate.len();
-    let (up, dy, dgate, dup) = (&up[..n], &dy[..n], &mut dgate[..n], &mut dup[..n]);
-    for i in 0..n {
-        let s = sigmoid(gate[i]);
-        dup[i] = dy[i] * gate[i] * s;
-        dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+fn gated_grad_body(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let s = sigmoid(*gate);
+        let dup = dy * *gate * s;
+        *gate = dy * *up * s * (1.0 + *gate * (1.0 - s));
+        *up = dup;
     }
 }
 
@@ -171,6 +170,94 @@ fn powers_body(logits: &[f32], max: f32, temperature: f32, weights: &mut [f32]) 
     for (weight, &logit) in weights.iter_mut().zip(logits) {
         let power = (logit - max) / temperature;
         *weight = if power < -85.0 { 0.0 } else { exp(power) };
+    }
+}
+
+/// Values whose powers are summed in single precision.
+const SUMMED: usize = 1024;
+
+/// `-log softmax(logits)[target]` in nats; with a share, the logits become its gradient times the share, otherwise
+/// they may become anything. NaN if one of them is.
+///
+/// # Panics
+/// When there is no such target.
+pub fn softmax_loss(logits: &mut [f32], target: usize, share: Option<f32>) -> f32 {
+    let own = logits[target];
+    let (mut max, mut sum) = (0.0, 0.0);
+    powers_in_place(logits, &mut max, &mut sum);
+    if let Some(share) = share {
+        scale(logits, (f64::from(share) / sum) as f32);
+        logits[target] -= share;
+    }
+    max + sum.ln() as f32 - own
+}
+
+multiversion! {
+    fn powers_in_place(logits: &mut [f32], max: &mut f32, sum: &mut f64) = powers_in_place_body
+}
+
+multiversion! {
+    fn scale(values: &mut [f32], by: f32) = scale_body
+}
+
+#[inline(always)]
+fn powers_in_place_body(logits: &mut [f32], max: &mut f32, sum: &mut f64) {
+    *max = lane_max(logits);
+    for logits in logits.chunks_mut(SUMMED) {
+        for logit in &mut *logits {
+            // Smaller powers count for nothing, and their products with a share would be subnormal, hence slow.
+            let power = *logit - *max;
+            *logit = if power < -60.0 { 0.0 } else { exp(power) };
+        }
+        *sum += f64::from(lane_sum(logits.len(), |i| logits[i]));
+    }
+}
+
+#[inline(always)]
+fn scale_body(values: &mut [f32], by: f32) {
+    values.iter_mut().for_each(|value| *value *= by);
+}
+
+/// How a row is thinned out at random: the same key drops the same values.
+#[derive(Debug, Clone, Copy)]
+pub struct Thinning {
+    /// What the draws follow from.
+    pub key: u64,
+    /// Draws, of 32 bits, below it drop their value.
+    pub threshold: u32,
+    /// What is left is multiplied with it.
+    pub kept: f32,
+}
+
+/// `to = thinned(from)`, or `to += thinned(from)` with `add`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn thin_out(thinning: Thinning, from: &[f32], to: &mut [f32], add: bool) {
+    assert_eq!(from.len(), to.len());
+    thin(thinning, from, to, add);
+}
+
+multiversion! {
+    fn thin(thinning: Thinning, from: &[f32], to: &mut [f32], add: bool) = thin_body
+}
+
+#[inline(always)]
+fn thin_body(Thinning { key, threshold, kept }: Thinning, from: &[f32], to: &mut [f32], add: bool) {
+    let (low, high) = (key as u32, (key >> 32) as u32);
+    let factor = |at: usize| {
+        // The finaliser of MurmurHash3 (Appleby), with half of the key between its halves.
+        let mut h = (at as u32).wrapping_mul(0x9e37_79b9) ^ low;
+        h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
+        h = ((h ^ (h >> 13)) ^ high).wrapping_mul(0xc2b2_ae35);
+        h ^= h >> 16;
+        if h < threshold { 0.0 } else { kept }
+    };
+    let values = to.iter_mut().zip(from).enumerate();
+    if add {
+        values.for_each(|(at, (to, from))| *to += from * factor(at));
+    } else {
+        values.for_each(|(at, (to, from))| *to = from * factor(at));
     }
 }
 
@@ -209,5 +296,30 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1e30) < 1e-37 && exp(1e30) > 1e38);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn the_loss_and_its_gradient_are_those_of_double_precision() {
+        for (count, spread) in [(5, 3.0), (3000, 8.0), (2500, 200.0)] {
+            let logits: Vec<f32> = (0..count).map(|i| (i as f32 * 0.77).sin() * spread).collect();
+            let target = count / 3;
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let power = |logit: f32| f64::from(logit - max).exp();
+            let sum: f64 = logits.iter().map(|&logit| power(logit)).sum();
+            let expected = sum.ln() + f64::from(max - logits[target]);
+            let mut grads = logits.clone();
+            let loss = softmax_loss(&mut grads, target, Some(0.25));
+            assert!((f64::from(loss) - expected).abs() < 1e-5 * expected.max(1.0), "{loss}, not {expected}");
+            for (at, (&grad, &logit)) in grads.iter().zip(&logits).enumerate() {
+                let own = if at == target { 1.0 } else { 0.0 };
+                let expected = 0.25 * (power(logit) / sum - own);
+                assert!((f64::from(grad) - expected).abs() < 1e-6, "{at}: {grad}, not {expected}");
+            }
+            assert_eq!(softmax_loss(&mut logits.clone(), target, None).to_bits(), loss.to_bits());
+            // Negative control: another target has another loss.
+            assert!((softmax_loss(&mut logits.clone(), target + 1, None) - loss).abs() > 1e-3);
+        }
+        assert!(softmax_loss(&mut [0.0, f32::NAN, 1.0], 0, Some(1.0)).is_nan());
+        assert!(softmax_loss(&mut [0.0, f32::INFINITY, 1.0], 0, Some(1.0)).is_nan());
     }
 }

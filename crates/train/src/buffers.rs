@@ -1,5 +1,6 @@
 //! Buffers that are used again, and row-wise maths spread over the caller's rayon pool.
 
+use kernels::RopeTable;
 use rayon::prelude::*;
 
 /// Rows of a task.
@@ -30,7 +31,9 @@ impl Pool {
     }
 
     pub(crate) fn give(&mut self, buffer: Vec<f32>) {
-        self.free.push(buffer);
+        if buffer.capacity() > 0 {
+            self.free.push(buffer);
+        }
     }
 }
 
@@ -41,13 +44,37 @@ pub(crate) fn norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     parts.for_each(|(x, y)| kernels::rms_norm(x, weight, eps, y));
 }
 
+/// `to += from`, and [`norm`] of that.
+pub(crate) fn add_and_norm(from: &[f32], to: &mut [f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let part = ROWS * weight.len();
+    let parts = from.par_chunks(part).zip(to.par_chunks_mut(part)).zip(y.par_chunks_mut(part));
+    parts.for_each(|((from, to), y)| {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+        kernels::rms_norm(to, weight, eps, y);
+    });
+}
+
 /// The gradient of [`norm`] with respect to `x`, in place of `dy`.
 pub(crate) fn norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) {
     let part = ROWS * weight.len();
-    x.par_chunks(part).zip(dy.par_chunks_mut(part)).for_each(|(x, dy)| {
-        let mut dx = vec![0.0; dy.len()];
-        kernels::rms_norm_grad(x, weight, eps, dy, &mut dx);
-        dy.copy_from_slice(&dx);
+    let parts = x.par_chunks(part).zip(dy.par_chunks_mut(part));
+    parts.for_each(|(x, dy)| kernels::rms_norm_grad(x, weight, eps, dy));
+}
+
+/// Adds to `dx` the gradient of [`norm`] with respect to `x`, given that of its output as the sum of `dys`.
+pub(crate) fn add_norm_grad(x: &[f32], weight: &[f32], eps: f32, dys: &[Vec<f32>], dx: &mut [f32]) {
+    let width = weight.len();
+    x.par_chunks(ROWS * width).zip(dx.par_chunks_mut(ROWS * width)).enumerate().for_each(|(at, (x, dx))| {
+        let mut sum = vec![0.0; width];
+        for (row, (x, dx)) in x.chunks_exact(width).zip(dx.chunks_exact_mut(width)).enumerate() {
+            let from = (at * ROWS + row) * width;
+            sum.fill(0.0);
+            for dy in dys {
+                sum.iter_mut().zip(&dy[from..][..width]).for_each(|(sum, dy)| *sum += dy);
+            }
+            kernels::rms_norm_grad(x, weight, eps, &mut sum);
+            dx.iter_mut().zip(&sum).for_each(|(dx, sum)| *dx += sum);
+        }
     });
 }
 
@@ -61,12 +88,7 @@ pub(crate) fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32], width: usize) {
 pub(crate) fn swiglu_grad(gate: &mut [f32], up: &mut [f32], dy: &[f32], width: usize) {
     let part = ROWS * width;
     let parts = gate.par_chunks_mut(part).zip(up.par_chunks_mut(part)).zip(dy.par_chunks(part));
-    parts.for_each(|((gate, up), dy)| {
-        let (mut dgate, mut dup) = (vec![0.0; dy.len()], vec![0.0; dy.len()]);
-        kernels::swiglu_grad(gate, up, dy, &mut dgate, &mut dup);
-        gate.copy_from_slice(&dgate);
-        up.copy_from_slice(&dup);
-    });
+    parts.for_each(|((gate, up), dy)| kernels::swiglu_grad(gate, up, dy));
 }
 
 /// `to += from`.
@@ -74,6 +96,16 @@ pub(crate) fn add(from: &[f32], to: &mut [f32]) {
     let part = 1 << 13;
     to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(to, from)| {
         to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    });
+}
+
+/// Rotates rows of queries and keys to their positions, or back.
+pub(crate) fn turn(table: &RopeTable, positions: &[u32], back: bool, q: &mut [f32], k: &mut [f32]) {
+    let [q_part, k_part] = [q.len(), k.len()].map(|len| ROWS * len / positions.len());
+    let parts = q.par_chunks_mut(q_part).zip(k.par_chunks_mut(k_part)).zip(positions.par_chunks(ROWS));
+    parts.for_each(|((q, k), positions)| {
+        kernels::rope(table, positions, back, q);
+        kernels::rope(table, positions, back, k);
     });
 }
 

@@ -1,15 +1,19 @@
-//! The loss of examples under the base or an adapter, without gradients.
+//! The losses of examples under the base and adapters, without gradients: the passes of training, of which nothing is
+//! kept.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 
-use kernels::Span;
-use model::{BaseModel, ModelError, PackedPass};
-use peft::{Adapter, AdapterBatch};
+use model::BaseModel;
+use peft::AdapterWeights;
 use types::Example;
 
+use crate::buffers::Pool;
 use crate::error::TrainError;
-use crate::head::losses as losses_of;
-use crate::pack::Cut;
+use crate::head::losses;
+use crate::pack::{Chunk, Cut, Pack, next_pass};
+use crate::params::Params;
+use crate::pass::Pass;
+use crate::site::Member;
 
 /// The loss of one example's answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,55 +34,67 @@ impl Loss {
     }
 }
 
-/// The loss of every example's answer, in order; examples without an answer within `max_tokens` give none. The adapter's
-/// virtual tokens go before every example and shorten what is left of the context.
+/// For each adapter, `None` being the base alone, the loss of every example's answer, in order; examples without an
+/// answer within `max_tokens` give none. An adapter's virtual tokens go before every example. All adapters see the same
+/// tokens of the examples: what the context leaves beside the most virtual tokens of one.
+///
+/// The examples that begin alike compute their beginning once, and all adapters share the passes, of
+/// `micro_batch_tokens` rows each. `breathe` is called between the blocks of a pass.
 ///
 /// # Errors
-/// When an example does not fit the model.
+/// When an adapter or a token does not fit the base.
 pub fn evaluate(
     base: &BaseModel,
-    adapter: Option<&Arc<Adapter>>,
+    adapters: &[Option<&AdapterWeights>],
     examples: &[Example],
     max_tokens: usize,
     micro_batch_tokens: usize,
-) -> Result<Vec<Loss>, TrainError> {
+    breathe: &mut dyn FnMut(),
+) -> Result<Vec<Vec<Loss>>, TrainError> {
+    let params = |adapter: &Option<&AdapterWeights>| match adapter {
+        Some(weights) => Params::of(weights, base),
+        None => Ok(Params::none(base)),
+    };
+    let mut params: Vec<Params> = adapters.iter().map(params).collect::<Result<_, _>>()?;
+    params.iter_mut().for_each(|params| params.refresh(base));
     let config = base.config();
-    let virtual_tokens = adapter.map_or(0, |adapter| adapter.virtual_tokens());
-    let max_tokens = max_tokens.min(config.context.saturating_sub(virtual_tokens));
-    let cut = Cut { max_tokens, limit: micro_batch_tokens, virtual_tokens, share: false };
-    let useful: Vec<usize> = (0..examples.len()).filter(|&at| cut.is_useful(&examples[at])).collect();
-    let mut losses = Vec::with_capacity(useful.len());
-    for chunk in cut.chunks(examples, &useful) {
-        let indices = chunk.bundles.iter().flat_map(|bundle| &bundle.examples);
-        let adapters = AdapterBatch::new((0..chunk.rows).map(|_| adapter));
-        let (mut tokens, mut positions, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut rows, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::new());
-        for &index in indices {
-            let example = cut.tokens(&examples[index]);
-            let (first, len) = (tokens.len(), virtual_tokens + example.len() - 1);
-            spans.push(Span { first, len });
-            // Ids from the size of the vocabulary on are the adapter's own.
-            tokens.extend((config.vocab..config.vocab + virtual_tokens).map(|id| id as u32));
-            tokens.extend(&example[..example.len() - 1]);
-            positions.extend(0..len as u32);
-            let answer = examples[index].answer_start.max(1);
-            rows.extend(first + virtual_tokens + answer - 1..first + len);
-            targets.extend(&example[answer..]);
-            counts.push(example.len() - answer);
-        }
-        let mut pass = PackedPass { spans: &spans, adapters: &adapters, config };
-        let hidden = base.hidden(&tokens, &positions, &mut pass)?;
-        let width = config.hidden;
-        let hidden: Vec<f32> =
-            hidden.flatten_all().and_then(|hidden| hidden.to_vec1()).map_err(ModelError::from)?;
-        let last: Vec<f32> = rows.iter().flat_map(|row| &hidden[row * width..][..width]).copied().collect();
-        let per_row = losses_of(base, &last, &targets);
-        let mut rest = per_row.as_slice();
-        for tokens in counts {
-            let (mine, others) = rest.split_at(tokens);
-            losses.push(Loss { nats: mine.iter().map(|loss| f64::from(*loss)).sum(), tokens });
-            rest = others;
+    let most = params.iter().map(|params| params.virtual_tokens).max().unwrap_or(0);
+    let max_tokens = max_tokens.min(config.context.saturating_sub(most));
+    let cut = |params: &Params| Cut {
+        max_tokens,
+        limit: micro_batch_tokens,
+        virtual_tokens: params.virtual_tokens,
+        share: true,
+    };
+    let mut waiting: VecDeque<(usize, Chunk)> = VecDeque::new();
+    for (at, params) in params.iter().enumerate() {
+        let cut = cut(params);
+        let useful = cut.useful(examples, config.vocab)?;
+        waiting.extend(cut.chunks(examples, &useful).into_iter().map(|chunk| (at, chunk)));
+    }
+    let mut sums = vec![0.0; params.len()];
+    let members = params.iter().zip(&mut sums);
+    let members: Vec<Member<'_>> = members
+        .map(|(params, loss)| Member { params, grads: &mut [], dropout: None, share: 0.0, loss })
+        .collect();
+    let mut pool = Pool::default();
+    let mut measured: Vec<Vec<Loss>> = params.iter().map(|_| Vec::new()).collect();
+    while !waiting.is_empty() {
+        let chunks = next_pass(&mut waiting, micro_batch_tokens);
+        let mut pack = Pack::default();
+        chunks.iter().for_each(|(at, chunk)| pack.push(*at, &cut(&params[*at]), examples, chunk));
+        let x = Pass::new(base, &pack, 0).hidden(&mut pool, &members, breathe);
+        let per_token = losses(base, &mut pool, &pack, &x);
+        pool.give(x);
+        let mut rest = per_token.as_slice();
+        for (at, chunk) in &chunks {
+            for &index in chunk.bundles.iter().flat_map(|bundle| &bundle.examples) {
+                let (own, others) = rest.split_at(cut(&params[*at]).answers(&examples[index]));
+                let nats = own.iter().map(|loss| f64::from(*loss)).sum();
+                measured[*at].push(Loss { nats, tokens: own.len() });
+                rest = others;
+            }
         }
     }
-    Ok(losses)
+    Ok(measured)
 }

@@ -4,9 +4,11 @@
 //! A job's examples are cut into chunks by its own recipe alone; a pass takes chunks of several jobs. So what a job
 //! computes, to the bit, does not depend on the company it has.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use kernels::{Group, Span};
+use model::ModelError;
 use types::Example;
 
 /// Successive examples whose first rows are computed once.
@@ -47,6 +49,22 @@ impl Cut {
     /// Whether an example, cut, still has an answer token to predict.
     pub(crate) fn is_useful(&self, example: &Example) -> bool {
         self.tokens(example).len() > example.answer_start.max(1)
+    }
+
+    /// Which examples are useful.
+    ///
+    /// # Errors
+    /// When a token of one is beyond a vocabulary of `vocab`.
+    pub(crate) fn useful(&self, examples: &[Example], vocab: usize) -> Result<Vec<usize>, ModelError> {
+        let useful: Vec<usize> = (0..examples.len()).filter(|&at| self.is_useful(&examples[at])).collect();
+        let mut tokens = useful.iter().flat_map(|&at| self.tokens(&examples[at]));
+        match tokens.find(|token| **token as usize >= vocab) {
+            Some(token) => {
+                let problem = format!("token id {token} is beyond the vocabulary of {vocab}");
+                Err(ModelError::Batch(problem))
+            }
+            None => Ok(useful),
+        }
     }
 
     /// Answer tokens of an example, cut.
@@ -97,6 +115,20 @@ impl Cut {
         let before = if count == 1 { 0 } else { saved(bundle.common, count - 1) };
         (self.share && saved(common, count) > before).then_some(common)
     }
+}
+
+/// Takes the chunks of the next pass, each with its job: those in front that `limit` rows have room for, one at least.
+pub(crate) fn next_pass(waiting: &mut VecDeque<(usize, Chunk)>, limit: usize) -> Vec<(usize, Chunk)> {
+    let mut taken = Vec::new();
+    let mut rows = 0;
+    while let Some((_, chunk)) = waiting.front() {
+        rows += chunk.rows;
+        if rows > limit && !taken.is_empty() {
+            break;
+        }
+        taken.extend(waiting.pop_front());
+    }
+    taken
 }
 
 /// What a row begins as.

@@ -6,7 +6,9 @@ use std::ops::Range;
 
 use kernels::{Left, Right, multiply};
 use model::BaseModel;
-use peft::{AdapterConfig, AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
+use peft::{
+    AdapterConfig, AdapterWeights, Ia3Scale, Ia3Weights, LoraConfig, LoraTensors, LoraWeights, PromptWeights,
+};
 use rand::Rng;
 use rayon::prelude::*;
 use types::SiteId;
@@ -107,15 +109,20 @@ impl Params {
         Self::of(&weights, base)
     }
 
+    /// No numbers: the base alone.
+    pub(crate) fn none(base: &BaseModel) -> Self {
+        Self {
+            config: AdapterConfig::Lora(LoraConfig::oppu()),
+            values: Vec::new(),
+            sites: vec![None; base.shape().sites()],
+            virtual_tokens: 0,
+        }
+    }
+
     /// The numbers of weights, which must fit the base.
     pub(crate) fn of(weights: &AdapterWeights, base: &BaseModel) -> Result<Self, TrainError> {
         let shape = base.shape();
-        let mut params = Self {
-            config: weights.config(),
-            values: Vec::new(),
-            sites: vec![None; shape.sites()],
-            virtual_tokens: 0,
-        };
+        let mut params = Self { config: weights.config(), ..Self::none(base) };
         let misfit = |what: &str| TrainError::Recipe {
             field: "start",
             problem: format!("{what} do not fit the base"),

@@ -1,11 +1,11 @@
 //! One pass of packed rows through the base, forwards and backwards: gradients for what the jobs train, for nothing
 //! else, and no further down than the lowest of it.
 
-use kernels::{SpanAttention, rope, span_attention, span_attention_grad};
+use kernels::{SpanAttention, span_attention, span_attention_grad};
 use model::{BaseModel, Block};
 use types::{Site, SiteId};
 
-use crate::buffers::{Pool, add, norm, norm_grad, rows, swiglu, swiglu_grad};
+use crate::buffers::{Pool, add, add_and_norm, add_norm_grad, norm, norm_grad, swiglu, swiglu_grad, turn};
 use crate::head::loss_and_grad;
 use crate::pack::{Pack, Source};
 use crate::site::{Member, Product, SiteAt};
@@ -99,6 +99,23 @@ impl<'a> Pass<'a> {
         pool.give(dx);
     }
 
+    /// The last block's output; nothing is kept. `breathe` is called between blocks.
+    pub(crate) fn hidden(
+        &self,
+        pool: &mut Pool,
+        members: &[Member<'_>],
+        breathe: &mut dyn FnMut(),
+    ) -> Vec<f32> {
+        let mut x = self.embed(pool, members);
+        for layer in 0..self.base.config().layers {
+            breathe();
+            let (left, next) = self.forward(pool, members, layer, &x);
+            left.release(pool);
+            pool.give(std::mem::replace(&mut x, next));
+        }
+        x
+    }
+
     /// The lowest block and site that anything trains at; no site when it is the input embeddings.
     fn lowest(&self, members: &[Member<'_>]) -> Lowest {
         let jobs = self.pack.segments.iter().map(|segment| members[segment.job].params.lowest());
@@ -149,21 +166,12 @@ impl<'a> Pass<'a> {
         SiteAt { id: SiteId::new(layer, site), linear, pack: self.pack }
     }
 
-    /// Norms and rotates queries or keys; gives back what they were if there is a norm.
-    fn ready(&self, pool: &mut Pool, weight: Option<&[f32]>, x: &mut Vec<f32>) -> Option<Vec<f32>> {
-        let raw = weight.map(|weight| {
-            let mut normed = pool.take(x.len());
-            norm(x, weight, self.base.config().norm_eps, &mut normed);
-            std::mem::replace(x, normed)
-        });
-        self.turn(false, x);
-        raw
-    }
-
-    /// Rotates the heads of every row to its position, or back.
-    fn turn(&self, back: bool, x: &mut [f32]) {
-        let width = x.len() / self.pack.rows();
-        rows(x, width, |row, x| rope(self.base.rope(), &self.pack.positions[row..=row], back, x));
+    /// Norms queries or keys in place if there is a norm; gives back what they were then.
+    fn head_norm(&self, pool: &mut Pool, weight: Option<&[f32]>, x: &mut Vec<f32>) -> Option<Vec<f32>> {
+        let weight = weight?;
+        let mut normed = pool.take(x.len());
+        norm(x, weight, self.base.config().norm_eps, &mut normed);
+        Some(std::mem::replace(x, normed))
     }
 
     fn forward(&self, pool: &mut Pool, members: &[Member<'_>], layer: usize, x: &[f32]) -> (Kept, Vec<f32>) {
@@ -181,15 +189,15 @@ impl<'a> Pass<'a> {
         let mut k = linear(pool, Site::K, &normed);
         let v = linear(pool, Site::V, &normed);
         let raw = [
-            self.ready(pool, block.query_norm.as_deref(), &mut q),
-            self.ready(pool, block.key_norm.as_deref(), &mut k),
+            self.head_norm(pool, block.query_norm.as_deref(), &mut q),
+            self.head_norm(pool, block.key_norm.as_deref(), &mut k),
         ];
+        turn(base.rope(), &self.pack.positions, false, &mut q, &mut k);
         let mut attended = pool.take(q.len());
         let attention = SpanAttention { window: config.windows[layer], ..self.attention.clone() };
         span_attention(&attention, &q, &k, &v, &mut attended);
         let mut middle = linear(pool, Site::O, &attended);
-        add(x, &mut middle);
-        norm(&middle, &block.feed_forward_norm, config.norm_eps, &mut normed);
+        add_and_norm(x, &mut middle, &block.feed_forward_norm, config.norm_eps, &mut normed);
         let gate = linear(pool, Site::Gate, &normed);
         let up = linear(pool, Site::Up, &normed);
         let mut gated = pool.take(gate.len());
@@ -247,15 +255,15 @@ impl<'a> Pass<'a> {
             let mut backward = |pool: &mut Pool, site: Site, x: &[f32], dy: &mut [f32], further| {
                 self.site(layer, site).backward(pool, members, x, &products[site.index()], dy, further)
             };
-            let mut dnormed = backward(pool, Site::Gate, &normed, &mut gate, further);
-            let other = backward(pool, Site::Up, &normed, &mut up, further);
+            let dnormed = [
+                backward(pool, Site::Gate, &normed, &mut gate, further),
+                backward(pool, Site::Up, &normed, &mut up, further),
+            ];
             if !further {
                 break 'way;
             }
-            add(&other, &mut dnormed);
-            norm_grad(&middle, &block.feed_forward_norm, config.norm_eps, &mut dnormed);
-            add(&dnormed, &mut dx);
-            given.extend([other, dnormed]);
+            add_norm_grad(&middle, &block.feed_forward_norm, config.norm_eps, &dnormed, &mut dx);
+            given.extend(dnormed);
             let dattended = branch(pool, members, Site::O, &attended, &dx, below(Site::O));
             if !below(Site::O) {
                 break 'way;
@@ -264,36 +272,27 @@ impl<'a> Pass<'a> {
             let (mut dq, mut dk, mut dv) = (pool.take(q.len()), pool.take(k.len()), pool.take(v.len()));
             span_attention_grad(&attention, &q, &k, &v, &dattended, &mut dq, &mut dk, &mut dv);
             given.push(dattended);
+            turn(base.rope(), &self.pack.positions, true, &mut dq, &mut dk);
             for (raw, weight, dy) in
                 [(&raw[0], &block.query_norm, &mut dq), (&raw[1], &block.key_norm, &mut dk)]
             {
-                self.turn(true, dy);
                 if let (Some(raw), Some(weight)) = (raw, weight) {
                     norm_grad(raw, weight, config.norm_eps, dy);
                 }
             }
             norm(x, &block.attention_norm, config.norm_eps, &mut normed);
             let further = floor.is_none();
-            let mut sum: Option<Vec<f32>> = None;
+            let mut dnormed = Vec::new();
             for (site, dy) in [(Site::Q, &mut dq), (Site::K, &mut dk), (Site::V, &mut dv)] {
                 let at = self.site(layer, site);
-                if !further && !at.is_trained(members) {
-                    continue;
-                }
-                let part = at.backward(pool, members, &normed, &products[site.index()], dy, further);
-                match &mut sum {
-                    Some(sum) if further => {
-                        add(&part, sum);
-                        given.push(part);
-                    }
-                    _ => sum = Some(part),
+                if further || at.is_trained(members) {
+                    dnormed.push(at.backward(pool, members, &normed, &products[site.index()], dy, further));
                 }
             }
-            if let (true, Some(mut dnormed)) = (further, sum) {
-                norm_grad(x, &block.attention_norm, config.norm_eps, &mut dnormed);
-                add(&dnormed, &mut dx);
-                given.push(dnormed);
+            if further {
+                add_norm_grad(x, &block.attention_norm, config.norm_eps, &dnormed, &mut dx);
             }
+            given.extend(dnormed);
             given.extend([dq, dk, dv]);
         }
         given.push(normed);

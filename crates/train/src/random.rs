@@ -1,6 +1,7 @@
 //! Randomness without state: every draw is a function of the job's seed and of what it is for, so that neither other
 //! jobs nor an interruption change it.
 
+use kernels::Thinning;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -50,35 +51,31 @@ impl Dropout {
         (threshold > 0).then(|| Self { seed, step, threshold, kept: (1.0 / (1.0 - share)) as f32 })
     }
 
-    /// Drops values of a row: that at `position` of an example, at the site with index `site`.
-    pub(crate) fn apply(&self, site: usize, (example, position): (u32, u32), row: &mut [f32]) {
+    /// What it does to a row: that at `position` of an example, at the site with index `site`.
+    pub(crate) fn of_row(&self, site: usize, (example, position): (u32, u32)) -> Thinning {
         let key = mix(&[
             self.seed,
             DROPOUT,
             u64::from(self.step) << 32 | site as u64,
             u64::from(example) << 32 | u64::from(position),
         ]);
-        let (low, high) = (key as u32, (key >> 32) as u32);
-        for (at, value) in row.iter_mut().enumerate() {
-            // The finaliser of MurmurHash3 (Appleby), with half of the key between its halves.
-            let mut h = (at as u32).wrapping_mul(0x9e37_79b9) ^ low;
-            h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
-            h = ((h ^ (h >> 13)) ^ high).wrapping_mul(0xc2b2_ae35);
-            h ^= h >> 16;
-            *value = if h < self.threshold { 0.0 } else { *value * self.kept };
-        }
+        Thinning { key, threshold: self.threshold, kept: self.kept }
     }
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use kernels::thin_out;
+
     use super::*;
 
     #[test]
     fn dropout_drops_its_share_and_differs_by_everything() {
         let mask = |seed, step, site, row| {
-            let mut values = vec![1.0; 4096];
-            Dropout::new(seed, step, 0.25).into_iter().for_each(|d| d.apply(site, row, &mut values));
+            let mut values = vec![0.0; 4096];
+            let dropout = Dropout::new(seed, step, 0.25).unwrap();
+            thin_out(dropout.of_row(site, row), &[1.0; 4096], &mut values, false);
             values
         };
         let first = mask(1, 2, 3, (4, 5));
@@ -96,6 +93,10 @@ mod tests {
             let same = first.iter().zip(&other).filter(|(a, b)| **a == 0.0 && **b == 0.0).count() as f64;
             assert!((same / 4096.0 - 0.0625).abs() < 0.02, "masks are not independent: {same}");
         }
+        // Added to what is there, it is the same mask.
+        let mut sums = first.clone();
+        thin_out(Dropout::new(1, 2, 0.25).unwrap().of_row(3, (4, 5)), &[1.0; 4096], &mut sums, true);
+        assert!(sums.iter().zip(&first).all(|(sum, first)| *sum == 2.0 * first));
         assert!(Dropout::new(1, 2, 0.0).is_none());
     }
 }

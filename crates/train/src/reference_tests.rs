@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use model::{BaseModel, LoadOptions, load};
-use peft::{Adapter, AdapterConfig, AdapterWeights, Ia3Scale};
+use kernels::Span;
+use model::{BaseModel, LoadOptions, PackedPass, load};
+use peft::{Adapter, AdapterBatch, AdapterConfig, AdapterWeights, Ia3Scale};
 use types::{Example, SiteId};
 
 use crate::buffers::Pool;
@@ -180,13 +181,66 @@ fn fifty_steps_of_every_kind_equal_torch() {
         let last = candle_core::safetensors::load(last, &Device::Cpu).unwrap();
         let difference = difference(&trained.weights, &base, &last);
         assert!(difference < 1e-4, "weights after the last step: {difference}");
-        // The serving path sees the same loss as the training path.
-        let adapter = Adapter::build(&trained.weights, &base, peft::Precision::Exact).unwrap();
-        let losses = evaluate(&base, Some(&Arc::new(adapter)), &examples, 100, 1000).unwrap();
-        let tokens = losses.iter().map(|loss| loss.tokens).sum::<usize>() as f64;
-        let nats = losses.iter().map(|loss| loss.nats).sum::<f64>() / tokens;
+        let losses = evaluate(&base, &[Some(&trained.weights)], &examples, 100, 1000, &mut || ()).unwrap();
+        let tokens = losses[0].iter().map(|loss| loss.tokens).sum::<usize>() as f64;
+        let nats = losses[0].iter().map(|loss| loss.nats).sum::<f64>() / tokens;
         let expected = json["loss_after_last_step"].as_f64().unwrap();
         assert!((nats - expected).abs() < 1e-4, "{nats} instead of {expected}");
-        assert!((Loss::bits_per_token(&losses) - expected / std::f64::consts::LN_2).abs() < 2e-4);
+        assert!((Loss::bits_per_token(&losses[0]) - expected / std::f64::consts::LN_2).abs() < 2e-4);
     }
+}
+
+/// The loss of an example's answer by the path of serving, in float32.
+fn served(base: &BaseModel, adapter: Option<&Arc<Adapter>>, example: &Example) -> f64 {
+    let config = base.config();
+    let before = adapter.map_or(0, |adapter| adapter.virtual_tokens());
+    let own = (config.vocab..config.vocab + before).map(|id| id as u32);
+    let tokens: Vec<u32> = own.chain(example.tokens[..example.tokens.len() - 1].iter().copied()).collect();
+    let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+    let spans = [Span { first: 0, len: tokens.len() }];
+    let adapters = AdapterBatch::new((0..tokens.len()).map(|_| adapter));
+    let mut pass = PackedPass { spans: &spans, adapters: &adapters, config };
+    let hidden = base.hidden(&tokens, &positions, &mut pass).unwrap();
+    let hidden: Vec<f32> = hidden.flatten_all().unwrap().to_vec1().unwrap();
+    let loss = |at: usize| {
+        let row = before + at - 1;
+        let mut logits = vec![0.0; config.vocab];
+        base.head().product(&hidden[row * config.hidden..][..config.hidden], &mut logits);
+        let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        sum.ln() - f64::from(logits[example.tokens[at] as usize])
+    };
+    (example.answer_start..example.tokens.len()).map(loss).sum()
+}
+
+/// Base and all kinds of adapters in the same passes, examples with and without common beginnings: what the gate sees is
+/// what is served.
+#[test]
+fn losses_are_those_of_serving() {
+    let base = base();
+    let mut setups: Vec<Setup> = KINDS.iter().map(|kind| setup(&base, kind)).collect();
+    let mut examples = std::mem::take(&mut setups[0].examples);
+    examples.truncate(3);
+    let first = examples[0].clone();
+    examples.push(Example { tokens: [&first.tokens[..], &[5, 6]].concat(), ..first });
+    let weights: Vec<Option<&AdapterWeights>> =
+        std::iter::once(None).chain(setups.iter().map(|setup| Some(&setup.start))).collect();
+    for micro_batch_tokens in [1, 64, 1000] {
+        let losses = evaluate(&base, &weights, &examples, 100, micro_batch_tokens, &mut || ()).unwrap();
+        assert_eq!(losses.len(), weights.len());
+        for (weights, losses) in weights.iter().zip(&losses) {
+            let build = |weights| Arc::new(Adapter::build(weights, &base, peft::Precision::Exact).unwrap());
+            let adapter = weights.map(build);
+            assert_eq!(losses.len(), examples.len());
+            for (example, loss) in examples.iter().zip(losses) {
+                let served = served(&base, adapter.as_ref(), example);
+                assert!((loss.nats - served).abs() < 1e-4, "{} instead of {served}", loss.nats);
+                assert_eq!(loss.tokens, example.tokens.len() - example.answer_start);
+            }
+        }
+        // Negative control: adapters and examples are told apart.
+        let differ = |a: &[Loss], b: &[Loss]| a.iter().zip(b).all(|(a, b)| (a.nats - b.nats).abs() > 1e-3);
+        assert!(differ(&losses[0], &losses[1]) && differ(&losses[1], &losses[2]));
+    }
+    let beyond = [Example { tokens: vec![1, 1 << 30, 2], answer_start: 1 }];
+    assert!(evaluate(&base, &[None], &beyond, 100, 64, &mut || ()).is_err());
 }

@@ -1,6 +1,6 @@
 //! One job's run: its weights and moments between steps, its batches, and what a step does to it.
 
-use model::{BaseModel, ModelError};
+use model::BaseModel;
 use sha2::{Digest, Sha256};
 use types::Example;
 
@@ -64,16 +64,9 @@ impl<'a> Run<'a> {
             virtual_tokens,
             share: recipe.share_prefix,
         };
-        let useful: Vec<usize> =
-            (0..job.examples.len()).filter(|&index| cut.is_useful(&job.examples[index])).collect();
+        let useful = cut.useful(job.examples, config.vocab)?;
         if useful.is_empty() {
             return Err(TrainError::NoExamples);
-        }
-        let beyond = |token: &&u32| **token as usize >= config.vocab;
-        let mut tokens = useful.iter().flat_map(|&index| cut.tokens(&job.examples[index]));
-        if let Some(token) = tokens.find(beyond) {
-            let problem = format!("token id {token} is beyond the vocabulary of {}", config.vocab);
-            return Err(ModelError::Batch(problem).into());
         }
         let len = params.values.len();
         let fingerprint = fingerprint(base, job, &params);

@@ -1,8 +1,9 @@
 //! A frozen linear layer with what each job trains there: forwards, and backwards to its input and to the jobs' own
 //! numbers.
 
-use kernels::{Left, Right, multiply};
+use kernels::{Left, Right, multiply, thin_out};
 use model::Linear;
+use rayon::prelude::*;
 use types::SiteId;
 
 use crate::buffers::{Pool, add_rows, rows};
@@ -54,50 +55,65 @@ impl SiteAt<'_> {
 
     /// The layer's output of all rows of `x`.
     pub(crate) fn forward(&self, pool: &mut Pool, members: &[Member<'_>], x: &[f32]) -> (Vec<f32>, Product) {
-        let (n, k) = self.dims();
+        let n = self.dims().0;
         let mut y = pool.take(self.pack.rows() * n);
         let scaled = self.scaled(pool, members, x);
         self.linear.product(scaled.as_deref().unwrap_or(x), &mut y);
         scaled.into_iter().for_each(|buffer| pool.give(buffer));
-        let mut product = self.any(members, needs_product).then(|| pool.take(y.len()));
-        for segment in &self.pack.segments {
-            let y = &mut y[segment.rows.start * n..segment.rows.end * n];
-            let mut keep = |y: &[f32]| {
-                if let Some(product) = &mut product {
-                    product[segment.rows.start * n..segment.rows.end * n].copy_from_slice(y);
-                }
-            };
-            match at(members, segment, self.id) {
-                Some((params, SiteParams::Lora(lora))) => {
-                    let dropped = self.dropped(pool, members, segment, x);
-                    let x = dropped.as_deref().unwrap_or(&x[segment.rows.start * k..segment.rows.end * k]);
-                    let u = down(params, lora, x);
-                    let b = &params.values[lora.b.clone()];
-                    multiply([segment.rows.len(), lora.rank, n], dense(&u, lora.rank), right(b, n), y, true);
-                    dropped.into_iter().for_each(|buffer| pool.give(buffer));
-                    if let Some(bias) = &lora.bias {
-                        let bias = &params.values[bias.clone()];
-                        rows(y, n, |_, y| {
-                            y.iter_mut().zip(bias).for_each(|(y, b)| *y += lora.scale as f32 * b)
-                        });
-                    }
-                    if let Some(dora) = &lora.dora {
-                        keep(y);
-                        let gains = gains(params, dora);
-                        rows(y, n, |_, y| y.iter_mut().zip(&gains).for_each(|(y, gain)| *y *= gain));
-                    }
-                    self.add_bias(y);
-                }
-                Some((params, SiteParams::Output(scale))) => {
-                    self.add_bias(y);
-                    keep(y);
-                    let scale = &params.values[scale.clone()];
-                    rows(y, n, |_, y| y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale));
-                }
-                Some((_, SiteParams::Input(_))) | None => self.add_bias(y),
-            }
+        if !self.is_trained(members) {
+            self.add_bias(&mut y);
+            return (y, None);
         }
+        let dropped = self.dropped(pool, members, x);
+        let mut product = self.any(members, needs_product).then(|| pool.take(y.len()));
+        let kept: Vec<_> = match &mut product {
+            Some(product) => self.parts(product, n).into_iter().map(Some).collect(),
+            None => self.pack.segments.iter().map(|_| None).collect(),
+        };
+        let parts = self.parts(&mut y, n).into_par_iter().zip(kept).zip(&self.pack.segments);
+        parts.for_each(|((y, kept), segment)| {
+            let input = self.input(&members[segment.job], segment, x, &dropped);
+            self.segment_forward(members, segment, input, y, kept);
+        });
+        dropped.into_iter().for_each(|buffer| pool.give(buffer));
         (y, product)
+    }
+
+    /// Makes a segment's frozen product its output; what it was goes to `kept`.
+    fn segment_forward(
+        &self,
+        members: &[Member<'_>],
+        segment: &Segment,
+        x: &[f32],
+        y: &mut [f32],
+        kept: Option<&mut [f32]>,
+    ) {
+        let n = self.dims().0;
+        let keep = |y: &[f32]| kept.into_iter().for_each(|kept| kept.copy_from_slice(y));
+        match at(members, segment, self.id) {
+            Some((params, SiteParams::Lora(lora))) => {
+                let u = down(params, lora, x);
+                let b = &params.values[lora.b.clone()];
+                multiply([segment.rows.len(), lora.rank, n], dense(&u, lora.rank), right(b, n), y, true);
+                if let Some(bias) = &lora.bias {
+                    let bias = &params.values[bias.clone()];
+                    rows(y, n, |_, y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += lora.scale as f32 * b));
+                }
+                if let Some(dora) = &lora.dora {
+                    keep(y);
+                    let gains = gains(params, dora);
+                    rows(y, n, |_, y| y.iter_mut().zip(&gains).for_each(|(y, gain)| *y *= gain));
+                }
+                self.add_bias(y);
+            }
+            Some((params, SiteParams::Output(scale))) => {
+                self.add_bias(y);
+                keep(y);
+                let scale = &params.values[scale.clone()];
+                rows(y, n, |_, y| y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale));
+            }
+            Some((_, SiteParams::Input(_))) | None => self.add_bias(y),
+        }
     }
 
     /// Adds the jobs' gradients here, given the output's; gives that of `x` if `further`. `dy` may be changed.
@@ -110,64 +126,18 @@ impl SiteAt<'_> {
         dy: &mut [f32],
         further: bool,
     ) -> Vec<f32> {
-        let (n, k) = self.dims();
-        // What comes down through A, of the rows that have one.
-        let mut low_rank: Vec<Option<Vec<f32>>> = Vec::new();
-        for segment in &self.pack.segments {
-            let count = segment.rows.len();
-            let rows_n = segment.rows.start * n..segment.rows.end * n;
-            let dy = &mut dy[rows_n.clone()];
-            let Some((params, site)) = at(members, segment, self.id) else {
-                low_rank.push(None);
-                continue;
-            };
-            let kept = product.as_ref().map(|product| &product[rows_n]);
-            match site {
-                SiteParams::Lora(lora) => {
-                    let dropped = self.dropped(pool, members, segment, x);
-                    let x = dropped.as_deref().unwrap_or(&x[segment.rows.start * k..segment.rows.end * k]);
-                    if let (Some(dora), Some(kept)) = (&lora.dora, kept) {
-                        let grads = &mut members[segment.job].grads[dora.magnitude.clone()];
-                        add_rows(grads, count, |row, o| dy[row * n + o] * kept[row * n + o] / dora.norms[o]);
-                        let gains = gains(params, dora);
-                        rows(dy, n, |_, dy| dy.iter_mut().zip(&gains).for_each(|(dy, gain)| *dy *= gain));
-                    }
-                    if let Some(bias) = &lora.bias {
-                        let grads = &mut members[segment.job].grads[bias.clone()];
-                        add_rows(grads, count, |row, o| lora.scale as f32 * dy[row * n + o]);
-                    }
-                    let rank = lora.rank;
-                    let u = down(params, lora, x);
-                    let grads = &mut members[segment.job].grads;
-                    multiply(
-                        [rank, count, n],
-                        across(&u, rank),
-                        right(dy, n),
-                        &mut grads[lora.b.clone()],
-                        true,
-                    );
-                    let du = along(&params.values[lora.b.clone()], rank, dy, lora.scale as f32);
-                    multiply(
-                        [rank, count, k],
-                        across(&du, rank),
-                        right(x, k),
-                        &mut grads[lora.a.clone()],
-                        true,
-                    );
-                    dropped.into_iter().for_each(|buffer| pool.give(buffer));
-                    low_rank.push(further.then_some(du));
+        let k = self.dims().1;
+        // What comes down through A, by segment.
+        let mut low_rank: Vec<Option<Vec<f32>>> = vec![None; self.pack.segments.len()];
+        if self.is_trained(members) {
+            let dropped = self.dropped(pool, members, x);
+            self.jobs(members, dy, &mut low_rank).into_par_iter().for_each(|(member, parts)| {
+                for (segment, dy, low_rank) in parts {
+                    let input = self.input(member, segment, x, &dropped);
+                    *low_rank = self.segment_backward(member, segment, input, product, dy);
                 }
-                SiteParams::Output(range) => {
-                    if let Some(kept) = kept {
-                        let grads = &mut members[segment.job].grads[range.clone()];
-                        add_rows(grads, count, |row, o| dy[row * n + o] * kept[row * n + o]);
-                    }
-                    let scale = &params.values[range.clone()];
-                    rows(dy, n, |_, dy| dy.iter_mut().zip(scale).for_each(|(dy, scale)| *dy *= scale));
-                    low_rank.push(None);
-                }
-                SiteParams::Input(_) => low_rank.push(None),
-            }
+            });
+            dropped.into_iter().for_each(|buffer| pool.give(buffer));
         }
         let scales_input = self.any(members, |site| matches!(site, SiteParams::Input(_)));
         if !further && !scales_input {
@@ -175,35 +145,111 @@ impl SiteAt<'_> {
         }
         let mut dx = pool.take(self.pack.rows() * k);
         self.linear.transposed(dy, &mut dx);
-        for (segment, du) in self.pack.segments.iter().zip(&low_rank) {
-            let (rows_k, count) = (segment.rows.start * k..segment.rows.end * k, segment.rows.len());
-            let dx = &mut dx[rows_k.clone()];
-            match at(members, segment, self.id) {
-                Some((params, SiteParams::Lora(lora))) => {
-                    let Some(du) = du else { continue };
-                    let a = right(&params.values[lora.a.clone()], k);
-                    let size = [count, lora.rank, k];
-                    if let Some(dropout) = members[segment.job].dropout {
-                        let mut update = pool.take(count * k);
-                        multiply(size, dense(du, lora.rank), a, &mut update, false);
-                        self.drop(dropout, segment, &mut update);
-                        crate::buffers::add(&update, dx);
-                        pool.give(update);
-                    } else {
-                        multiply(size, dense(du, lora.rank), a, dx, true);
+        let mut updates = low_rank.iter().any(Option::is_some).then(|| pool.take(dx.len()));
+        if let Some(updates) = &mut updates {
+            let parts = self.parts(&mut dx, k).into_par_iter().zip(self.parts(updates, k));
+            parts.zip(&self.pack.segments).zip(&low_rank).for_each(|(((dx, update), segment), du)| {
+                let (Some((params, SiteParams::Lora(lora))), Some(du)) = (at(members, segment, self.id), du)
+                else {
+                    return;
+                };
+                let a = right(&params.values[lora.a.clone()], k);
+                let size = [segment.rows.len(), lora.rank, k];
+                match members[segment.job].dropout {
+                    Some(dropout) => {
+                        multiply(size, dense(du, lora.rank), a, update, false);
+                        self.drop(dropout, segment, update, dx, true);
                     }
+                    None => multiply(size, dense(du, lora.rank), a, dx, true),
                 }
-                Some((params, SiteParams::Input(range))) => {
-                    let x = &x[rows_k];
-                    let grads = &mut members[segment.job].grads[range.clone()];
-                    add_rows(grads, count, |row, i| dx[row * k + i] * x[row * k + i]);
-                    let scale = &params.values[range.clone()];
-                    rows(dx, k, |_, dx| dx.iter_mut().zip(scale).for_each(|(dx, scale)| *dx *= scale));
-                }
-                Some((_, SiteParams::Output(_))) | None => {}
-            }
+            });
+        }
+        updates.into_iter().for_each(|buffer| pool.give(buffer));
+        for segment in self.pack.segments.iter().filter(|_| scales_input) {
+            let Some((params, SiteParams::Input(range))) = at(members, segment, self.id) else { continue };
+            let rows_k = segment.rows.start * k..segment.rows.end * k;
+            let (x, dx) = (&x[rows_k.clone()], &mut dx[rows_k]);
+            let grads = &mut members[segment.job].grads[range.clone()];
+            add_rows(grads, segment.rows.len(), |row, i| dx[row * k + i] * x[row * k + i]);
+            let scale = &params.values[range.clone()];
+            rows(dx, k, |_, dx| dx.iter_mut().zip(scale).for_each(|(dx, scale)| *dx *= scale));
         }
         dx
+    }
+
+    /// Adds the gradients of what the job trains on the way from `x` to `dy`, which becomes that of the frozen product;
+    /// gives what comes down through B.
+    fn segment_backward(
+        &self,
+        member: &mut Member<'_>,
+        segment: &Segment,
+        x: &[f32],
+        product: &Product,
+        dy: &mut [f32],
+    ) -> Option<Vec<f32>> {
+        let (n, k) = self.dims();
+        let (params, count) = (member.params, segment.rows.len());
+        let grads = &mut *member.grads;
+        let kept = product.as_ref().map(|product| &product[segment.rows.start * n..segment.rows.end * n]);
+        match params.sites[self.id.index()].as_ref()? {
+            SiteParams::Lora(lora) => {
+                if let (Some(dora), Some(kept)) = (&lora.dora, kept) {
+                    let grads = &mut grads[dora.magnitude.clone()];
+                    add_rows(grads, count, |row, o| dy[row * n + o] * kept[row * n + o] / dora.norms[o]);
+                    let gains = gains(params, dora);
+                    rows(dy, n, |_, dy| dy.iter_mut().zip(&gains).for_each(|(dy, gain)| *dy *= gain));
+                }
+                if let Some(bias) = &lora.bias {
+                    let grads = &mut grads[bias.clone()];
+                    add_rows(grads, count, |row, o| lora.scale as f32 * dy[row * n + o]);
+                }
+                let (rank, b) = (lora.rank, lora.b.clone());
+                let u = down(params, lora, x);
+                multiply([rank, count, n], across(&u, rank), right(dy, n), &mut grads[b.clone()], true);
+                let du = along(&params.values[b], rank, dy, lora.scale as f32);
+                let a = &mut grads[lora.a.clone()];
+                multiply([rank, count, k], across(&du, rank), right(x, k), a, true);
+                Some(du)
+            }
+            SiteParams::Output(range) => {
+                if let Some(kept) = kept {
+                    let grads = &mut grads[range.clone()];
+                    add_rows(grads, count, |row, o| dy[row * n + o] * kept[row * n + o]);
+                }
+                let scale = &params.values[range.clone()];
+                rows(dy, n, |_, dy| dy.iter_mut().zip(scale).for_each(|(dy, scale)| *dy *= scale));
+                None
+            }
+            SiteParams::Input(_) => None,
+        }
+    }
+
+    /// The rows of each segment.
+    fn parts<'v>(&self, mut values: &'v mut [f32], width: usize) -> Vec<&'v mut [f32]> {
+        let segments = self.pack.segments.iter();
+        segments
+            .map(|segment| {
+                let (part, rest) = std::mem::take(&mut values).split_at_mut(segment.rows.len() * width);
+                values = rest;
+                part
+            })
+            .collect()
+    }
+
+    /// Every job with its segments, in order, and what belongs to them: jobs are independent of each other.
+    fn jobs<'m, 'p, 'v>(
+        &'v self,
+        members: &'m mut [Member<'p>],
+        dy: &'v mut [f32],
+        low_rank: &'v mut [Option<Vec<f32>>],
+    ) -> Vec<(&'m mut Member<'p>, Vec<Part<'v>>)> {
+        let mut jobs: Vec<_> = members.iter_mut().map(|member| (member, Vec::new())).collect();
+        let parts = self.pack.segments.iter().zip(self.parts(dy, self.dims().0)).zip(low_rank);
+        for ((segment, dy), low_rank) in parts {
+            jobs[segment.job].1.push((segment, dy, low_rank));
+        }
+        jobs.retain(|(_, parts)| !parts.is_empty());
+        jobs
     }
 
     fn add_bias(&self, y: &mut [f32]) {
@@ -230,29 +276,51 @@ impl SiteAt<'_> {
         Some(scaled)
     }
 
-    /// A segment's rows of the input after dropout.
-    fn dropped(
-        &self,
-        pool: &mut Pool,
-        members: &[Member<'_>],
-        segment: &Segment,
-        x: &[f32],
-    ) -> Option<Vec<f32>> {
-        let dropout = members[segment.job].dropout?;
+    /// The input after dropout: rows of jobs that drop some of it here; the others may be anything.
+    fn dropped(&self, pool: &mut Pool, members: &[Member<'_>], x: &[f32]) -> Option<Vec<f32>> {
+        let segments = &self.pack.segments;
+        let drops = |segment: &Segment| self.dropout(&members[segment.job]);
+        segments.iter().find_map(drops)?;
         let k = self.dims().1;
-        let mut dropped = pool.take(segment.rows.len() * k);
-        dropped.copy_from_slice(&x[segment.rows.start * k..segment.rows.end * k]);
-        self.drop(dropout, segment, &mut dropped);
+        let mut dropped = pool.take(x.len());
+        self.parts(&mut dropped, k).into_par_iter().zip(segments).for_each(|(to, segment)| {
+            let from = &x[segment.rows.start * k..segment.rows.end * k];
+            drops(segment).into_iter().for_each(|dropout| self.drop(dropout, segment, from, to, false));
+        });
         Some(dropped)
     }
 
-    fn drop(&self, dropout: Dropout, segment: &Segment, x: &mut [f32]) {
-        rows(x, self.dims().1, |row, values| {
-            let row = segment.rows.start + row;
-            dropout.apply(self.id.index(), (self.pack.examples[row], self.pack.positions[row]), values);
+    /// A job's dropout here.
+    fn dropout(&self, member: &Member<'_>) -> Option<Dropout> {
+        let is_lora = matches!(member.params.sites[self.id.index()], Some(SiteParams::Lora(_)));
+        member.dropout.filter(|_| is_lora)
+    }
+
+    /// What a segment of the job reads: rows of `x`, after dropout if it has one.
+    fn input<'x>(
+        &self,
+        member: &Member<'_>,
+        segment: &Segment,
+        x: &'x [f32],
+        dropped: &'x Option<Vec<f32>>,
+    ) -> &'x [f32] {
+        let k = self.dims().1;
+        let from = self.dropout(member).and(dropped.as_deref()).unwrap_or(x);
+        &from[segment.rows.start * k..segment.rows.end * k]
+    }
+
+    fn drop(&self, dropout: Dropout, segment: &Segment, from: &[f32], to: &mut [f32], add: bool) {
+        let k = self.dims().1;
+        rows(to, k, |at, to| {
+            let row = segment.rows.start + at;
+            let place = (self.pack.examples[row], self.pack.positions[row]);
+            thin_out(dropout.of_row(self.id.index(), place), &from[at * k..][..k], to, add);
         });
     }
 }
+
+/// A segment, the gradient of its output, and what comes down through its job's B.
+type Part<'v> = (&'v Segment, &'v mut [f32], &'v mut Option<Vec<f32>>);
 
 fn needs_product(site: &SiteParams) -> bool {
     matches!(site, SiteParams::Output(_) | SiteParams::Lora(Lora { dora: Some(_), .. }))

@@ -1,5 +1,6 @@
 //! Training of several users' jobs at once: their rows share the passes through the base, and nothing else.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 
 use model::BaseModel;
@@ -8,7 +9,7 @@ use types::Example;
 
 use crate::buffers::Pool;
 use crate::error::TrainError;
-use crate::pack::{Chunk, Pack};
+use crate::pack::{Chunk, Pack, next_pass};
 use crate::pass::Pass;
 use crate::recipe::Recipe;
 use crate::run::Run;
@@ -144,18 +145,15 @@ pub(crate) fn step(
     runs: &mut [(usize, Run<'_>)],
     breathe: &mut dyn FnMut(),
 ) {
-    let mut waiting: Vec<(usize, Chunk)> = Vec::new();
+    let mut waiting: VecDeque<(usize, Chunk)> = VecDeque::new();
     for (at, (_, run)) in runs.iter_mut().enumerate() {
         waiting.extend(run.begin(base).into_iter().map(|chunk| (at, chunk)));
     }
     let limit = runs.iter().map(|(_, run)| run.recipe().micro_batch_tokens).max().unwrap_or(0);
     let budget = runs.iter().map(|(_, run)| run.recipe().activation_bytes).min().unwrap_or(0);
-    let mut waiting = waiting.into_iter().peekable();
-    while waiting.peek().is_some() {
+    while !waiting.is_empty() {
         let mut pack = Pack::default();
-        while let Some((at, chunk)) =
-            waiting.next_if(|(_, chunk)| pack.rows() == 0 || pack.rows() + chunk.rows <= limit)
-        {
+        for (at, chunk) in next_pass(&mut waiting, limit) {
             let run = &runs[at].1;
             pack.push(at, run.cut(), run.examples(), &chunk);
         }

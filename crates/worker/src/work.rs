@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use model::BaseModel;
-use peft::{Adapter, AdapterConfig, AdapterWeights, PeftFiles, Precision, generation_id};
+use peft::{AdapterConfig, AdapterWeights, PeftFiles, generation_id};
 use personalize::example;
 use serde_json::json;
 use store::{Lesson, NewGeneration};
@@ -18,9 +18,6 @@ use crate::options;
 use crate::plan::{Head, Plan, plan, work_hash};
 use crate::settings::Settings;
 use crate::trainer::Trainer;
-
-/// Examples that are measured between two signs of life.
-const MEASURED_AT_ONCE: usize = 8;
 
 /// What jobs need besides their histories.
 pub(crate) struct Bench {
@@ -114,12 +111,9 @@ impl Bench {
         if insane(&trained.weights, self.settings.gate.max_norm).is_some() {
             return Ok(true);
         }
-        let mut bits = |weights: &AdapterWeights| {
-            let adapter = self.adapter(weights)?;
-            let losses = self.measure(Some(&adapter), &prepared.old, &prepared.recipe, alive)?;
-            Ok::<_, WorkerError>(Loss::bits_per_token(&losses))
-        };
-        let (before, after) = (bits(start)?, bits(&trained.weights)?);
+        let both = [Some(start), Some(&trained.weights)];
+        let losses = self.measure(&both, &prepared.old, &prepared.recipe, alive)?;
+        let [before, after] = [&losses[0], &losses[1]].map(|losses| Loss::bits_per_token(losses));
         // Nothing to measure on gives NaN on both sides, and no drift.
         let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
         Ok(before.is_finite() && !is_kept)
@@ -179,37 +173,22 @@ impl Bench {
         if let Some(problem) = insane(&trained.weights, rules.max_norm) {
             return Ok(Judgement::no(problem));
         }
-        let head = match (&prepared.start, &prepared.head) {
-            (Some(start), _) => Some(self.adapter(start)?),
+        let parsed = match (&prepared.start, &prepared.head) {
             (None, Some(head)) => {
-                let shape = self.base.shape();
-                Some(self.adapter(&AdapterWeights::parse(&head.config, &head.weights, &shape)?)?)
+                Some(AdapterWeights::parse(&head.config, &head.weights, &self.base.shape())?)
             }
-            (None, None) => None,
+            _ => None,
         };
-        let new = self.adapter(&trained.weights)?;
-        // All of them see the same tokens, even if the virtual ones of one leave less of the context.
-        let own =
-            [Some(&new), head.as_ref()].into_iter().flatten().map(|adapter| adapter.virtual_tokens()).max();
-        let room = self.base.config().context.saturating_sub(own.unwrap_or(0));
-        let recipe = Recipe { max_tokens: prepared.recipe.max_tokens.min(room), ..prepared.recipe.clone() };
-        let mut measure =
-            |adapter: Option<&Arc<Adapter>>| self.measure(adapter, &prepared.heldout, &recipe, alive);
+        let head = prepared.start.as_ref().or(parsed.as_ref());
+        let mut sides = vec![None, Some(&trained.weights)];
+        sides.extend(head.map(Some));
+        let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, alive)?.into_iter();
+        let mut next = || losses.next().unwrap_or_default();
+        let (base, new) = (next(), next());
         let learnt = &prepared.heldout_learnt;
-        let head = head.map(|head| {
-            Ok::<_, WorkerError>(HeadMeasured { losses: measure(Some(&head))?, learnt: learnt.clone() })
-        });
-        let measured = Measured {
-            train_items: prepared.plan.train.len(),
-            head: head.transpose()?,
-            base: measure(None)?,
-            new: measure(Some(&new))?,
-        };
+        let head = head.map(|_| HeadMeasured { losses: next(), learnt: learnt.clone() });
+        let measured = Measured { train_items: prepared.plan.train.len(), base, head, new };
         Ok(judge(&measured, rules))
-    }
-
-    fn adapter(&self, weights: &AdapterWeights) -> Result<Arc<Adapter>, WorkerError> {
-        Ok(Arc::new(Adapter::build(weights, &*self.base, Precision::Exact)?))
     }
 
     /// An item that cannot be read (too long for the tokenizer, refused by the template) teaches nothing and judges
@@ -224,19 +203,16 @@ impl Bench {
         }
     }
 
+    /// The losses of examples under each adapter, or the base alone.
     fn measure(
         &self,
-        adapter: Option<&Arc<Adapter>>,
+        adapters: &[Option<&AdapterWeights>],
         examples: &[Example],
         recipe: &Recipe,
         alive: &mut dyn FnMut(),
-    ) -> Result<Vec<Loss>, WorkerError> {
-        let mut losses = Vec::with_capacity(examples.len());
-        for some in examples.chunks(MEASURED_AT_ONCE) {
-            losses.extend(evaluate(&self.base, adapter, some, recipe.max_tokens, recipe.micro_batch_tokens)?);
-            alive();
-        }
-        Ok(losses)
+    ) -> Result<Vec<Vec<Loss>>, WorkerError> {
+        let Recipe { max_tokens, micro_batch_tokens, .. } = recipe;
+        Ok(evaluate(&self.base, adapters, examples, *max_tokens, *micro_batch_tokens, alive)?)
     }
 }
 
