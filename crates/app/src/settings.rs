@@ -230,8 +230,8 @@ pub struct TrainingArgs {
     /// Updates after which the whole history is learnt from fresh weights; 0 always does.
     #[arg(long, default_value_t = 8, env = "ATELIER_FULL_EVERY")]
     pub full_every: u32,
-    /// Jobs that are trained at once, if so many wait.
-    #[arg(long, default_value_t = 4, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
+    /// Jobs that are trained at once, if so many wait: a little more is learnt an hour, but all end with the last.
+    #[arg(long, default_value_t = 1, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub train_jobs: u16,
     /// Seconds between two checkpoints of a job.
     #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]

@@ -26,8 +26,7 @@ pub struct Settings {
     pub max_rank: usize,
     /// Fewest items a user must have.
     pub min_items: usize,
-    /// Jobs that are trained at once, if so many wait. Each adds its weights and moments to the memory, not activations:
-    /// passes are no larger. More of them fill the passes better, and are reported together, when the last is done.
+    /// Jobs that are trained at once, if so many wait: a little more is learnt an hour, but all end with the last.
     pub jobs_at_once: usize,
     /// Threads of the arithmetic.
     pub threads: usize,
@@ -88,7 +87,7 @@ impl Default for Settings {
             policy: Policy { min_new_items: 1, debounce_millis: 500, max_staleness_millis: 600_000 },
             max_rank: DEFAULT_MAX_RANK,
             min_items: 8,
-            jobs_at_once: 4,
+            jobs_at_once: 1,
             threads: 1,
             lease_millis: 60_000,
             max_attempts: 5,
