@@ -137,9 +137,8 @@ impl Bench {
             // What comes of the loads is of no interest; the hot users hold all they need.
             let loads = traffic.loads(cold.clone());
             ours.extend(gaps().await?);
-            eprintln!("loads {:?}", median(&loads.stop().await));
+            loads.stop().await;
             other.extend(gaps().await?);
-            eprintln!("p99 {:?} / {:?}", ours.last(), other.last());
             let (loads, single) = (traffic.loads(cold.clone()), traffic.single_tokens(half.clone()));
             gaps().await?;
             first.extend(median(&single.stop().await));
@@ -147,7 +146,6 @@ impl Bench {
             let single = traffic.single_tokens(BATCH - 1..BATCH);
             gaps().await?;
             hot.extend(median(&single.stop().await));
-            eprintln!("first {:?} / {:?}", first.last(), hot.last());
         }
         let name = "p99 from token to token of 8 hot users while cold adapters load, ms (other side: quiet)";
         let p99 = Row::paired(name, &ours, &other).goal(Goal::AtMost(1.1));
