@@ -8,7 +8,7 @@ use kernels::Weight;
 use peft::{
     AdapterWeights, BaseShape, FrozenBase, LoraConfig, LoraTensors, LoraWeights, PeftFiles, Precision,
 };
-use store::AdapterFiles;
+use store::{AdapterFiles, Rest};
 use types::{AdapterId, GenerationId, SiteId};
 
 use crate::row::{Goal, Row};
@@ -47,7 +47,7 @@ impl Source for Everyone {
         Box::pin(async move { Ok(Some(head)) })
     }
 
-    fn files<'a>(&'a self, _: &'a AdapterId, _: GenerationId) -> Answer<'a, AdapterFiles> {
+    fn files<'a>(&'a self, _: &'a AdapterId, _: GenerationId, _: Arc<Rest>) -> Answer<'a, AdapterFiles> {
         let PeftFiles { config, weights } = self.0.clone();
         Box::pin(async move { Ok(AdapterFiles { config, weights }) })
     }

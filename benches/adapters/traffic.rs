@@ -1,7 +1,8 @@
 //! Requests of many users: each leases its adapter and is answered, and it is noted when each token came.
 
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use adapters::AdapterCache;
@@ -10,7 +11,7 @@ use engine::{Engine, Event, Generate, ModelEngine};
 use peft::Lease;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use types::{AdapterId, SamplingParams};
 
 use crate::BATCH;
@@ -88,7 +89,58 @@ pub(crate) async fn ask(engine: &ModelEngine, lease: &Lease, max_tokens: u32) ->
     Ok(Answer { start, tokens })
 }
 
+/// What is done for one user after the other, all the time.
+pub(crate) struct Rounds {
+    task: JoinHandle<()>,
+    /// What was measured each time.
+    found: Arc<Mutex<Vec<f64>>>,
+}
+
+impl Rounds {
+    /// Ends them; what was measured.
+    pub(crate) async fn stop(self) -> Vec<f64> {
+        self.task.abort();
+        let _aborted = self.task.await;
+        std::mem::take(&mut self.found.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 impl Traffic {
+    /// Begins to do something for these users in turn, over and over.
+    fn rounds<F: Future<Output = anyhow::Result<f64>> + Send + 'static>(
+        &self,
+        users: Range<usize>,
+        each: impl Fn(Self, AdapterId) -> F + Send + 'static,
+    ) -> Rounds {
+        let traffic = self.clone();
+        let found = Arc::new(Mutex::new(Vec::new()));
+        let list = Arc::clone(&found);
+        let task = tokio::spawn(async move {
+            for number in users.cycle() {
+                let Ok(id) = user("user", number) else { return };
+                // One that fails is missing among the measurements.
+                if let Ok(measured) = each(traffic.clone(), id).await {
+                    list.lock().unwrap_or_else(PoisonError::into_inner).push(measured);
+                }
+            }
+        });
+        Rounds { task, found }
+    }
+
+    /// Leases the adapters of these users in turn: the milliseconds to each lease.
+    pub(crate) fn loads(&self, users: Range<usize>) -> Rounds {
+        self.rounds(users, async |traffic, id| {
+            let start = Instant::now();
+            drop(traffic.cache.acquire(&id).await?.context("it was published")?);
+            Ok(start.elapsed().as_secs_f64() * 1e3)
+        })
+    }
+
+    /// Answers one token to these users in turn: the milliseconds to each.
+    pub(crate) fn single_tokens(&self, users: Range<usize>) -> Rounds {
+        self.rounds(users, async |traffic, id| traffic.first_token_of(&id, Instant::now()).await)
+    }
+
     async fn request(&self, id: &AdapterId, max_tokens: u32) -> anyhow::Result<Answer> {
         let start = Instant::now();
         let lease = self.cache.acquire(id).await?.with_context(|| format!("{} has no adapter", id.owner))?;

@@ -5,14 +5,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use peft::{Adapter, AdapterWeights, FrozenBase, Lease, PagePool};
+use peft::{Adapter, FrozenBase, Lease, PagePool};
 use store::Store;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::task::spawn_blocking;
 use types::{AdapterId, GenerationId};
 
 use crate::AcquireError;
-use crate::loaders::Loaders;
+use crate::pace::Pace;
 use crate::residency::{CacheSettings, Residency, Tier, TierResidency};
 use crate::source::{Head, Source};
 use crate::tiers::{Hosted, Landed, Load, Placement, Request, Sizes, Tiers};
@@ -37,7 +38,7 @@ struct Inner {
     /// A lease is gone while requests wait: one of them looks for room.
     room: Notify,
     turns: Semaphore,
-    loaders: Loaders,
+    pace: Arc<Pace>,
     loads: AtomicU64,
 }
 
@@ -99,7 +100,7 @@ impl AdapterCache {
             state: Mutex::new(state),
             room: Notify::new(),
             turns: Semaphore::new(settings.parallel_loads.max(1)),
-            loaders: Loaders::new(settings.parallel_loads),
+            pace: Arc::new(Pace::new(Arc::clone(&settings.busy))),
             loads: AtomicU64::new(0),
             settings,
         }))
@@ -344,7 +345,8 @@ impl Inner {
 
     fn place(self: &Arc<Self>, placement: Placement<AdapterId, Arc<Adapter>>) {
         let Placement { number, key, payload, pages } = placement;
-        let slot = payload.upload(&self.pool).map(|body| Slot { body, lent: Weak::new() });
+        let slot = payload.upload(&self.pool, &mut self.pace.rests());
+        let slot = slot.map(|body| Slot { body, lent: Weak::new() });
         drop(payload);
         debug_assert!(slot.is_some(), "the tiers count the pool's pages wrongly");
         let land = |tiers: &mut Rules, stamp| tiers.placed(number, &key, slot, pages, stamp);
@@ -372,17 +374,12 @@ impl Inner {
     ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
         let _turn = self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?;
         let start = Instant::now();
-        let files = self.source.files(id, generation).await?;
-        let base = Arc::clone(&self.base);
-        let storage = self.settings.storage;
-        let parse = move || {
-            let weights = AdapterWeights::parse(&files.config, &files.weights, &base.shape())?;
-            Adapter::build(&weights, &*base, storage)
-        };
-        let (made, ready) = oneshot::channel();
-        // Nobody may wait for it any more.
-        self.loaders.run(move || drop(made.send(parse())));
-        let adapter = ready.await.map_err(|_| AcquireError::Stopped)??;
+        let pace = Arc::clone(&self.pace);
+        let files = self.source.files(id, generation, Arc::new(move |time| pace.worked(time))).await?;
+        let (base, storage) = (Arc::clone(&self.base), self.settings.storage);
+        let pace = Arc::clone(&self.pace);
+        let make = move || Adapter::load(&files.config, &files.weights, &*base, storage, &mut pace.rests());
+        let adapter = spawn_blocking(make).await.map_err(|_| AcquireError::Stopped)??;
         let (pages, page_bytes) = (self.pool.pages(), self.pool.page_bytes());
         let wanted = adapter.pages(page_bytes).filter(|wanted| *wanted <= pages);
         let wanted = wanted.ok_or(AcquireError::TooLarge { pages, page_bytes })?;

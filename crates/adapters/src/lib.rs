@@ -5,7 +5,7 @@
 
 mod cache;
 mod error;
-mod loaders;
+mod pace;
 mod residency;
 mod source;
 mod tiers;
@@ -13,5 +13,6 @@ mod verdict;
 
 pub use cache::AdapterCache;
 pub use error::AcquireError;
+pub use pace::Busy;
 pub use residency::{CacheSettings, Residency, Tier, TierResidency};
 pub use source::{Answer, Head, Source};

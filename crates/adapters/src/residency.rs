@@ -7,6 +7,8 @@ use std::time::Duration;
 use peft::Storage;
 use types::DEFAULT_MAX_RANK;
 
+use crate::pace::Busy;
+
 /// Loads at a time, unless set otherwise: enough to keep the disk busy, few enough to bound memory.
 const PARALLEL_LOADS: usize = 4;
 /// Requests that may wait for an adapter, unless set otherwise.
@@ -31,6 +33,8 @@ pub struct CacheSettings {
     pub waiting: usize,
     /// Called with the time that each load took.
     pub on_load: Arc<dyn Fn(Duration) + Send + Sync>,
+    /// Whether requests run: then all loads together take a tenth of a core, else what there is.
+    pub busy: Busy,
 }
 
 impl CacheSettings {
@@ -46,6 +50,7 @@ impl CacheSettings {
             parallel_loads: PARALLEL_LOADS,
             waiting: WAITING,
             on_load: Arc::new(|_| {}),
+            busy: Arc::new(|| false),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Where adapters come from: the store, or what stands for it in a test.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
-use store::{AdapterFiles, Store, StoreError};
+use store::{AdapterFiles, Rest, Store, StoreError};
 use types::{AdapterId, GenerationId};
 
 /// What a source answers, later.
@@ -25,8 +26,13 @@ pub trait Source: Send + Sync + 'static {
     /// The head; `None` when the user has no adapter (or does not exist).
     fn head<'a>(&'a self, id: &'a AdapterId) -> Answer<'a, Option<Head>>;
 
-    /// The files of a generation, checked.
-    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles>;
+    /// The files of a generation, checked; see [`Store::fetch_gently`] for `rest`.
+    fn files<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        rest: Arc<Rest>,
+    ) -> Answer<'a, AdapterFiles>;
 }
 
 impl Source for Store {
@@ -41,7 +47,12 @@ impl Source for Store {
         })
     }
 
-    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles> {
-        Box::pin(async move { self.fetch(id, &generation).await })
+    fn files<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        rest: Arc<Rest>,
+    ) -> Answer<'a, AdapterFiles> {
+        Box::pin(async move { self.fetch_gently(id, &generation, rest).await })
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adapters::{AdapterCache, CacheSettings};
+use adapters::{AdapterCache, Busy, CacheSettings};
 use anyhow::{Context, bail};
 use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
@@ -90,10 +90,13 @@ impl Service {
         }
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
-        let adapters = AdapterCache::new(store.clone(), base.clone(), cache_settings);
         let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
         let guest = engine.guest();
         let engine: Arc<dyn Engine> = Arc::new(engine);
+        let serving = Arc::clone(&engine);
+        let busy: Busy = Arc::new(move || serving.stats().running > 0);
+        let adapters =
+            AdapterCache::new(store.clone(), base.clone(), CacheSettings { busy, ..cache_settings });
         let on_upload = Arc::new(Notify::new());
         let stop = CancellationToken::new();
         let worker = if args.training.no_training {

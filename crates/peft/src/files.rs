@@ -86,28 +86,12 @@ impl LoraWeights {
     }
 
     fn read(config: LoraConfig, weights: &[u8], shape: &BaseShape) -> Result<Self, PeftError> {
-        let expected = config.sites(shape)?;
-        let file = TensorFile::open(weights)?;
-        let mut parts = vec![A, B];
-        parts.extend(config.lora_bias.then_some(BIAS));
-        parts.extend(config.use_dora.then_some(MAGNITUDE));
-        let of_site = |&(id, ..): &(SiteId, usize, f64)| parts.iter().map(move |part| tensor_name(id, part));
-        file.only(&expected.iter().flat_map(of_site).collect::<HashSet<String>>())?;
+        let file = LoraFile::open(config, weights, shape)?;
         let mut sites = vec![None; shape.sites()];
-        for (id, rank, scale) in expected {
-            let (out, input) = shape.dims(id.site);
-            let vector =
-                |used: bool, part| used.then(|| file.read(&tensor_name(id, part), &[out])).transpose();
-            sites[id.index()] = Some(LoraTensors {
-                rank,
-                scale,
-                a: file.read(&tensor_name(id, A), &[rank, input])?,
-                b: file.read(&tensor_name(id, B), &[out, rank])?,
-                bias: vector(config.lora_bias, BIAS)?,
-                magnitude: vector(config.use_dora, MAGNITUDE)?,
-            });
+        for &(id, rank, scale) in &file.expected {
+            sites[id.index()] = Some(file.site(id, rank, scale)?);
         }
-        Ok(Self { config, sites })
+        Ok(Self { config: file.config, sites })
     }
 
     /// The file `adapter_model.safetensors`, in float32, tensors in the order of their names.
@@ -128,6 +112,43 @@ impl LoraWeights {
             }
         }
         tensors.finish()
+    }
+}
+
+/// A LoRA adapter's files, the names of the tensors checked, to be read site by site.
+pub(crate) struct LoraFile<'a> {
+    config: LoraConfig,
+    shape: BaseShape,
+    tensors: TensorFile<'a>,
+    /// The sites it has, with rank and scale.
+    pub(crate) expected: Vec<(SiteId, usize, f64)>,
+}
+
+impl<'a> LoraFile<'a> {
+    pub(crate) fn open(config: LoraConfig, weights: &'a [u8], shape: &BaseShape) -> Result<Self, PeftError> {
+        let expected = config.sites(shape)?;
+        let tensors = TensorFile::open(weights)?;
+        let mut parts = vec![A, B];
+        parts.extend(config.lora_bias.then_some(BIAS));
+        parts.extend(config.use_dora.then_some(MAGNITUDE));
+        let of_site = |&(id, ..): &(SiteId, usize, f64)| parts.iter().map(move |part| tensor_name(id, part));
+        tensors.only(&expected.iter().flat_map(of_site).collect::<HashSet<String>>())?;
+        Ok(Self { config, shape: shape.clone(), tensors, expected })
+    }
+
+    /// What it has at one of the expected sites: exact shapes, every value finite.
+    pub(crate) fn site(&self, id: SiteId, rank: usize, scale: f64) -> Result<LoraTensors, PeftError> {
+        let (out, input) = self.shape.dims(id.site);
+        let read = |part, shape: &[usize]| self.tensors.read(&tensor_name(id, part), shape);
+        let vector = |used: bool, part| used.then(|| read(part, &[out])).transpose();
+        Ok(LoraTensors {
+            rank,
+            scale,
+            a: read(A, &[rank, input])?,
+            b: read(B, &[out, rank])?,
+            bias: vector(self.config.lora_bias, BIAS)?,
+            magnitude: vector(self.config.use_dora, MAGNITUDE)?,
+        })
     }
 }
 

@@ -67,11 +67,12 @@ impl PagePool {
     }
 
     /// Copies tensors into pages of their own; `None` if there are too few free ones, or if a tensor is larger than a
-    /// page.
-    pub(crate) fn store(&self, tensors: &[Numbers<'_>]) -> Option<Vec<Span>> {
+    /// page. Calls `between` after every page that is wiped and every tensor that is copied.
+    pub(crate) fn store(&self, tensors: &[Numbers<'_>], between: &mut dyn FnMut()) -> Option<Vec<Span>> {
         let plan = Plan::new(self.0.page_bytes, tensors.iter().map(bytes))?;
-        let mut pages = self.take(plan.pages())?;
+        let mut pages = self.take(plan.pages(), between)?;
         for (tensor, &(page, start)) in tensors.iter().zip(&plan.places) {
+            between();
             let page = &mut pages[page].buffer;
             match tensor {
                 Numbers::F32(values) => {
@@ -98,7 +99,7 @@ impl PagePool {
     }
 
     /// Takes pages and wipes them: nothing of the last owner is left, not even where nothing new is written.
-    fn take(&self, count: usize) -> Option<Vec<Page>> {
+    fn take(&self, count: usize, between: &mut dyn FnMut()) -> Option<Vec<Page>> {
         let taken = {
             let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
             let rest = free.len().checked_sub(count)?;
@@ -106,6 +107,7 @@ impl PagePool {
         };
         let page = |mut buffer: PageBuffer| {
             buffer.f32_mut().fill(0.0);
+            between();
             Page { buffer, pool: Arc::clone(&self.0) }
         };
         Some(taken.into_iter().map(page).collect())
@@ -215,6 +217,10 @@ mod tests {
         }
     }
 
+    fn store(pool: &PagePool, tensors: &[Numbers<'_>]) -> Option<Vec<Span>> {
+        pool.store(tensors, &mut || ())
+    }
+
     #[test]
     fn tensors_are_placed_first_fit_and_never_across_pages() {
         let plan = Plan::new(1024, [600, 600, 400, 64, 300, 1].into_iter()).unwrap();
@@ -244,15 +250,15 @@ mod tests {
         let pool = PagePool::new(1024, 4 * 1024 + 1023);
         assert_eq!((pool.pages(), pool.free()), (4, 4));
         let full = vec![7u16; 512];
-        let mut first = pool.store(&[Numbers::Bf16(&full), Numbers::Bf16(&full)]).unwrap();
+        let mut first = store(&pool, &[Numbers::Bf16(&full), Numbers::Bf16(&full)]).unwrap();
         let kept = first.remove(1);
         assert_eq!(pool.free(), 2);
-        assert!(pool.store(&[Numbers::Bf16(&full); 3]).is_none(), "two are left");
+        assert!(store(&pool, &[Numbers::Bf16(&full); 3]).is_none(), "two are left");
         assert_eq!(pool.free(), 2, "a refusal takes nothing");
         drop(first);
         assert_eq!(pool.free(), 3);
         let other = vec![9u16; 512];
-        let second = pool.store(&[Numbers::Bf16(&other); 3]).unwrap();
+        let second = store(&pool, &[Numbers::Bf16(&other); 3]).unwrap();
         assert_eq!(pool.free(), 0);
         assert_eq!(values(&kept), full, "in company of pages that were used again");
         assert!(second.iter().all(|span| values(span) == other));
@@ -264,19 +270,19 @@ mod tests {
     fn free_pages_in_any_order_do() {
         let pool = PagePool::new(1024, 8 * 1024);
         let full = vec![1u16; 512];
-        let mut all: Vec<_> = (0..8).map(|_| pool.store(&[Numbers::Bf16(&full)]).unwrap()).collect();
+        let mut all: Vec<_> = (0..8).map(|_| store(&pool, &[Numbers::Bf16(&full)]).unwrap()).collect();
         // Every second one: no two free pages are neighbours.
         for at in (0..4).rev() {
             drop(all.swap_remove(at * 2));
         }
-        assert!(pool.store(&[Numbers::Bf16(&full); 4]).is_some());
+        assert!(store(&pool, &[Numbers::Bf16(&full); 4]).is_some());
     }
 
     #[test]
     fn a_page_used_again_holds_nothing_of_the_last_owner() {
         let pool = PagePool::new(1024, 1024);
-        drop(pool.store(&[Numbers::F32(&[f32::NAN; 256])]).unwrap());
-        let small = pool.store(&[Numbers::F32(&[1.0])]).unwrap();
+        drop(store(&pool, &[Numbers::F32(&[f32::NAN; 256])]).unwrap());
+        let small = store(&pool, &[Numbers::F32(&[1.0])]).unwrap();
         let page = small[0].page.buffer.f32();
         assert_eq!(page[0], 1.0);
         assert!(page[1..].iter().all(|value| value.to_bits() == 0), "left-overs");

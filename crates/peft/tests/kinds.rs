@@ -4,9 +4,11 @@
 use std::path::Path;
 
 use peft::{
-    AdapterConfig, AdapterWeights, BaseShape, Ia3Config, Ia3Scale, LoraConfig, LoraWeights, TargetModules,
+    Adapter, AdapterConfig, AdapterWeights, BaseShape, Ia3Config, Ia3Scale, LoraConfig, LoraWeights, Storage,
+    TargetModules,
 };
 use serde_json::{Value, json};
+use testkit::SmallBase;
 use types::{Site, SiteId};
 
 /// The shape of the fixture `tiny-llama`.
@@ -22,6 +24,46 @@ fn files(kind: &str) -> (Vec<u8>, Vec<u8>) {
 }
 
 const KINDS: [&str; 6] = ["lora-all-linear", "lora-layers", "lora-bias", "dora", "ia3", "prompt"];
+
+/// Everything an adapter does, to the bit.
+fn contents(adapter: &Adapter) -> String {
+    let site = |id| format!("{:?} {:?}\n", adapter.site(id), adapter.vectors(id));
+    let sites: String = shape().site_ids().map(site).collect();
+    let mut embedding = vec![0.0; 64];
+    let prompt = (0..adapter.virtual_tokens()).map(|token| {
+        assert!(adapter.embed(token, &mut embedding));
+        format!("{embedding:?}\n")
+    });
+    sites + &prompt.collect::<String>()
+}
+
+#[test]
+fn loading_is_parsing_and_building() {
+    let base = SmallBase::new(shape(), [0; 32]);
+    for kind in KINDS {
+        for storage in [Storage::F32, Storage::Bf16, Storage::Int8] {
+            let (config, weights) = files(kind);
+            let parsed = AdapterWeights::parse(&config, &weights, &shape()).unwrap();
+            let built = Adapter::build(&parsed, &base, storage).unwrap();
+            let mut pieces = 0;
+            let loaded = Adapter::load(&config, &weights, &base, storage, &mut || pieces += 1).unwrap();
+            assert_eq!(contents(&loaded), contents(&built), "{kind}");
+            assert_eq!(loaded.bytes(), built.bytes(), "{kind}");
+            let AdapterWeights::Lora(lora) = parsed else { continue };
+            assert_eq!(pieces, lora.sites.iter().flatten().count(), "{kind}");
+            let mut other = lora.clone();
+            other.sites.iter_mut().flatten().last().unwrap().b[0] += 0.5;
+            let other = Adapter::build(&other.into(), &base, storage).unwrap();
+            assert_ne!(contents(&loaded), contents(&other), "negative control: {kind}");
+        }
+        let (config, mut weights) = files(kind);
+        let len = weights.len();
+        weights[len - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+        let refused = AdapterWeights::parse(&config, &weights, &shape()).unwrap_err();
+        let loaded = Adapter::load(&config, &weights, &base, Storage::Bf16, &mut || ());
+        assert_eq!(loaded.unwrap_err(), refused, "{kind}");
+    }
+}
 
 #[test]
 fn what_is_written_reads_the_same() {

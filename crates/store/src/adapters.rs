@@ -1,5 +1,8 @@
 //! Generations: publish and fetch.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use sha2::{Digest as _, Sha256};
 use types::{AdapterId, GenerationId, JobOutcome};
 
@@ -224,7 +227,21 @@ impl Store {
     /// [`StoreError::NotFound`] if the user has no such generation, [`StoreError::Corrupt`] if a file
     /// is missing or is not what was published.
     pub async fn fetch(&self, adapter: &AdapterId, id: &GenerationId) -> Result<AdapterFiles, StoreError> {
-        let [config, weights] = self.fetch_files(adapter, id, [Config, Weights]).await?;
+        self.fetch_gently(adapter, id, Arc::new(|_| {})).await
+    }
+
+    /// As [`Store::fetch`]; after each piece of the work that checks the files `rest` is told how long it took, and may
+    /// let some time pass.
+    ///
+    /// # Errors
+    /// As [`Store::fetch`].
+    pub async fn fetch_gently(
+        &self,
+        adapter: &AdapterId,
+        id: &GenerationId,
+        rest: Arc<Rest>,
+    ) -> Result<AdapterFiles, StoreError> {
+        let [config, weights] = self.fetch_files(adapter, id, [Config, Weights], &rest).await?;
         Ok(AdapterFiles { config, weights })
     }
 
@@ -238,7 +255,8 @@ impl Store {
         id: &GenerationId,
         file: AdapterFile,
     ) -> Result<Vec<u8>, StoreError> {
-        self.fetch_files(adapter, id, [file]).await.map(|[content]| content)
+        let rest: Arc<Rest> = Arc::new(|_| {});
+        self.fetch_files(adapter, id, [file], &rest).await.map(|[content]| content)
     }
 
     async fn fetch_files<const N: usize>(
@@ -246,12 +264,13 @@ impl Store {
         adapter: &AdapterId,
         id: &GenerationId,
         wanted: [AdapterFile; N],
+        rest: &Arc<Rest>,
     ) -> Result<[Vec<u8>; N], StoreError> {
         let mut seen = None;
         loop {
             let generation = self.find_generation(adapter, id).await?;
             let generation = generation.ok_or_else(|| StoreError::not_found("generation", id))?;
-            match self.read_files(&generation, wanted).await {
+            match self.read_files(&generation, wanted, rest).await {
                 // The files may just have been deleted or replaced: then the row says so now.
                 Err(error) if seen.as_ref() == Some(&generation.folder) => return Err(error),
                 Err(_) => seen = Some(generation.folder),
@@ -264,15 +283,21 @@ impl Store {
         &self,
         generation: &Generation,
         wanted: [AdapterFile; N],
+        rest: &Arc<Rest>,
     ) -> Result<[Vec<u8>; N], StoreError> {
         let mut contents = [const { Vec::new() }; N];
         for (content, file) in contents.iter_mut().zip(wanted) {
-            *content = self.read_file(generation, file).await?;
+            *content = self.read_file(generation, file, rest).await?;
         }
         Ok(contents)
     }
 
-    async fn read_file(&self, generation: &Generation, file: AdapterFile) -> Result<Vec<u8>, StoreError> {
+    async fn read_file(
+        &self,
+        generation: &Generation,
+        file: AdapterFile,
+        rest: &Arc<Rest>,
+    ) -> Result<Vec<u8>, StoreError> {
         let (name, expected) = match file {
             Config => (file.name(), generation.config),
             Weights => (file.name(), generation.weights),
@@ -282,7 +307,7 @@ impl Store {
         let bytes = found.ok_or_else(|| {
             corrupt(format!("{name} is missing, or its length is not {} bytes", expected.bytes))
         })?;
-        let (found, bytes) = fingerprint(bytes).await?;
+        let (found, bytes) = fingerprint_gently(bytes, Arc::clone(rest)).await?;
         if found != expected {
             return Err(corrupt(format!("the sha-256 of {name} is not that of the published file")));
         }
@@ -334,11 +359,26 @@ async fn record(
     Ok((Generation { folder: new.folder, ..old }, Some(replaced)))
 }
 
+/// Called after a piece of work with the time that it took.
+pub type Rest = dyn Fn(Duration) + Send + Sync;
+
+/// Bytes that are hashed at a time.
+const HASHED: usize = 64 << 10;
+
 /// Length and hash of `bytes`, worked out where it may take a while.
 pub(crate) async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
+    fingerprint_gently(bytes, Arc::new(|_| {})).await
+}
+
+async fn fingerprint_gently(bytes: Vec<u8>, rest: Arc<Rest>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
     let hash = move || {
-        let sha256 = Sha256::digest(&bytes).into();
-        (Fingerprint { bytes: bytes.len() as u64, sha256 }, bytes)
+        let mut hash = Sha256::new();
+        for chunk in bytes.chunks(HASHED) {
+            let start = Instant::now();
+            hash.update(chunk);
+            rest(start.elapsed());
+        }
+        (Fingerprint { bytes: bytes.len() as u64, sha256: hash.finalize().into() }, bytes)
     };
     tokio::task::spawn_blocking(hash).await.map_err(|_| StoreError::Stopped)
 }

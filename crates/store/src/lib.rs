@@ -29,6 +29,7 @@ mod sql;
 mod store;
 mod users;
 
+pub use adapters::Rest;
 pub use error::StoreError;
 pub use lessons::item_hash;
 pub use pauses::{Pause, PauseScope, Pauses};

@@ -207,6 +207,12 @@ async fn damage_is_noticed_and_repaired() {
             let named = matches!(&fetched, Err(StoreError::Corrupt { generation, reason })
                 if *generation == one && reason.contains(name));
             assert!(named, "{what} {name}: {fetched:?}");
+            let rest = Arc::new(|_| {});
+            assert_eq!(
+                store.fetch_gently(&alice, &one, rest).await.is_ok(),
+                fetched.is_ok(),
+                "{what} {name}"
+            );
             // The other file can be had by itself.
             for (file, is) in [
                 (AdapterFile::Config, "adapter_config.json"),

@@ -7,7 +7,7 @@ use std::task::Poll;
 
 use adapters::{AcquireError, AdapterCache, Answer, CacheSettings, Head, Source, Tier};
 use peft::{Lease, LoraConfig, Precision, TargetModules};
-use store::{AdapterFiles, Store, StoreError};
+use store::{AdapterFiles, Rest, Store, StoreError};
 use tokio::sync::Notify;
 use types::{AdapterId, GenerationId};
 
@@ -48,7 +48,12 @@ impl Source for HeldStore {
         Source::head(&self.store, id)
     }
 
-    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles> {
+    fn files<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        rest: Arc<Rest>,
+    ) -> Answer<'a, AdapterFiles> {
         Box::pin(async move {
             self.started.fetch_add(1, Ordering::SeqCst);
             loop {
@@ -58,7 +63,7 @@ impl Source for HeldStore {
                 }
                 freed.await;
             }
-            self.store.files(id, generation).await
+            self.store.files(id, generation, rest).await
         })
     }
 }
@@ -306,10 +311,15 @@ impl Source for Failing {
         Source::head(&self.store, id)
     }
 
-    fn files<'a>(&'a self, id: &'a AdapterId, generation: GenerationId) -> Answer<'a, AdapterFiles> {
+    fn files<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        rest: Arc<Rest>,
+    ) -> Answer<'a, AdapterFiles> {
         if *self.fail.lock().unwrap() {
             return Box::pin(std::future::poll_fn(|_| Poll::Ready(Err(StoreError::Stopped))));
         }
-        self.store.files(id, generation)
+        self.store.files(id, generation, rest)
     }
 }

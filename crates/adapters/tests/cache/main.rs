@@ -8,6 +8,7 @@ mod tiny;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use adapters::{AcquireError, AdapterCache, CacheSettings, Tier};
@@ -92,6 +93,28 @@ async fn settings(host: usize, device: usize) -> CacheSettings {
         page_bytes: Some(PAGE),
         ..CacheSettings::new(Precision::Fast, 0)
     }
+}
+
+/// A load comes in pieces, each of which looks whether requests run.
+#[tokio::test]
+async fn loads_make_way_while_requests_run() {
+    let store = store().await;
+    let wide = generation_of(LoraConfig { r: 256, alpha: 256.0, ..LoraConfig::oppu() }, 0.5, BASE);
+    let bytes = wide.weights.len();
+    store.publish(&user("ada"), wide, None, None).await.unwrap();
+    let looks = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&looks);
+    let busy = Arc::new(move || {
+        seen.fetch_add(1, Ordering::Relaxed);
+        true
+    });
+    let cache = AdapterCache::new(store, base(), CacheSettings { busy, ..settings(4, 4).await });
+    let lease = cache.acquire(&user("ada")).await.unwrap().unwrap();
+    assert_eq!(mark(&lease), 0.5);
+    // Two files in pieces of 64 KiB, q and v of two blocks, and their four tensors each in a page or more.
+    let (hashed, sites, placed) = (1 + bytes.div_ceil(64 << 10), 4, 1 + 8);
+    assert!(bytes > 64 << 10);
+    assert!(looks.load(Ordering::Relaxed) >= hashed + sites + placed, "{looks:?}");
 }
 
 #[tokio::test]

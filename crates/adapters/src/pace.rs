@@ -1,0 +1,140 @@
+//! How fast adapters are made ready: at once when nobody is being served, else in short pieces with rests between.
+//!
+//! The model's threads take part in rounds of some hundred microseconds. Work beside them on a busy processor holds up a
+//! round for as long as it has a core, whatever its priority: the scheduler moves in steps of milliseconds. So it is the
+//! work that keeps itself short.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Whether requests run at this moment.
+pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// While requests run, work takes one part in so many of one core. What it takes is at most added to the time of a step.
+const PARTS: u32 = 10;
+/// Work at a stretch.
+const STRETCH: Duration = Duration::from_micros(250);
+/// Work that goes at once when there was none for a while.
+const SAVED: Duration = Duration::from_micros(2_000);
+/// What a piece counts for at most: one that took longer waited for a core itself, which must not make it wait again.
+const MOST: Duration = Duration::from_millis(5);
+
+/// The pace of all work of a cache.
+pub(crate) struct Pace {
+    busy: Busy,
+    parts: u32,
+    /// Up to when the work that was done has been rested for.
+    paid: Mutex<Instant>,
+}
+
+impl Pace {
+    pub(crate) fn new(busy: Busy) -> Self {
+        Self { busy, parts: PARTS, paid: Mutex::new(Instant::now()) }
+    }
+
+    /// Called after a piece of work with the time that it took: rests if it is time to.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it is time that has to pass; the thread does nothing else"
+    )]
+    pub(crate) fn worked(&self, time: Duration) {
+        if (self.busy)() {
+            std::thread::sleep(self.rest(time, Instant::now()));
+        }
+    }
+
+    /// To be called between the pieces of work that begins now.
+    pub(crate) fn rests(&self) -> impl FnMut() {
+        let mut start = Instant::now();
+        move || {
+            self.worked(start.elapsed());
+            start = Instant::now();
+        }
+    }
+
+    /// How long to rest after work that took `time`.
+    fn rest(&self, time: Duration, now: Instant) -> Duration {
+        let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
+        let earliest = now.checked_sub(SAVED * self.parts).unwrap_or(now);
+        *paid = (*paid).max(earliest) + time.min(MOST) * self.parts;
+        Some(*paid - now).filter(|rest| *rest >= STRETCH * self.parts).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    const PIECE: Duration = Duration::from_micros(40);
+
+    /// The part of the time that work takes, of several who work as much as they may: each does a piece, rests, goes on.
+    fn share(pace: &Pace, workers: usize, pieces: u32) -> f64 {
+        let begun = Instant::now() + Duration::from_secs(3600);
+        // What they have saved is used up first.
+        while pace.rest(PIECE, begun).is_zero() {}
+        let begun = *pace.paid.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = vec![begun; workers];
+        for _ in 0..pieces {
+            let first = free.iter_mut().min().expect("somebody works");
+            let now = *first + PIECE;
+            *first = now + pace.rest(PIECE, now);
+        }
+        let ended = free.into_iter().max().expect("somebody works");
+        (PIECE * pieces).as_secs_f64() / (ended - begun).as_secs_f64()
+    }
+
+    fn keeps_its_share(pace: &Pace) -> bool {
+        [1, 2, 4].into_iter().all(|workers| share(pace, workers, 10_000) < 1.02 / f64::from(PARTS))
+    }
+
+    #[test]
+    fn all_work_together_keeps_its_share() {
+        let pace = Pace::new(Arc::new(|| true));
+        assert!(keeps_its_share(&pace));
+        assert!(share(&pace, 1, 10_000) > 0.95 / f64::from(PARTS), "it is not starved either");
+        let greedy = Pace { parts: PARTS / 2, ..Pace::new(Arc::new(|| true)) };
+        assert!(!keeps_its_share(&greedy), "negative control");
+    }
+
+    #[test]
+    fn work_comes_in_short_stretches() {
+        let pace = Pace::new(Arc::new(|| true));
+        let mut now = Instant::now() + Duration::from_secs(3600);
+        let mut stretches = Vec::new();
+        let mut stretch = Duration::ZERO;
+        while stretches.len() < 20 {
+            now += PIECE;
+            stretch += PIECE;
+            let rest = pace.rest(PIECE, now);
+            if !rest.is_zero() {
+                stretches.push(std::mem::take(&mut stretch));
+            }
+            now += rest;
+        }
+        assert!(stretches[0] >= SAVED && stretches[0] <= SAVED + 3 * STRETCH, "{stretches:?}");
+        assert!(stretches[1..].iter().all(|stretch| *stretch <= STRETCH + 2 * PIECE), "{stretches:?}");
+    }
+
+    #[test]
+    fn who_had_to_wait_for_a_core_does_not_rest_for_it() {
+        let pace = Pace::new(Arc::new(|| true));
+        let now = Instant::now() + Duration::from_secs(3600);
+        assert!(pace.rest(Duration::from_secs(60), now) <= MOST * PARTS);
+    }
+
+    #[test]
+    fn nobody_rests_while_nobody_is_served() {
+        let busy = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&busy);
+        let pace = Pace::new(Arc::new(move || seen.load(Ordering::Relaxed)));
+        let paid = || *pace.paid.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = paid();
+        pace.worked(Duration::from_secs(3600));
+        assert_eq!(paid(), before, "an hour of work costs nothing");
+        busy.store(true, Ordering::Relaxed);
+        pace.worked(PIECE);
+        assert!(paid() > before);
+    }
+}
