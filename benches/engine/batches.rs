@@ -6,6 +6,7 @@ use types::Site;
 use crate::Bench;
 use crate::adapters::{lease, weights};
 use crate::ours::{Batch, Job, Ours};
+use crate::progress::progress;
 use crate::row::{Goal, Row, percentile};
 
 const USERS: usize = 16;
@@ -19,7 +20,7 @@ const SITES: [(&str, &[Site], f64, f64); 2] =
 /// The rows.
 pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let progress = bench.progress("batches", bench.runs * (4 * 3 + 2 + 2 + 2));
+    let progress = progress("batches", bench.runs * (4 * 3 + 2 + 2 + 2));
     let kept = [("", Storage::Bf16), (", in 8 bits", Storage::Int8)];
     for ((name, sites, same_goal, none_goal), (suffix, storage)) in
         SITES.into_iter().flat_map(|sites| kept.map(|kept| (sites, kept)))

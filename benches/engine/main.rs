@@ -16,18 +16,17 @@ mod peer_build;
 mod perplexity;
 mod plot;
 mod product;
+mod progress;
 mod row;
 mod server;
 mod single;
 mod vllm;
 mod web;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use atelier::fetch;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::ours::Ours;
 use crate::peer::Peer;
@@ -49,20 +48,6 @@ struct Bench {
     quick: bool,
     /// Whether vLLM is installed and measured too.
     vllm: bool,
-}
-
-impl Bench {
-    /// A bar on standard error; one line where there is no terminal.
-    fn progress(&self, what: &str, steps: usize) -> ProgressBar {
-        if !std::io::stderr().is_terminal() {
-            eprintln!("{what}: {steps} measurements");
-        }
-        let bar = ProgressBar::new(steps as u64).with_message(what.to_owned());
-        match ProgressStyle::with_template("{msg:20} [{bar:40}] {pos}/{len} {elapsed} (about {eta} more)") {
-            Ok(style) => bar.with_style(style),
-            Err(_) => bar,
-        }
-    }
 }
 
 fn main() -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use peft::AdapterBatch;
 use text::{Special, Tokenizer};
 
 use crate::Bench;
+use crate::progress::progress;
 use crate::row::{Goal, Row};
 
 /// Tokens that see each other.
@@ -27,7 +28,7 @@ pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     }
     tokens.truncate(wanted);
     anyhow::ensure!(tokens.len() == wanted, "the plays have only {} tokens", tokens.len());
-    let progress = bench.progress("perplexity", 2 * wanted / WINDOW);
+    let progress = progress("perplexity", 2 * wanted / WINDOW);
     let measure = |precision| -> anyhow::Result<f64> {
         let mut text = Text::new(&loaded.model, precision)?;
         let mut nats = 0.0;

@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::Bench;
+use crate::progress::progress;
 use crate::row::{Goal, Row};
 
 const LAYERS: usize = 8;
@@ -34,7 +35,7 @@ fn product(scratch: &mut Scratch, workers: &Team, weight: &Weight, x: &[f32], y:
 
 /// The rows.
 pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
-    let progress = bench.progress("products", BATCHES.len() * bench.runs);
+    let progress = progress("products", BATCHES.len() * bench.runs);
     let matrices = matrices()?;
     let team = Team::new(std::thread::available_parallelism().map_or(1, usize::from))?;
     let mut scratch = Scratch::default();

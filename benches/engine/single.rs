@@ -4,6 +4,7 @@ use anyhow::Context;
 
 use crate::Bench;
 use crate::ours::{Job, Ours};
+use crate::progress::progress;
 use crate::row::{Goal, Row, median};
 
 /// Tokens per second: decoding and prompt, of one side.
@@ -35,7 +36,7 @@ fn better<'a>(one: &'a [f64], other: &'a [f64]) -> &'a [f64] {
 /// The first four rows.
 pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let requantised = Ours::start(&bench.best).context("our engine on llama.cpp's Q4_0")?;
-    let progress = bench.progress("one user", bench.runs * 4);
+    let progress = progress("one user", bench.runs * 4);
     let mut speeds: [Speeds; 4] = Default::default();
     for warm in [ours, &requantised] {
         warm.run(vec![Job { prompt: 64, answer: 8, adapter: None }])?;

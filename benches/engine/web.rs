@@ -10,6 +10,7 @@ use crate::adapters::{gguf, lease, weights};
 use crate::load::{self, Arrival, Load, Popularity, Prompts, Report, Target};
 use crate::ours::{Job, Ours};
 use crate::plot::{self, Bar};
+use crate::progress::progress;
 use crate::row::{Goal, Row};
 use crate::server::Server;
 use crate::vllm::{Vllm, number_format};
@@ -71,7 +72,7 @@ fn crowd(
 ) -> anyhow::Result<Vec<Row>> {
     let leases = adapters.iter().enumerate().map(|(number, weights)| lease(number, weights, Storage::Bf16));
     let leases = leases.collect::<anyhow::Result<Vec<_>>>()?;
-    let progress = bench.progress("16 users over HTTP", (bench.runs + 1) * USERS * (targets.len() + 1));
+    let progress = progress("16 users over HTTP", (bench.runs + 1) * USERS * (targets.len() + 1));
     let mut reports: [Vec<Report>; 3] = Default::default();
     let mut in_codes = Vec::new();
     let mut vllm = bench.vllm.then(|| Vllm::start(bench, ours, adapters)).transpose()?;
@@ -135,7 +136,7 @@ fn of(reports: &[Report], figure: impl Fn(&Report) -> f64) -> Vec<f64> {
 fn popularities(bench: &Bench, targets: [Target; 3], prompts: &Prompts) -> anyhow::Result<Vec<Row>> {
     let (requests, rate) = if bench.quick { (4, 4.0 * RATE) } else { (2 * USERS, RATE) };
     let arrivals = [("closed loop", Arrival::Closed), ("Poisson", Arrival::Poisson(rate))];
-    let progress = bench.progress("popularities", requests * 2 * Popularity::ALL.len() * arrivals.len());
+    let progress = progress("popularities", requests * 2 * Popularity::ALL.len() * arrivals.len());
     let (mut rows, mut throughput, mut waits) = (Vec::new(), Vec::new(), Vec::new());
     for (arrival_name, arrival) in arrivals {
         for popularity in Popularity::ALL {

@@ -8,24 +8,26 @@
 
 mod histories;
 mod peer;
+#[path = "../engine/progress.rs"]
+mod progress;
 #[path = "../engine/row.rs"]
 #[expect(dead_code, reason = "the engine's rows say more")]
 mod row;
 mod service;
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::ensure;
 use atelier::fetch;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use model::{BaseModel, LoadOptions, Loaded};
 use text::Tokenizer;
 use train::{Control, Recipe, StepReport, TrainJob, Verdict, train_jointly};
 use types::Example;
 
 use crate::peer::Peft;
+use crate::progress::progress;
 use crate::row::{Goal, Row};
 
 const USERS: usize = 16;
@@ -71,18 +73,6 @@ fn main() -> anyhow::Result<()> {
 fn print(rows: &[Row]) {
     for row in rows {
         println!("{}", row.json());
-    }
-}
-
-/// A bar on standard error; one line where there is no terminal.
-fn progress(what: &str, trainings: usize) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        eprintln!("{what}: {trainings} trainings");
-    }
-    let bar = ProgressBar::new(trainings as u64).with_message(what.to_owned());
-    match ProgressStyle::with_template("{msg:20} [{bar:40}] {pos}/{len} {elapsed} (about {eta} more)") {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
     }
 }
 

@@ -77,7 +77,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// `floor` is the share of the threads' time, from 0 to below 1, that a guest gets while requests run.
+    /// `floor` is the share of the threads' time, from 0 to 0.9, that a guest gets while requests run.
     pub(crate) fn new(threads: usize, floor: f64) -> Self {
         let floor = floor.clamp(0.0, 0.9);
         Self { threads, floor, times: [Times::default(); 24], longest: 0.0, owed: 0.0 }

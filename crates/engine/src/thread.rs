@@ -30,7 +30,7 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Threads of the model's arithmetic.
     pub threads: usize,
-    /// Share of the threads' time, from 0 to below 1, that a [`Guest`] gets while requests run.
+    /// Share of the threads' time, from 0 to 0.9, that a [`Guest`] gets while requests run.
     pub guest_floor: f64,
     /// Whether quantised weights meet activations in 8 bits and KV is bfloat16, or all is float32.
     pub precision: Precision,

@@ -227,7 +227,7 @@ impl Store {
     /// [`StoreError::NotFound`] if the user has no such generation, [`StoreError::Corrupt`] if a file
     /// is missing or is not what was published.
     pub async fn fetch(&self, adapter: &AdapterId, id: &GenerationId) -> Result<AdapterFiles, StoreError> {
-        self.fetch_gently(adapter, id, Arc::new(|_| {})).await
+        self.fetch_gently(adapter, id, at_once()).await
     }
 
     /// As [`Store::fetch`]; after each piece of the work that checks the files `rest` is told how long it took, and may
@@ -255,8 +255,7 @@ impl Store {
         id: &GenerationId,
         file: AdapterFile,
     ) -> Result<Vec<u8>, StoreError> {
-        let rest: Arc<Rest> = Arc::new(|_| {});
-        self.fetch_files(adapter, id, [file], &rest).await.map(|[content]| content)
+        self.fetch_files(adapter, id, [file], &at_once()).await.map(|[content]| content)
     }
 
     async fn fetch_files<const N: usize>(
@@ -362,12 +361,17 @@ async fn record(
 /// Called after a piece of work with the time that it took.
 pub type Rest = dyn Fn(Duration) + Send + Sync;
 
+/// No rest between pieces.
+fn at_once() -> Arc<Rest> {
+    Arc::new(|_| {})
+}
+
 /// Bytes that are hashed at a time.
 const HASHED: usize = 64 << 10;
 
 /// Length and hash of `bytes`, worked out where it may take a while.
 pub(crate) async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
-    fingerprint_gently(bytes, Arc::new(|_| {})).await
+    fingerprint_gently(bytes, at_once()).await
 }
 
 async fn fingerprint_gently(bytes: Vec<u8>, rest: Arc<Rest>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
