@@ -3,7 +3,8 @@
 //! A full block whose keys and values are computed is published under everything they depend on: the scope (whose
 //! they are), the block before it and its own tokens, compared in full and not by a hash. A sequence that begins
 //! alike takes the published blocks instead of computing them again (as vLLM's automatic prefix caching does;
-//! Kwon et al., 2023). Blocks that nobody holds any more stay until their room is needed.
+//! Kwon et al., 2023), and a copy of the one after them that begins as it goes on. Blocks that nobody holds any more
+//! stay until their room is needed.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +12,10 @@ use std::sync::Arc;
 use model::BLOCK_LEN;
 use types::{AdapterId, GenerationId, TenantId};
 
-use crate::idle::Idle;
+use crate::links::{Idle, Siblings};
+
+/// Of the blocks that may begin as a sequence goes on, so many are compared, the newest first.
+const COMPARED: usize = 16;
 
 /// Whose keys and values these are: nothing is ever shared between two scopes. The base model needs no place in it, as
 /// a pool belongs to one.
@@ -53,6 +57,24 @@ struct Published {
     key: Key,
 }
 
+/// What a sequence need not compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reused {
+    /// Tokens whose keys and values are there, those of the copied block among them.
+    pub tokens: usize,
+    /// What has to be copied before anything is stored again.
+    pub copy: Option<BlockCopy>,
+}
+
+/// The beginning of one block that becomes that of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockCopy {
+    /// A published block.
+    pub from: u32,
+    /// The last block of the sequence's table.
+    pub to: u32,
+}
+
 /// One sequence's blocks, in the order of its positions.
 #[derive(Debug, Default)]
 pub struct BlockTable {
@@ -81,6 +103,8 @@ pub struct BlockPool {
     free: Vec<u32>,
     idle: Idle,
     index: HashMap<Key, u32>,
+    /// Published blocks by what stands before them.
+    siblings: Siblings<Before>,
     next_number: u64,
     evictions: u64,
     sharing: bool,
@@ -90,11 +114,13 @@ impl BlockPool {
     /// A pool of `blocks` free blocks; without `sharing`, nothing is ever published.
     #[must_use]
     pub fn new(blocks: u32, sharing: bool) -> Self {
+        let published = if sharing { blocks as usize } else { 0 };
         Self {
             blocks: (0..blocks).map(|_| Block::default()).collect(),
             free: (0..blocks).rev().collect(),
             idle: Idle::new(blocks),
-            index: HashMap::with_capacity(if sharing { blocks as usize } else { 0 }),
+            index: HashMap::with_capacity(published),
+            siblings: Siblings::new(blocks, published),
             next_number: 0,
             evictions: 0,
             sharing,
@@ -131,23 +157,37 @@ impl BlockPool {
         self.evictions
     }
 
-    /// Gives an empty table the longest published beginning of `tokens`, and says how many tokens that is. At least the
-    /// last token is left out, as its logits are wanted. `None`, and nothing happens, unless the blocks that are still
-    /// missing for all of `tokens` can be had.
-    pub fn reuse(&mut self, table: &mut BlockTable, scope: &Arc<Scope>, tokens: &[u32]) -> Option<usize> {
+    /// Gives an empty table the longest published beginning of `tokens`: full blocks, and if the block after them begins
+    /// as another does, a block of its own that the caller has to make a copy of that one. At least the last token is
+    /// left out, as its logits are wanted. `None`, and nothing happens, unless the blocks that are still missing for all
+    /// of `tokens` can be had.
+    pub fn reuse(&mut self, table: &mut BlockTable, scope: &Arc<Scope>, tokens: &[u32]) -> Option<Reused> {
         debug_assert!(table.blocks.is_empty(), "the table is empty");
-        let found = self.beginning(scope, &tokens[..tokens.len().saturating_sub(1)]);
+        let known = &tokens[..tokens.len().saturating_sub(1)];
+        let (found, last) = self.beginning(scope, known);
         let missing = tokens.len().div_ceil(BLOCK_LEN) - found.len();
         // Idle blocks that it takes itself are not there for the rest.
-        let idle = found.iter().filter(|&&block| self.blocks[block as usize].holders == 0).count();
+        let idle = found.iter().filter(|&&block| self.is_idle(block)).count();
         if missing > self.available() - idle {
             return None;
         }
         for &block in &found {
             self.hold(block);
         }
+        let full = found.len() * BLOCK_LEN;
         *table = BlockTable { published: found.len(), blocks: found };
-        Some(table.blocks.len() * BLOCK_LEN)
+        let Some((from, alike)) = self.alike(&last, &known[full..]) else {
+            return Some(Reused { tokens: full, copy: None });
+        };
+        // The block to be copied must not make room for the copy.
+        if self.available() == usize::from(self.is_idle(from)) {
+            return Some(Reused { tokens: full, copy: None });
+        }
+        self.hold(from);
+        self.grow(table, 1);
+        self.let_go(from);
+        let copy = table.blocks.last().map(|&to| BlockCopy { from, to });
+        Some(Reused { tokens: full + alike, copy })
     }
 
     /// Adds `count` blocks to a table; the caller has seen that they are available.
@@ -187,6 +227,7 @@ impl BlockPool {
             } else {
                 let number = self.next_number;
                 self.next_number += 1;
+                self.siblings.push(key.before.clone(), own);
                 self.index.insert(key.clone(), own);
                 self.blocks[own as usize].published = Some(Published { number, key });
             }
@@ -203,19 +244,42 @@ impl BlockPool {
         }
     }
 
-    /// The published blocks that hold the longest beginning of `tokens`.
-    fn beginning(&self, scope: &Arc<Scope>, tokens: &[u32]) -> Vec<u32> {
+    /// The published blocks that hold the longest beginning of `tokens`, and what stands before the next one.
+    fn beginning(&self, scope: &Arc<Scope>, tokens: &[u32]) -> (Vec<u32>, Before) {
         let mut found = Vec::new();
         let (full, _) = tokens.as_chunks::<BLOCK_LEN>();
         let mut before = Before::Start(Arc::clone(scope));
         for tokens in full.iter().take_while(|_| self.sharing) {
             let key = Key { before, tokens: *tokens };
-            let Some(&block) = self.index.get(&key) else { break };
+            let known = self.index.get(&key).copied();
+            before = key.before;
+            let Some(block) = known else { break };
             let Some(published) = &self.blocks[block as usize].published else { break };
             before = Before::Block(published.number);
             found.push(block);
         }
-        found
+        (found, before)
+    }
+
+    /// Of the latest published blocks after `before`, the one that agrees with the most of `tokens` from the first on, and
+    /// with how many.
+    fn alike(&self, before: &Before, tokens: &[u32]) -> Option<(u32, usize)> {
+        let alike = |block: u32| {
+            let published = self.blocks[block as usize].published.as_ref()?;
+            let same =
+                published.key.tokens.iter().zip(tokens).take_while(|(theirs, own)| theirs == own).count();
+            (same > 0).then_some((block, same))
+        };
+        // Of equals the newest, which comes first.
+        self.siblings
+            .of(before)
+            .take(COMPARED)
+            .filter_map(alike)
+            .reduce(|best, next| if next.1 > best.1 { next } else { best })
+    }
+
+    fn is_idle(&self, block: u32) -> bool {
+        self.blocks[block as usize].holders == 0
     }
 
     fn hold(&mut self, block: u32) {
@@ -242,6 +306,7 @@ impl BlockPool {
         let block = self.idle.pop()?;
         if let Some(published) = self.blocks[block as usize].published.take() {
             self.index.remove(&published.key);
+            self.siblings.remove(&published.key.before, block);
         }
         self.evictions += 1;
         Some(block)
@@ -276,9 +341,19 @@ impl BlockPool {
             Before::Block(number) => numbers.contains(&number),
         };
         assert!(self.index.keys().all(chained), "a chain has lost its middle");
+        let firsts: std::collections::HashSet<&Before> = self.index.keys().map(|key| &key.before).collect();
+        assert_eq!(firsts.len(), self.siblings.keys());
+        assert_eq!(firsts.iter().map(|before| self.siblings.of(before).count()).sum::<usize>(), published);
+        for (key, block) in &self.index {
+            assert!(
+                self.siblings.of(&key.before).any(|other| other == *block),
+                "a block without its siblings"
+            );
+        }
         let at = |block: &u32| &self.blocks[*block as usize];
         assert!(self.free.iter().map(at).all(|block| block.holders == 0 && block.published.is_none()));
-        let idle: Vec<u32> = self.idle.iter().collect();
+        let mut idle: Vec<u32> = self.idle.iter().collect();
+        idle.reverse();
         assert_eq!(idle.len(), self.idle.len());
         assert!(idle.iter().map(at).all(|block| block.holders == 0 && block.published.is_some()));
         let holds = held.iter().filter(|held| **held > 0).count();
@@ -293,149 +368,5 @@ impl BlockPool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn scope(tenant: &str, adapter: Option<(&str, u8)>) -> Arc<Scope> {
-        let tenant: TenantId = tenant.parse().expect("an id");
-        let adapter = adapter.map(|(user, generation)| {
-            let id = AdapterId::new(tenant.clone(), user.parse().expect("an id"));
-            (id, GenerationId::from_bytes([generation; 32]))
-        });
-        Arc::new(Scope { tenant, adapter })
-    }
-
-    fn tokens(count: u32) -> Vec<u32> {
-        (0..count).map(|at| at * 7 % 64).collect()
-    }
-
-    /// A table that holds `tokens`, computed and published.
-    fn computed(pool: &mut BlockPool, scope: &Arc<Scope>, tokens: &[u32]) -> (BlockTable, usize) {
-        let mut table = BlockTable::default();
-        let cached = pool.reuse(&mut table, scope, tokens).expect("there is room");
-        pool.grow(&mut table, tokens.len().div_ceil(BLOCK_LEN) - cached / BLOCK_LEN);
-        pool.publish(&mut table, scope, tokens);
-        (table, cached)
-    }
-
-    #[test]
-    fn a_beginning_is_found_again_but_never_all_of_it() {
-        let mut pool = BlockPool::new(20, true);
-        let base = scope("t", None);
-        let (mut first, cached) = computed(&mut pool, &base, &tokens(50));
-        assert_eq!(cached, 0);
-        for (len, expected) in [(50, 48), (49, 48), (48, 32), (33, 32), (17, 16), (16, 0), (1, 0), (80, 48)] {
-            let (mut table, cached) = computed(&mut pool, &base, &tokens(len));
-            assert_eq!(cached, expected, "{len} tokens");
-            assert_eq!(table.blocks[..expected / 16], first.blocks[..expected / 16]);
-            pool.check([&first, &table]);
-            pool.release(&mut table);
-        }
-        let mut other = tokens(50);
-        other[20] = 63;
-        let (mut table, cached) = computed(&mut pool, &base, &other);
-        assert_eq!(cached, 16, "up to the block that differs, though the third has the same tokens");
-        pool.release(&mut table);
-        pool.release(&mut first);
-        pool.check([]);
-        assert_eq!(pool.available(), 20);
-        assert!(pool.idle() >= 5);
-    }
-
-    #[test]
-    fn nothing_passes_from_scope_to_scope() {
-        let scopes = [
-            scope("t", None),
-            scope("u", None),
-            scope("t", Some(("ann", 1))),
-            scope("t", Some(("ann", 2))),
-            scope("t", Some(("bob", 1))),
-            scope("u", Some(("ann", 1))),
-        ];
-        let mut pool = BlockPool::new(60, true);
-        for scope in &scopes {
-            assert_eq!(computed(&mut pool, scope, &tokens(100)).1, 0, "{scope:?}");
-        }
-        // Negative control: within each scope everything is found.
-        for scope in &scopes {
-            assert_eq!(computed(&mut pool, scope, &tokens(100)).1, 96, "{scope:?}");
-        }
-    }
-
-    #[test]
-    fn nothing_is_kept_without_sharing() {
-        let mut pool = BlockPool::new(20, false);
-        let base = scope("t", None);
-        let (mut table, _) = computed(&mut pool, &base, &tokens(50));
-        assert_eq!(computed(&mut pool, &base, &tokens(50)).1, 0);
-        pool.release(&mut table);
-        assert_eq!(pool.idle(), 0);
-    }
-
-    #[test]
-    fn equal_blocks_of_two_sequences_become_one() {
-        let mut pool = BlockPool::new(8, true);
-        let base = scope("t", None);
-        let (mut a, mut b) = (BlockTable::default(), BlockTable::default());
-        for table in [&mut a, &mut b] {
-            assert_eq!(pool.reuse(table, &base, &tokens(40)), Some(0));
-            pool.grow(table, 3);
-        }
-        assert_eq!(pool.available(), 2);
-        pool.publish(&mut a, &base, &tokens(40));
-        pool.publish(&mut b, &base, &tokens(40));
-        assert_eq!(a.blocks[..2], b.blocks[..2]);
-        assert_ne!(a.blocks[2], b.blocks[2], "the last one is not full");
-        assert_eq!(pool.available(), 4);
-        pool.check([&a, &b]);
-        pool.release(&mut a);
-        pool.check([&b]);
-        assert_eq!(pool.idle(), 0, "held by the other");
-        pool.release(&mut b);
-        assert_eq!((pool.idle(), pool.available()), (2, 8));
-    }
-
-    #[test]
-    fn room_is_made_by_the_oldest_and_the_last_blocks_first() {
-        let mut pool = BlockPool::new(6, true);
-        let (old, new) = (scope("t", None), scope("u", None));
-        for scope in [&old, &new] {
-            let (mut table, _) = computed(&mut pool, scope, &tokens(48));
-            pool.release(&mut table);
-        }
-        assert_eq!((pool.idle(), pool.evictions()), (6, 0));
-        let mut table = BlockTable::default();
-        pool.grow(&mut table, 2);
-        pool.check([&table]);
-        assert_eq!(pool.evictions(), 2);
-        assert_eq!(pool.beginning(&old, &tokens(48)).len(), 1, "the first of the old chain is left");
-        assert_eq!(pool.beginning(&new, &tokens(48)).len(), 3);
-        // Use makes young again.
-        pool.release(&mut table);
-        let (mut used, cached) = computed(&mut pool, &old, &tokens(17));
-        assert_eq!(cached, 16);
-        pool.release(&mut used);
-        pool.grow(&mut table, 5);
-        pool.check([&table]);
-        assert_eq!(
-            (pool.beginning(&old, &tokens(17)).len(), pool.beginning(&new, &tokens(17)).len()),
-            (1, 0)
-        );
-    }
-
-    #[test]
-    fn idle_blocks_count_as_room_but_not_twice() {
-        let mut pool = BlockPool::new(4, true);
-        let base = scope("t", None);
-        let (mut table, _) = computed(&mut pool, &base, &tokens(33));
-        pool.release(&mut table);
-        assert_eq!((pool.available(), pool.idle()), (4, 2));
-        // 64 tokens: two blocks are cached, two more are there. 65 tokens would need a third.
-        assert_eq!(pool.reuse(&mut table, &base, &tokens(65)), None);
-        assert_eq!(pool.idle(), 2, "a refusal changes nothing");
-        assert_eq!(pool.reuse(&mut table, &base, &tokens(64)), Some(32));
-        pool.grow(&mut table, 2);
-        pool.check([&table]);
-        assert_eq!(pool.available(), 0);
-    }
-}
+#[path = "blocks_tests.rs"]
+mod tests;

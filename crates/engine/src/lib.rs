@@ -6,7 +6,7 @@
 mod blocks;
 mod draw;
 mod guest;
-mod idle;
+mod links;
 mod request;
 mod runner;
 mod sampler;
@@ -14,7 +14,7 @@ mod scheduler;
 mod sequence;
 mod thread;
 
-pub use blocks::{BlockPool, BlockTable, Scope};
+pub use blocks::{BlockCopy, BlockPool, BlockTable, Reused, Scope};
 pub use guest::{Guest, Visit};
 pub use request::{
     Engine, EngineStats, Event, Generate, Limits, SampledToken, SubmitError, TokenSink, TokenStream, channel,

@@ -44,6 +44,7 @@ pub(crate) struct Runner {
 /// The sequences' blocks, as the scheduler moves them.
 struct Held<'a> {
     pool: &'a mut BlockPool,
+    kv: &'a mut KvPool,
     sequences: &'a mut HashMap<u64, Sequence>,
 }
 
@@ -53,7 +54,11 @@ impl Blocks for Held<'_> {
     }
 
     fn reuse(&mut self, id: u64) -> Option<usize> {
-        self.sequences.get_mut(&id)?.reuse(self.pool)
+        let reused = self.sequences.get_mut(&id)?.reuse(self.pool)?;
+        if let Some(copy) = reused.copy {
+            self.kv.copy(copy.from, copy.to);
+        }
+        Some(reused.tokens)
     }
 
     fn grow(&mut self, id: u64, count: usize) {
@@ -138,7 +143,7 @@ impl Runner {
     /// One step; the pause after it, if a guest is there and it is due.
     fn step(&mut self) -> Option<Duration> {
         let mut step = std::mem::take(&mut self.step);
-        let mut held = Held { pool: &mut self.blocks, sequences: &mut self.sequences };
+        let mut held = Held { pool: &mut self.blocks, kv: &mut self.kv, sequences: &mut self.sequences };
         self.scheduler.plan(&mut held, &mut step);
         let guest = self.guest.is_there();
         let rows = step.work.iter().map(|work| work.tokens).sum();

@@ -12,8 +12,8 @@ pub trait Blocks {
     /// Blocks that a sequence can get.
     fn available(&self) -> usize;
 
-    /// Gives a sequence without blocks those that hold the beginning of its tokens already, and says how many tokens
-    /// that is: fewer than it has. `None`, and nothing happens, unless the blocks that are still missing for all of
+    /// Gives a sequence without blocks those that hold the beginning of its tokens already, the last of them perhaps in
+    /// part, and says how many tokens that is: fewer than it has. `None`, and nothing happens, unless the blocks that are still missing for all of
     /// its tokens are available.
     fn reuse(&mut self, id: u64) -> Option<usize>;
 
@@ -181,7 +181,7 @@ impl Scheduler {
             // As long as there is budget, all that run have got the blocks of their prompts.
             let Some(cached) = blocks.reuse(entry.id) else { break };
             let tokens = (entry.known - cached).min(budget);
-            let held = cached / self.block_len;
+            let held = self.blocks_for(cached);
             let need = self.blocks_for(cached + tokens).saturating_sub(held);
             blocks.grow(entry.id, need);
             (entry.computed, entry.blocks) = (cached, held + need);

@@ -40,6 +40,16 @@ struct World {
     stored: HashMap<(u32, usize), (Arc<Scope>, Vec<u32>)>,
     preemptions: usize,
     computed: usize,
+    /// Tokens that were there because a block was copied.
+    copied: usize,
+    fault: Option<Fault>,
+}
+
+/// Seeded bugs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// A block that was to be copied is not.
+    NoCopy,
 }
 
 impl Blocks for World {
@@ -49,8 +59,16 @@ impl Blocks for World {
 
     fn reuse(&mut self, id: u64) -> Option<usize> {
         let sequence = self.sequences.get_mut(&id)?;
-        let cached = self.pool.reuse(&mut sequence.table, &sequence.scope, &sequence.tokens)?;
+        let reused = self.pool.reuse(&mut sequence.table, &sequence.scope, &sequence.tokens)?;
+        let cached = reused.tokens;
         assert!(cached < sequence.tokens.len());
+        if let Some(copy) = reused.copy.filter(|_| self.fault != Some(Fault::NoCopy)) {
+            for at in 0..BLOCK_LEN {
+                let content = self.stored[&(copy.from, at)].clone();
+                self.stored.insert((copy.to, at), content);
+            }
+        }
+        self.copied += cached % BLOCK_LEN;
         (sequence.computed, sequence.cached) = (cached, cached);
         Some(cached)
     }
@@ -78,6 +96,8 @@ impl World {
             stored: HashMap::new(),
             preemptions: 0,
             computed: 0,
+            copied: 0,
+            fault: None,
         }
     }
 
@@ -110,8 +130,11 @@ impl World {
             self.stored.insert((blocks[at / BLOCK_LEN], at % BLOCK_LEN), content);
         }
         for at in 0..end {
-            let (scope, tokens) = &self.stored[&(blocks[at / BLOCK_LEN], at % BLOCK_LEN)];
-            assert!(*scope == sequence.scope && *tokens == sequence.tokens[..=at], "another one's keys");
+            let stored = self.stored.get(&(blocks[at / BLOCK_LEN], at % BLOCK_LEN));
+            let own = |(scope, tokens): &(Arc<Scope>, Vec<u32>)| {
+                *scope == sequence.scope && *tokens == sequence.tokens[..=at]
+            };
+            assert!(stored.is_some_and(own), "another one's keys");
         }
         sequence.computed = end;
         self.computed += work.tokens;
@@ -318,4 +341,33 @@ fn preemption_takes_no_shared_block() {
     assert!(world.pool.evictions() > 0);
     // Recomputing all of every prompt would be 400 and more.
     assert!(world.computed < 400, "{}", world.computed);
+}
+
+/// Four texts that part within a block, one after the other.
+fn parting() -> Vec<Case> {
+    let texts = [60, 24, 20, 24].map(|agrees| {
+        let mut case = plain(60, 5);
+        case.prompt[agrees..].iter_mut().for_each(|token| *token += 100 + agrees as u32);
+        case
+    });
+    texts.into()
+}
+
+#[test]
+fn what_agrees_within_a_block_is_copied() {
+    let mut world = World::new(64, true);
+    for case in parting() {
+        world.drain(&[case]);
+    }
+    // Eight and four tokens after the block in common; the fourth is the second again, all but the last token of it.
+    assert_eq!((world.copied, world.computed), (8 + 4 + 11, 60 + (60 - 24) + (60 - 20) + 1 + 4 * 4));
+}
+
+#[test]
+#[should_panic(expected = "another one's keys")]
+fn a_copy_that_is_forgotten_is_seen() {
+    let mut world = World { fault: Some(Fault::NoCopy), ..World::new(64, true) };
+    for case in parting() {
+        world.drain(&[case]);
+    }
 }

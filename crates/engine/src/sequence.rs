@@ -6,7 +6,7 @@ use std::time::Instant;
 use peft::{Adapter, Lease};
 use types::{FinishReason, SamplingParams, Usage};
 
-use crate::blocks::{BlockPool, BlockTable, Scope};
+use crate::blocks::{BlockPool, BlockTable, Reused, Scope};
 use crate::request::{Event, Generate, SampledToken, TokenSink};
 use crate::sampler::{Sampler, Scratch};
 
@@ -75,10 +75,11 @@ impl Sequence {
     }
 
     /// Takes the blocks that hold the beginning of its tokens already, if the rest has room; see [`BlockPool::reuse`].
-    pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> Option<usize> {
-        self.computed = pool.reuse(&mut self.blocks, &self.scope, &self.tokens)?;
+    pub(crate) fn reuse(&mut self, pool: &mut BlockPool) -> Option<Reused> {
+        let reused = pool.reuse(&mut self.blocks, &self.scope, &self.tokens)?;
+        self.computed = reused.tokens;
         self.blocks.reserve(self.tokens.capacity());
-        Some(self.computed)
+        Some(reused)
     }
 
     /// Notes an admission: the tokens of the prompt that were there already, the first time.

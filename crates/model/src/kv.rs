@@ -57,6 +57,18 @@ impl KvPool {
         self.blocks
     }
 
+    /// Makes block `to` a copy of block `from` in every layer.
+    ///
+    /// # Panics
+    /// When there is no such block.
+    pub fn copy(&mut self, from: u32, to: u32) {
+        let values = self.layout.block_values();
+        match &mut self.numbers {
+            Numbers::F32(layers) => copy(layers, values, from, to),
+            Numbers::Bf16(layers) => copy(layers, values, from, to),
+        }
+    }
+
     /// Norms and rotates a layer's queries and keys, stores keys and values, and attends.
     pub(crate) fn attend(
         &mut self,
@@ -82,6 +94,11 @@ impl KvPool {
 /// Each made afresh, not cloned: zeroed memory costs nothing until it is used.
 fn zeros<E: KvElement>(layers: usize, values: usize) -> Vec<[Vec<E>; 2]> {
     (0..layers).map(|_| [vec![E::default(); values], vec![E::default(); values]]).collect()
+}
+
+fn copy<E: KvElement>(layers: &mut [[Vec<E>; 2]], values: usize, from: u32, to: u32) {
+    let (from, to) = (from as usize * values, to as usize * values);
+    layers.iter_mut().flatten().for_each(|numbers| numbers.copy_within(from..from + values, to));
 }
 
 fn attend<E: KvElement>(

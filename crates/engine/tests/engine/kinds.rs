@@ -72,24 +72,40 @@ async fn virtual_tokens_are_computed_once_and_shared_by_the_users_requests() {
     assert_eq!(usage.cached_tokens, 0, "what was taken over is no token of the prompt");
     assert_eq!(events, expected[1]);
     assert_eq!(engine.stats().prefix_hits, 0, "and no hit of the prompt's");
-    // Of 40 virtual tokens, two full blocks need not be computed again: the second request holds two idle ones.
+    // The third block begins with the last eight of them, and is copied as far as that.
     let rows = |engine: &ModelEngine| engine.stats().virtual_tokens;
-    assert_eq!((rows(&cold), rows(&engine)), (80, 48));
+    assert_eq!((rows(&cold), rows(&engine)), (80, 40));
     // Negative control: another generation of the same adapter shares nothing.
     let newer = Lease { generation: GenerationId::from_bytes([9; 32]), ..mine };
     run(&engine, &[ask(2, &newer)]).await;
-    assert_eq!(rows(&engine), 48 + 40);
+    assert_eq!(rows(&engine), 40 + 40);
+    // Fewer than a block are shared alike.
+    let (few, before) = (prompt(5), rows(&engine));
+    let few = Lease { generation: GenerationId::from_bytes([8; 32]), ..few };
+    for seed in [11, 12, 13] {
+        let job = ask(seed, &few);
+        assert!(
+            job.prompt.len() + job.params.max_tokens as usize >= 12,
+            "the block of the virtual tokens is full"
+        );
+        assert_eq!(
+            run(&engine, std::slice::from_ref(&job)).await,
+            run(&cold, std::slice::from_ref(&job)).await
+        );
+    }
+    assert_eq!(rows(&engine), before + 5);
 }
 
 #[tokio::test]
 async fn a_warm_prompt_behind_virtual_tokens_counts_its_own_tokens() {
     let engine = ModelEngine::start(base(), settings(64)).unwrap();
-    let job = Generate { prompt: (0..50).collect(), adapter: Some(lease("prompt")), ..job(3, None) };
+    let mut job = Generate { prompt: (0..50).collect(), adapter: Some(lease("prompt")), ..job(3, None) };
+    job.params.max_tokens = 16;
     run(&engine, std::slice::from_ref(&job)).await;
     let events = run_counted(&engine, std::slice::from_ref(&job)).await.remove(0);
     let (_, usage) = finished(&events);
-    // Three blocks of sixteen hold the five virtual tokens and 43 of the prompt.
-    assert_eq!((usage.prompt_tokens, usage.cached_tokens as usize), (50, 48 - VIRTUAL));
+    // The fourth block, which ends with the answer's first tokens, is full too: all but the last token are there.
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens), (50, 49));
 }
 
 #[tokio::test]
