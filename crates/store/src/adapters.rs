@@ -1,20 +1,19 @@
 //! Generations: publish and fetch.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
 use types::{AdapterId, GenerationId, JobOutcome};
 
 use crate::AdapterFile::{Config, Weights};
 use crate::blobs::Blobs;
 use crate::jobs::{check_outcome, fenced};
 use crate::lineage::move_head;
+use crate::reading::{Rest, at_once, fingerprint};
 use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
 use crate::{
-    AdapterFile, AdapterFiles, Expected, Fence, Fingerprint, GenerationRecord, Lesson, Manifest,
-    NewGeneration, Origin, Store, StoreError, users,
+    AdapterFile, AdapterFiles, Expected, Fence, GenerationRecord, Lesson, Manifest, NewGeneration, Origin,
+    Store, StoreError,
 };
 
 impl AdapterFile {
@@ -145,8 +144,8 @@ impl Store {
         new: NewGeneration,
         folder: &str,
     ) -> Result<(Generation, Option<String>), StoreError> {
-        let (config, new_config) = fingerprint(new.config).await?;
-        let (weights, new_weights) = fingerprint(new.weights).await?;
+        let (config, new_config) = fingerprint(new.config, at_once()).await?;
+        let (weights, new_weights) = fingerprint(new.weights, at_once()).await?;
         let generation = Generation {
             id: new.id,
             parent: new.parent,
@@ -201,9 +200,11 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn head(&self, adapter: &AdapterId) -> Result<Option<GenerationRecord>, StoreError> {
-        let mut tx = self.read().await?;
-        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
-        users::head(&mut tx, &user).await
+        let found = sql::generations::head_of(&mut *self.reader().await?, adapter).await?;
+        Ok(found.map(|head| {
+            let id = head.id;
+            head.into_record(Some(id))
+        }))
     }
 
     /// One generation of the user.
@@ -230,7 +231,7 @@ impl Store {
         self.fetch_gently(adapter, id, at_once()).await
     }
 
-    /// As [`Store::fetch`]; after each piece of the work that checks the files `rest` is told how long it took, and may
+    /// As [`Store::fetch`]; after each piece of the work that reads and checks the files `rest` is told how long it took, and may
     /// let some time pass.
     ///
     /// # Errors
@@ -267,7 +268,7 @@ impl Store {
     ) -> Result<[Vec<u8>; N], StoreError> {
         let mut seen = None;
         loop {
-            let generation = self.find_generation(adapter, id).await?;
+            let generation = sql::generations::find_of(&mut *self.reader().await?, adapter, id).await?;
             let generation = generation.ok_or_else(|| StoreError::not_found("generation", id))?;
             match self.read_files(&generation, wanted, rest).await {
                 // The files may just have been deleted or replaced: then the row says so now.
@@ -302,25 +303,14 @@ impl Store {
             Weights => (file.name(), generation.weights),
         };
         let corrupt = |reason: String| StoreError::Corrupt { generation: generation.id, reason };
-        let found = self.blobs().read(&generation.folder, name, expected.bytes).await?;
-        let bytes = found.ok_or_else(|| {
+        let found = self.blobs().read(&generation.folder, name, expected.bytes, Arc::clone(rest)).await?;
+        let (found, bytes) = found.ok_or_else(|| {
             corrupt(format!("{name} is missing, or its length is not {} bytes", expected.bytes))
         })?;
-        let (found, bytes) = fingerprint_gently(bytes, Arc::clone(rest)).await?;
         if found != expected {
             return Err(corrupt(format!("the sha-256 of {name} is not that of the published file")));
         }
         Ok(bytes)
-    }
-
-    async fn find_generation(
-        &self,
-        adapter: &AdapterId,
-        id: &GenerationId,
-    ) -> Result<Option<Generation>, StoreError> {
-        let mut tx = self.read().await?;
-        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
-        sql::generations::find(&mut tx, user.key, id).await
     }
 }
 
@@ -356,33 +346,4 @@ async fn record(
     sql::garbage::insert(db, &target.adapter, &old.folder).await?;
     let replaced = old.folder.clone();
     Ok((Generation { folder: new.folder, ..old }, Some(replaced)))
-}
-
-/// Called after a piece of work with the time that it took.
-pub type Rest = dyn Fn(Duration) + Send + Sync;
-
-/// No rest between pieces.
-fn at_once() -> Arc<Rest> {
-    Arc::new(|_| {})
-}
-
-/// Bytes that are hashed at a time.
-const HASHED: usize = 64 << 10;
-
-/// Length and hash of `bytes`, worked out where it may take a while.
-pub(crate) async fn fingerprint(bytes: Vec<u8>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
-    fingerprint_gently(bytes, at_once()).await
-}
-
-async fn fingerprint_gently(bytes: Vec<u8>, rest: Arc<Rest>) -> Result<(Fingerprint, Vec<u8>), StoreError> {
-    let hash = move || {
-        let mut hash = Sha256::new();
-        for chunk in bytes.chunks(HASHED) {
-            let start = Instant::now();
-            hash.update(chunk);
-            rest(start.elapsed());
-        }
-        (Fingerprint { bytes: bytes.len() as u64, sha256: hash.finalize().into() }, bytes)
-    };
-    tokio::task::spawn_blocking(hash).await.map_err(|_| StoreError::Stopped)
 }

@@ -8,12 +8,13 @@ use futures::TryStreamExt as _;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
+use object_store::{GetResult, GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use tokio::sync::Mutex;
 use types::{AdapterId, GenerationId, JobId};
 use uuid::Uuid;
 
-use crate::{StoreError, disk};
+use crate::reading::{self, Rest};
+use crate::{Fingerprint, StoreError, disk};
 
 /// All adapter files are below this folder.
 const ROOT: &str = "adapters";
@@ -76,13 +77,15 @@ impl Blobs {
         Ok(())
     }
 
-    /// Reads a file that must have `bytes` bytes; `None` if it is missing or has another length.
+    /// Reads a file that must have `bytes` bytes, in pieces, and says what it is; `None` if it is missing or has another
+    /// length.
     pub(crate) async fn read(
         &self,
         folder: &str,
         name: &str,
         bytes: u64,
-    ) -> Result<Option<Vec<u8>>, StoreError> {
+        rest: Arc<Rest>,
+    ) -> Result<Option<(Fingerprint, Vec<u8>)>, StoreError> {
         let found = match self.store.get(&parse(folder)?.join(name)).await {
             Ok(found) => found,
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
@@ -91,7 +94,16 @@ impl Blobs {
         if found.meta.size != bytes {
             return Ok(None);
         }
-        Ok(Some(found.bytes().await?.into()))
+        match found.payload {
+            GetResultPayload::File(file, path) => {
+                let failed = |source| StoreError::Folder { folder: path, source };
+                reading::read(file, bytes, rest).await?.map(Some).map_err(failed)
+            }
+            payload @ GetResultPayload::Stream(_) => {
+                let bytes = GetResult { payload, ..found }.bytes().await?;
+                reading::fingerprint(bytes.into(), rest).await.map(Some)
+            }
+        }
     }
 
     /// Deletes a folder that [`Blobs::new_folder`] has named. It is no error if it is gone already.

@@ -2,9 +2,9 @@
 
 use types::AdapterId;
 
-use crate::adapters::fingerprint;
 use crate::blobs::Blobs;
 use crate::jobs::fenced;
+use crate::reading::{at_once, fingerprint};
 use crate::sql::checkpoints::Checkpoint;
 use crate::{Fence, Store, StoreError, sql};
 
@@ -56,7 +56,7 @@ impl Store {
         }
         sql::garbage::insert_pending(&mut tx, adapter, folder).await?;
         tx.commit().await?;
-        let (file, bytes) = fingerprint(bytes).await?;
+        let (file, bytes) = fingerprint(bytes, at_once()).await?;
         self.blobs().write(folder, [(FILE, bytes)]).await?;
         let mut tx = self.write().await?;
         if !holds(&mut tx, adapter, fence).await? {
@@ -77,9 +77,8 @@ impl Store {
     pub async fn checkpoint(&self, fence: &Fence, work: [u8; 32]) -> Result<Option<Vec<u8>>, StoreError> {
         let found = sql::checkpoints::find(&mut *self.read().await?, fence).await?;
         let Some(found) = found.filter(|found| found.work == work) else { return Ok(None) };
-        let bytes = self.blobs().read(&found.folder, FILE, found.file.bytes).await?;
-        let Some(bytes) = bytes else { return Ok(None) };
-        let (file, bytes) = fingerprint(bytes).await?;
+        let read = self.blobs().read(&found.folder, FILE, found.file.bytes, at_once()).await?;
+        let Some((file, bytes)) = read else { return Ok(None) };
         if file != found.file {
             tracing::warn!(job = %fence.job, "a checkpoint is damaged: the job begins anew");
             return Ok(None);

@@ -24,15 +24,16 @@ mod lessons;
 mod lineage;
 mod moves;
 mod pauses;
+mod reading;
 mod records;
 mod sql;
 mod store;
 mod users;
 
-pub use adapters::Rest;
 pub use error::StoreError;
 pub use lessons::item_hash;
 pub use pauses::{Pause, PauseScope, Pauses};
+pub use reading::Rest;
 pub use records::{
     AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
     GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,

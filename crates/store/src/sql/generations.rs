@@ -2,7 +2,7 @@
 
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
-use types::{GenerationId, Timestamp};
+use types::{AdapterId, GenerationId, Timestamp};
 
 use super::{Connection, UserKey, count, generation_or_none, hash, json_or_none, rows, time};
 use crate::{Fingerprint, GenerationCursor, GenerationRecord, Origin, StoreError};
@@ -73,6 +73,40 @@ pub(crate) async fn find(
         .bind(id.as_bytes().as_slice())
         .fetch_optional(db)
         .await?;
+    row.as_ref().map(generation).transpose()
+}
+
+/// The head of an owner.
+pub(crate) async fn head_of(
+    db: &mut Connection,
+    adapter: &AdapterId,
+) -> Result<Option<Generation>, StoreError> {
+    let row = sqlx::query(
+        "SELECT generations.* FROM users JOIN generations ON user_id = users.id AND generations.id = head
+         WHERE tenant = $1 AND name = $2",
+    )
+    .bind(adapter.tenant.as_str())
+    .bind(adapter.owner.to_string())
+    .fetch_optional(db)
+    .await?;
+    row.as_ref().map(generation).transpose()
+}
+
+/// One generation of an owner.
+pub(crate) async fn find_of(
+    db: &mut Connection,
+    adapter: &AdapterId,
+    id: &GenerationId,
+) -> Result<Option<Generation>, StoreError> {
+    let row = sqlx::query(
+        "SELECT generations.* FROM users JOIN generations ON user_id = users.id
+         WHERE tenant = $1 AND name = $2 AND generations.id = $3",
+    )
+    .bind(adapter.tenant.as_str())
+    .bind(adapter.owner.to_string())
+    .bind(id.as_bytes().as_slice())
+    .fetch_optional(db)
+    .await?;
     row.as_ref().map(generation).transpose()
 }
 

@@ -1,0 +1,113 @@
+//! Reading and hashing in short pieces, with rests between them.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{Fingerprint, StoreError};
+
+/// Called after a piece of work with the time that it took.
+pub type Rest = dyn Fn(Duration) + Send + Sync;
+
+/// Bytes that are read and hashed at a time.
+const PIECE: usize = 64 << 10;
+
+/// No rest between pieces.
+pub(crate) fn at_once() -> Arc<Rest> {
+    Arc::new(|_| {})
+}
+
+/// Length and hash of `bytes`, worked out where it may take a while.
+pub(crate) async fn fingerprint(
+    bytes: Vec<u8>,
+    rest: Arc<Rest>,
+) -> Result<(Fingerprint, Vec<u8>), StoreError> {
+    blocking(move || {
+        let mut hash = Sha256::new();
+        for piece in bytes.chunks(PIECE) {
+            let start = Instant::now();
+            hash.update(piece);
+            rest(start.elapsed());
+        }
+        (found(bytes.len(), hash), bytes)
+    })
+    .await
+}
+
+/// The content of a file and what it is. A file that has grown beyond `bytes` is read a byte further only.
+pub(crate) async fn read(
+    file: File,
+    bytes: u64,
+    rest: Arc<Rest>,
+) -> Result<io::Result<(Fingerprint, Vec<u8>)>, StoreError> {
+    blocking(move || {
+        let mut file = file.take(bytes.saturating_add(1));
+        let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
+        let mut hash = Sha256::new();
+        loop {
+            let (start, before) = (Instant::now(), content.len());
+            file.by_ref().take(PIECE as u64).read_to_end(&mut content)?;
+            let piece = &content[before..];
+            if piece.is_empty() {
+                return Ok((found(content.len(), hash), content));
+            }
+            hash.update(piece);
+            rest(start.elapsed());
+        }
+    })
+    .await
+}
+
+fn found(bytes: usize, hash: Sha256) -> Fingerprint {
+    Fingerprint { bytes: bytes as u64, sha256: hash.finalize().into() }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Stopped)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// A counter of rests, and what is called at each.
+    fn counted() -> (Arc<AtomicUsize>, Arc<Rest>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&count);
+        (
+            count,
+            Arc::new(move |_| {
+                seen.fetch_add(1, Ordering::Relaxed);
+            }),
+        )
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_in_pieces_and_hashed_as_a_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        for len in [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5] {
+            let bytes: Vec<u8> = (0..len).map(|at| (at * 31 % 251) as u8).collect();
+            std::fs::write(&path, &bytes).expect("it is written");
+            let file = || File::open(&path).expect("it is there");
+            let (rests, rest) = counted();
+            let (found, content) =
+                read(file(), len as u64, rest).await.expect("it runs").expect("it is read");
+            assert_eq!(rests.load(Ordering::Relaxed), len.div_ceil(PIECE), "{len} bytes");
+            assert!(content == bytes, "{len} bytes");
+            let (expected, bytes) = fingerprint(bytes, at_once()).await.expect("it runs");
+            assert_eq!(found, expected);
+            assert_eq!(found.sha256, <[u8; 32]>::from(Sha256::digest(&bytes)), "in pieces as at once");
+            // One that was cut or has grown is another.
+            let shorter = (len as u64).saturating_sub(2);
+            let (grown, _) = read(file(), shorter, at_once()).await.expect("it runs").expect("it is read");
+            assert_eq!(grown != found, len > 1, "{len} bytes");
+            assert!(grown.bytes <= shorter + 1, "no more than that is read");
+        }
+    }
+}
