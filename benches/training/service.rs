@@ -12,6 +12,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use reqwest::Client;
 use serde_json::{Value, json};
+use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::task::JoinSet;
 
 use crate::histories::Items;
@@ -27,6 +28,8 @@ const UPLOAD: usize = 50;
 const ALLOWED: f64 = 60.0;
 /// Passes over the history that keeps the trainer busy; it is cancelled in the end.
 const PASSES: u32 = 20;
+/// How often training's progress is looked at.
+const GLANCE: Duration = Duration::from_millis(50);
 
 #[derive(Parser)]
 struct Cli {
@@ -130,12 +133,14 @@ async fn beside(site: &Site, items: &Items, seconds: u64, runs: usize) -> anyhow
         while site.step(&job).await? < 2.0 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let (start, before) = (Instant::now(), site.step(&job).await?);
-        tokio::time::sleep(Duration::from_secs(seconds)).await;
-        lone.push((site.step(&job).await? - before) / start.elapsed().as_secs_f64());
-        let (start, before) = (Instant::now(), site.step(&job).await?);
-        with.push(percentile(&load(run).await?, 0.99).context("no gaps")?);
-        kept.push((site.step(&job).await? - before) / start.elapsed().as_secs_f64());
+        let quiet = async {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            Ok(())
+        };
+        lone.push(site.pace(&job, quiet).await?.1);
+        let (gaps, pace) = site.pace(&job, load(run)).await?;
+        with.push(percentile(&gaps, 0.99).context("no gaps")?);
+        kept.push(pace);
         ensure!(site.job(&job).await?["status"] == "running", "the training ended before the measurement");
         site.post(&format!("/v1/jobs/{job}/cancel"), &json!({})).await?;
     }
@@ -178,6 +183,38 @@ impl Site {
 
     async fn step(&self, job: &str) -> anyhow::Result<f64> {
         Ok(self.job(job).await?["progress"]["step"].as_f64().unwrap_or(0.0))
+    }
+
+    /// What `beside` gives, and the optimiser steps a second of a job meanwhile: from the end of the first step to the end of
+    /// the last, as a step may take a good part of the time.
+    async fn pace<T>(
+        &self,
+        job: &str,
+        beside: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<(T, f64)> {
+        let (running, mut ended) = oneshot::channel::<()>();
+        let beside = async {
+            let result = beside.await;
+            drop(running);
+            result
+        };
+        let watch = async {
+            let (start, first) = (Instant::now(), self.step(job).await?);
+            let mut ends = vec![(start, first)];
+            while ended.try_recv() == Err(TryRecvError::Empty) {
+                tokio::time::sleep(GLANCE).await;
+                let step = self.step(job).await?;
+                if ends.last().is_some_and(|(_, last)| *last < step) {
+                    ends.push((Instant::now(), step));
+                }
+            }
+            let seconds = |from: Instant, to: Instant| (to - from).as_secs_f64();
+            Ok(match (&ends[..], ends.last()) {
+                ([_, (from, before), _, ..], Some((to, after))) => (after - before) / seconds(*from, *to),
+                (_, last) => last.map_or(0.0, |(_, after)| (after - first) / seconds(start, Instant::now())),
+            })
+        };
+        tokio::try_join!(beside, watch)
     }
 
     async fn ask(&self, user: &str, prompt: &str, answer: u32) -> anyhow::Result<Answer> {
