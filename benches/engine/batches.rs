@@ -20,7 +20,7 @@ const SITES: [(&str, &[Site], f64, f64); 2] =
 /// The rows.
 pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let progress = progress("batches", bench.runs * (4 * 3 + 2 + 2 + 2));
+    let progress = progress("batches", bench.runs * (4 * 3 + 2 + 2));
     let kept = [("", Storage::Bf16), (", in 8 bits", Storage::Int8)];
     for ((name, sites, same_goal, none_goal), (suffix, storage)) in
         SITES.into_iter().flat_map(|sites| kept.map(|kept| (sites, kept)))
@@ -53,16 +53,22 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         Ok(decode(ours, if batch { USERS } else { 1 }, &[])?.decode_rate())
     })?;
     rows.push(Row::paired("batch 16 / batch 1, decode tok/s", &sides[0], &sides[1]).goal(Goal::AtLeast(8.0)));
+    progress.finish_and_clear();
+    Ok(rows)
+}
+
+/// Eight users who decode, with and without long prompts beside them.
+pub(crate) fn prompts(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
+    let progress = progress("long prompts", bench.runs * 2);
     let sides = alternate(bench.runs, &progress, |busy| {
         // Every step has a piece of a long prompt in it, so this takes a while.
-        let jobs = jobs(RUNNING, if bench.quick { 16 } else { 64 }, &[]);
+        let jobs = jobs(RUNNING, if bench.quick { 64 } else { 256 }, &[]);
         let batch = if busy { ours.run_beside(jobs, LONG_PROMPT)? } else { ours.run(jobs)? };
         Ok(percentile(&batch.gaps(), 0.99).unwrap_or(f64::NAN))
     })?;
     let title = "8 users while prompts of 2,000 tokens keep arriving / quiet, p99 between tokens, ms";
-    rows.push(Row::paired(title, &sides[0], &sides[1]).goal(Goal::AtMost(1.5)));
     progress.finish_and_clear();
-    Ok(rows)
+    Ok(vec![Row::paired(title, &sides[0], &sides[1]).goal(Goal::AtMost(1.5))])
 }
 
 /// Both sides of a comparison by turns: the measured one (true) and what it is compared with.
