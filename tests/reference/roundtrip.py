@@ -1,6 +1,6 @@
 """Does peft compute what Atelier computed, from an adapter that Atelier saved?
 
-    roundtrip.py MODEL_FOLDER ADAPTER_FOLDER LOGITS_JSON [--expect-mismatch] [--tolerance 1e-4]
+    roundtrip.py MODEL_FOLDER ADAPTER_FOLDER LOGITS_JSON [--expect-mismatch] [--tolerance 1e-5]
     roundtrip.py MODEL_FOLDER FOLDER_OF_ADAPTER_FOLDERS
 
 LOGITS_JSON holds {"input_ids": [[...]], "logits": [[[...]]]}, the logits of Atelier with that adapter. peft must accept
@@ -57,7 +57,7 @@ parser.add_argument("model", help="folder of the base in HF layout")
 parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
 parser.add_argument("logits", nargs="?", help="JSON file with input_ids and logits")
 parser.add_argument("--expect-mismatch", action="store_true")
-parser.add_argument("--tolerance", type=float, default=1e-4)
+parser.add_argument("--tolerance", type=float, default=1e-5)
 arguments = parser.parse_args()
 if arguments.logits:
     pairs = [(Path(arguments.adapter), arguments.logits)]

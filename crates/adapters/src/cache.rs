@@ -331,7 +331,7 @@ impl Inner {
         }
     }
 
-    /// Starts the placements that have room.
+    /// Starts the placements that have room, and the loads of those whose turn is near.
     fn pump(self: &Arc<Self>, state: &mut State) {
         for placement in state.tiers.pump() {
             let inner = Arc::clone(self);
@@ -340,6 +340,12 @@ impl Inner {
                 Ok(runtime) => drop(runtime.spawn_blocking(place)),
                 Err(_) => drop(std::thread::spawn(place)),
             }
+        }
+        if Handle::try_current().is_ok() {
+            state.tiers.returns().into_iter().for_each(|load| self.start(load));
+        } else {
+            // Who waits does so on the runtime, and looks again there.
+            self.room.notify_one();
         }
     }
 
@@ -466,5 +472,8 @@ impl Drop for Waiting<'_> {
             self.wants_room.store(state.tiers.leave(self.ticket), Ordering::Relaxed);
             self.inner.pump(&mut state);
         }
+        let trash = state.tiers.take_trash();
+        drop(state);
+        drop(trash);
     }
 }

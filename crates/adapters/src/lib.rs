@@ -5,6 +5,7 @@
 
 mod cache;
 mod error;
+mod flight;
 mod pace;
 mod residency;
 mod source;

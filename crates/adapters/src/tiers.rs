@@ -2,25 +2,23 @@
 //!
 //! An adapter comes from the store (a load, slow, one at a time per adapter) into host memory (least recently used out
 //! first, bounded in bytes), and from there into a slot (a placement: it takes pages of the device pool). A slot that is
-//! leased is never evicted. Who waits for a load waits alone; who waits for pages is served by age.
+//! leased is never evicted. Who waits for a load waits alone; who waits for pages is served by age. What waits for pages
+//! is host memory too: beyond its bound the youngest give theirs up and are loaded again when their turn is near. The
+//! oldest keeps its own whatever the bound, so that somebody always goes on.
 //!
 //! Heads are remembered with a stamp that the store changes whenever a head moves. Nothing becomes resident as the
 //! head unless the stamp is still the one under which the head was read.
+
+mod host;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 
 use lru::LruCache;
 
+pub(crate) use crate::flight::Hosted;
+use crate::flight::{Flight, RemoveIf as _, Stage};
 pub(crate) use crate::verdict::{Counts, Landed, Load, Placement, Request};
-
-/// An adapter in host memory with its bytes and the pages it takes.
-#[derive(Debug, Clone)]
-pub(crate) struct Hosted<H> {
-    pub(crate) payload: H,
-    pub(crate) bytes: usize,
-    pub(crate) pages: usize,
-}
 
 #[derive(Debug)]
 struct Known<G> {
@@ -43,24 +41,6 @@ struct Held {
     retired: bool,
 }
 
-#[derive(Debug)]
-enum Stage<H> {
-    Loading,
-    /// In host memory; it waits for pages.
-    Ready(Hosted<H>),
-    /// Pages are set aside and being filled.
-    Placing,
-}
-
-/// An adapter on its way to a slot.
-#[derive(Debug)]
-struct Flight<G, H> {
-    number: u64,
-    generation: G,
-    stamp: u64,
-    stage: Stage<H>,
-}
-
 /// Sizes of the tiers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sizes {
@@ -77,7 +57,9 @@ pub(crate) struct Sizes {
 pub(crate) struct Tiers<K: Hash + Eq, G, H, D> {
     sizes: Sizes,
     heads: LruCache<K, Known<G>>,
+    /// What nobody waits for, or has a slot beside it.
     host: LruCache<K, (G, Hosted<H>)>,
+    /// Bytes of that and of what is on its way to a slot.
     host_bytes: usize,
     slots: LruCache<K, Slot<G, D>>,
     held: HashMap<u64, Held>,
@@ -182,7 +164,10 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         if self.flights.get(key).is_none_or(|flight| Some(flight.generation) == keep) {
             return Vec::new();
         }
-        self.flights.remove(key);
+        if let Some(hosted) = self.flights.remove(key).and_then(Flight::into_hosted) {
+            self.host_bytes -= hosted.bytes;
+            self.trash.push(hosted.payload);
+        }
         self.take_tickets(key)
     }
 
@@ -208,11 +193,15 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
             let tickets = self.take_tickets(key);
             return if fresh { Landed::Failed(tickets) } else { Landed::Again(tickets) };
         };
-        flight.stage = Stage::Ready(hosted.clone());
-        if !self.waiting.values().any(|waits| waits == key) {
+        if self.waiting.values().any(|waits| waits == key) {
+            self.host_bytes += hosted.bytes;
+            flight.stage = Stage::Ready(hosted);
+            self.unhost(key);
+            self.fit();
+        } else {
             self.flights.remove(key);
+            self.keep(key, generation, hosted);
         }
-        self.keep(key, generation, hosted);
         Landed::Quiet
     }
 
@@ -233,10 +222,11 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
                 break;
             }
             self.free -= hosted.pages;
+            let (payload, pages) = (hosted.payload.clone(), hosted.pages);
             if let Some(flight) = self.flights.get_mut(&key) {
-                flight.stage = Stage::Placing;
+                flight.stage = Stage::Placing(hosted);
             }
-            placements.push(Placement { number, key, payload: hosted.payload, pages: hosted.pages });
+            placements.push(Placement { number, key, payload, pages });
         }
         placements
     }
@@ -260,7 +250,8 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         let fresh = flight.stamp == stamp;
         #[cfg(test)]
         let fresh = fresh || self.fault == Some(tests::Fault::StaleLoad);
-        let tickets = self.take_tickets(key);
+        let (generation, tickets) = (flight.generation, self.take_tickets(key));
+        self.give_back(key, flight);
         let Some(payload) = payload.filter(|_| fresh) else {
             self.free += pages;
             return if fresh { Landed::Failed(tickets) } else { Landed::Again(tickets) };
@@ -268,8 +259,8 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         self.retire(key);
         self.counts.placements += 1;
         self.held.insert(number, Held { pages, pins: tickets.len(), retired: false });
-        self.slots.put(key.clone(), Slot { number, generation: flight.generation, payload });
-        Landed::Ready { slot: number, generation: flight.generation, tickets }
+        self.slots.put(key.clone(), Slot { number, generation, payload });
+        Landed::Ready { slot: number, generation, tickets }
     }
 
     /// A lease on a slot is gone; true if somebody may have waited for that.
@@ -295,11 +286,11 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
     pub(crate) fn leave(&mut self, ticket: u64) -> bool {
         let Some(key) = self.waiting.remove(&ticket) else { return false };
         let Some(flight) = self.flights.get(&key) else { return false };
-        let ready = matches!(flight.stage, Stage::Ready(_));
-        if ready && !self.waiting.values().any(|waits| *waits == key) {
-            self.flights.remove(&key);
+        let wants_pages = flight.wants_pages();
+        if wants_pages && !flight.is_loading() && !self.waiting.values().any(|waits| *waits == key) {
+            self.flights.remove(&key).into_iter().for_each(|flight| self.give_back(&key, flight));
         }
-        ready
+        wants_pages
     }
 
     /// What a slot holds, if it is still the adapter's.
@@ -316,11 +307,6 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         self.counts
     }
 
-    /// Adapters and their bytes in host memory.
-    pub(crate) fn host(&self) -> (usize, usize) {
-        (self.host.len(), self.host_bytes)
-    }
-
     /// Slots, and pages that are free.
     pub(crate) fn slots(&self) -> (usize, usize) {
         (self.slots.len(), self.free)
@@ -334,10 +320,6 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
         self.slots.contains(key)
     }
 
-    pub(crate) fn has_host(&self, key: &K) -> bool {
-        self.host.contains(key)
-    }
-
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -345,10 +327,6 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
 
     fn head(&mut self, key: &K, stamp: u64) -> Option<Option<G>> {
         self.heads.get(key).filter(|known| known.stamp == stamp).map(|known| known.head)
-    }
-
-    fn is_hosted(&self, key: &K, generation: G) -> bool {
-        self.host.peek(key).is_some_and(|(hosted, _)| *hosted == generation)
     }
 
     /// Sets an adapter on its way, unless it is; the load that this takes.
@@ -363,8 +341,9 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
             return None;
         }
         let number = self.number();
-        let hosted = self.host.get(key).filter(|(hosted, _)| *hosted == generation);
-        let stage = hosted.map_or(Stage::Loading, |(_, hosted)| Stage::Ready(hosted.clone()));
+        let there = self.host.peek(key).is_some_and(|(hosted, _)| *hosted == generation);
+        let hosted = if there { self.host.pop(key) } else { None };
+        let stage = hosted.map_or(Stage::Loading, |(_, hosted)| Stage::Ready(hosted));
         let load = matches!(stage, Stage::Loading).then(|| Load { number, key: key.clone(), generation });
         self.flights.insert(key.clone(), Flight { number, generation, stamp, stage });
         load
@@ -377,31 +356,6 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
     fn pin(&mut self, slot: u64, times: usize) {
         if let Some(held) = self.held.get_mut(&slot) {
             held.pins += times;
-        }
-    }
-
-    /// Puts an adapter into host memory and makes room there.
-    fn keep(&mut self, key: &K, generation: G, hosted: Hosted<H>) {
-        self.unhost(key);
-        self.host_bytes += hosted.bytes;
-        self.host.put(key.clone(), (generation, hosted));
-        #[cfg(test)]
-        if self.broken(tests::Fault::OverBudget) {
-            return;
-        }
-        while self.host_bytes > self.sizes.host_bytes
-            && let Some((_, (_, old))) = self.host.pop_lru()
-        {
-            self.host_bytes -= old.bytes;
-            self.counts.host_evictions += 1;
-            self.trash.push(old.payload);
-        }
-    }
-
-    fn unhost(&mut self, key: &K) {
-        if let Some((_, old)) = self.host.pop(key) {
-            self.host_bytes -= old.bytes;
-            self.trash.push(old.payload);
         }
     }
 
@@ -450,17 +404,6 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
             self.retire(key);
         }
         true
-    }
-}
-
-/// `HashMap::remove` under a condition.
-trait RemoveIf<K, V> {
-    fn remove_if(&mut self, key: &K, condition: impl FnOnce(&V) -> bool) -> Option<V>;
-}
-
-impl<K: Eq + Hash, V> RemoveIf<K, V> for HashMap<K, V> {
-    fn remove_if(&mut self, key: &K, condition: impl FnOnce(&V) -> bool) -> Option<V> {
-        if self.get(key).is_some_and(condition) { self.remove(key) } else { None }
     }
 }
 

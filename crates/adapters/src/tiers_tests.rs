@@ -23,6 +23,10 @@ pub(crate) enum Fault {
     SilentRelease,
     /// Host memory is never made room in.
     OverBudget,
+    /// What waits for pages keeps its host memory, however much that is.
+    KeepsUnplaced,
+    /// What gave up its host memory is not loaded again.
+    Forgets,
 }
 
 const KEYS: u8 = 5;
@@ -76,6 +80,22 @@ struct World {
     leases: Vec<(u64, u8)>,
     /// Adapter of every waiting ticket.
     tickets: HashMap<u64, u8>,
+}
+
+/// Whether host memory is counted as it is, and within its bound: beyond it there is only what is being placed and the
+/// oldest that waits for pages.
+fn within<K, G, H, D>(tiers: &Tiers<K, G, H, D>, bound: usize) -> bool
+where
+    K: Clone + Eq + std::hash::Hash,
+{
+    let (mut bytes, mut ready) = (tiers.host.iter().map(|(_, (_, hosted))| hosted.bytes).sum::<usize>(), 0);
+    for flight in tiers.flights.values() {
+        if let Stage::Ready(hosted) | Stage::Placing(hosted) = &flight.stage {
+            bytes += hosted.bytes;
+        }
+        ready += usize::from(matches!(flight.stage, Stage::Ready(_)));
+    }
+    bytes == tiers.host_bytes && (bytes <= bound || (tiers.host.is_empty() && ready <= 1))
 }
 
 macro_rules! ensure {
@@ -256,14 +276,12 @@ impl World {
             ensure!(placement.payload.0 == placement.key, "another's weights");
             self.placements.push(placement);
         }
-        Ok(())
+        self.tiers.returns().into_iter().try_for_each(|load| self.load(load))
     }
 
     fn check(&mut self) -> Result<(), String> {
         let tiers = &self.tiers;
-        ensure!(tiers.host_bytes <= SIZES.host_bytes, "{} bytes in host memory", tiers.host_bytes);
-        let bytes: usize = tiers.host.iter().map(|(_, (_, hosted))| hosted.bytes).sum();
-        ensure!(bytes == tiers.host_bytes, "host memory is counted wrongly");
+        ensure!(within(tiers, SIZES.host_bytes), "{} bytes in host memory", tiers.host_bytes);
         let placing: usize = self.placements.iter().map(|placement| placement.pages).sum();
         let slots: HashMap<u64, usize> =
             tiers.slots.iter().map(|(key, slot)| (slot.number, pages_of(*key))).collect();
@@ -279,11 +297,13 @@ impl World {
         }
         ensure!(tiers.waiting == self.tickets.iter().map(|(at, key)| (*at, *key)).collect(), "the queue");
         ensure!(tiers.heads.len() <= SIZES.heads, "too many heads are remembered");
-        // Nobody has been forgotten: whoever is first in the queue for room has too little.
-        let wanted = tiers.waiting.values().find_map(|key| match &tiers.flights.get(key)?.stage {
-            Stage::Ready(hosted) => Some(hosted.pages),
-            Stage::Loading | Stage::Placing => None,
-        });
+        // Nobody has been forgotten: whoever is first in the queue for room has too little, or is being loaded again.
+        let first = tiers.waiting.values().filter_map(|key| tiers.flights.get(key)).find(|f| f.wants_pages());
+        let wanted = match first.map(|flight| &flight.stage) {
+            Some(Stage::Ready(hosted)) => Some(hosted.pages),
+            Some(Stage::Parked { .. }) => return Err("the first in the queue is not loaded again".into()),
+            _ => None,
+        };
         let idle: usize =
             slots.iter().filter(|(slot, _)| !leased.contains_key(slot)).map(|(_, pages)| pages).sum();
         if let Some(wanted) = wanted {
@@ -340,6 +360,8 @@ fn seeded_bugs_break_the_rules() {
         Fault::SecondLoad,
         Fault::SilentRelease,
         Fault::OverBudget,
+        Fault::KeepsUnplaced,
+        Fault::Forgets,
     ] {
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
@@ -458,9 +480,9 @@ mod schedules {
             assert_eq!(pages.owner, (key, generation), "another's weights");
             drop(pages);
             let mut state = self.state.lock().expect("locks");
-            let begun = if state.tiers.unpin(slot) { state.tiers.pump() } else { Vec::new() };
-            drop(state);
-            self.place(begun);
+            if state.tiers.unpin(slot) {
+                self.go_on(state, None);
+            }
         }
 
         fn acquire(&self, key: u8) -> (u64, u64, Arc<Pages>) {
@@ -482,14 +504,7 @@ mod schedules {
                     }
                     Request::Wait { ticket: number, load } => {
                         ticket = Some(number);
-                        let begun = state.tiers.pump();
-                        if let Some(load) = &load {
-                            let first = state.loading.insert((load.key, load.generation));
-                            assert!(first, "two loads of {load:?}");
-                        }
-                        drop(state);
-                        self.place(begun);
-                        load.into_iter().for_each(|load| self.load(&load));
+                        self.go_on(state, load);
                         let mut state = self.state.lock().expect("locks");
                         let told = loop {
                             match state.mail.remove(&number) {
@@ -504,6 +519,20 @@ mod schedules {
                     other => panic!("{other:?}"),
                 }
             }
+        }
+
+        /// Places what has room, and loads what is to be loaded.
+        fn go_on(&self, mut state: shuttle::sync::MutexGuard<'_, State>, load: Option<Load<u8, u64>>) {
+            let begun = state.tiers.pump();
+            let loads: Vec<_> = load.into_iter().chain(state.tiers.returns()).collect();
+            for load in &loads {
+                let first = state.loading.insert((load.key, load.generation));
+                assert!(first, "two loads of {load:?}");
+            }
+            drop(state);
+            self.told.notify_all();
+            self.place(begun);
+            loads.iter().for_each(|load| self.load(load));
         }
 
         fn load(&self, load: &Load<u8, u64>) {
@@ -548,11 +577,8 @@ mod schedules {
                     }
                 }
             }
-            assert!(state.tiers.host().1 <= HOST_BYTES, "host memory holds more than it may");
-            let begun = state.tiers.pump();
-            drop(state);
-            self.told.notify_all();
-            self.place(begun);
+            assert!(within(&state.tiers, HOST_BYTES), "host memory holds more than it may");
+            self.go_on(state, None);
         }
     }
 
@@ -585,9 +611,14 @@ mod schedules {
 
     #[test]
     fn seeded_bugs_show_in_some_schedule() {
-        for fault in
-            [Fault::EvictLeased, Fault::StaleLoad, Fault::SecondLoad, Fault::SilentRelease, Fault::OverBudget]
-        {
+        for fault in [
+            Fault::EvictLeased,
+            Fault::StaleLoad,
+            Fault::SecondLoad,
+            Fault::SilentRelease,
+            Fault::OverBudget,
+            Fault::KeepsUnplaced,
+        ] {
             let found = catch_unwind(AssertUnwindSafe(|| {
                 shuttle::check_random(move || scene(Some(fault)), 3000);
             }));

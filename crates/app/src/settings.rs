@@ -59,7 +59,8 @@ pub struct ServiceArgs {
     #[arg(long, env = "ATELIER_TASK_ADAPTER")]
     pub task_adapter: Option<PathBuf>,
     /// Where the task adapter goes: `merge` into the weights (quantised ones it acts on become 8-bit), `stack` under the
-    /// users' adapters (the weights stay as they are).
+    /// users' adapters (the weights stay as they are). A DoRA adapter scales the weights themselves and can be merged only;
+    /// the start is refused otherwise.
     #[arg(long, default_value = "merge", env = "ATELIER_TASK_ADAPTER_MODE")]
     pub task_adapter_mode: TaskModeArg,
     /// Name of the model in the API. [default: the model's own]

@@ -280,6 +280,40 @@ fn adapters_in_eight_bits_equal_the_reference_on_every_unit() {
     }
 }
 
+/// The largest difference from the reference, of the largest value.
+fn relative(case: &Case, isa: Isa, expected: &[f32]) -> f32 {
+    let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    worst(&case.run(isa, Precision::Fast), expected) / largest
+}
+
+#[test]
+fn adapters_of_every_rank_equal_the_reference_on_every_unit() {
+    let mut rng = StdRng::seed_from_u64(24);
+    let (m, n, k) = (9, 70, 544);
+    for format in [Format::Q4_1, Format::Q8_0, Format::F32] {
+        for rank in [1, 40, 63, 64, 65, 512] {
+            // One kept in float32, one in bfloat16, one in eight bits.
+            let mut case = Case::new(&mut rng, format, m, n, k);
+            for (which, update) in case.adapters.own.iter_mut().enumerate() {
+                let rows = std::mem::take(&mut update.rows);
+                *update = Update { rows, ..Update::new(&mut rng, rank, n, k, which == 1) };
+            }
+            let (a, b) = (random(&mut rng, rank * k), random(&mut rng, n * rank));
+            case.adapters.own[2].codes = Some(quantise_low_rank(&a, &b, rank));
+            let expected = case.expected(Precision::Fast);
+            for isa in isas() {
+                let error = relative(&case, isa, &expected);
+                assert!(error < 2e-5, "{format:?} rank {rank} on {isa:?}: {error}");
+            }
+            // Negative control: the last rank is missing.
+            let last = case.adapters.own[0].a.len() - k;
+            case.adapters.own[0].a[last..].fill(0.0);
+            let error = relative(&case, isas()[0], &expected);
+            assert!(error > 1e-3, "{format:?} rank {rank}: {error}");
+        }
+    }
+}
+
 #[test]
 fn one_wrong_code_is_noticed() {
     // Negative control of the comparison above.

@@ -17,7 +17,7 @@ pub enum TaskMode {
     /// a weight) where they were quantised, as fewer bits would round much of it away.
     Merge,
     /// Under every row's own adapter and under rows without; the weights stay as they are, and its factors are there once,
-    /// in float32. Not for DoRA.
+    /// in float32. Not for DoRA, which scales the rows of the weights themselves: no update that is added does that.
     Stack,
 }
 
@@ -94,7 +94,9 @@ impl BaseModel {
     pub fn with_task(mut self, config: &[u8], weights: &[u8], mode: TaskMode) -> Result<Self, ModelError> {
         let task = LoraWeights::parse(config, weights, &self.shape())?;
         if task.config.use_dora && mode == TaskMode::Stack {
-            let value = "true (it can be merged)".into();
+            let value =
+                "true in a task adapter that is stacked: it scales the weights themselves, so merge it"
+                    .into();
             return Err(PeftError::Unsupported { field: "use_dora".into(), value }.into());
         }
         let hash = *generation_id(self.hash(), config, weights).as_bytes();

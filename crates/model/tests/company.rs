@@ -45,10 +45,10 @@ fn base() -> BaseModel {
     load(&path, LoadOptions::default()).unwrap().model
 }
 
-/// An adapter on some sites: of LoRA or DoRA of a rank from 1 to 40, IA3 or prompt tuning.
+/// An adapter on some sites: of LoRA or DoRA of a rank from 1 to 64 (the first has that), IA3 or prompt tuning.
 fn adapter(base: &BaseModel, rng: &mut StdRng, precision: Precision, kind: usize) -> Arc<Adapter> {
     let shape = base.shape();
-    let rank = rng.random_range(1..=40);
+    let rank = if kind == 0 { 64 } else { rng.random_range(1..=64) };
     let mut values =
         |mean: f32, len: usize| (0..len).map(|_| mean + rng.random_range(-0.05..0.05)).collect::<Vec<f32>>();
     let sites = shape.sites();
@@ -230,7 +230,9 @@ fn a_rows_logits_are_the_same_to_the_bit_in_any_company() {
         }
         println!("{compared} comparisons in {precision:?} precision");
         for fault in [Fault::NeighboursAdapter, Fault::StalePrefix] {
-            let (rows, differ) = bench.compare(&mut rng, &cases, 128, Some(fault));
+            let mut batch = || bench.compare(&mut rng, &cases, 128, Some(fault));
+            let (rows, differ) =
+                (0..8).map(|_| batch()).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
             assert!(differ > rows / 4, "a seeded bug went unnoticed: {differ} of {rows} rows differ");
         }
     }

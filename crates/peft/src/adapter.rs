@@ -34,6 +34,11 @@ struct Factors {
     scales: Option<Values>,
 }
 
+/// The bits of a bfloat16 that are all set in what is not finite.
+const BF16_EXPONENT: u16 = 0x7f80;
+
+const NOT_FINITE: &str = "holds a value that is not finite as it is served, scaled and rounded";
+
 #[derive(Debug, Clone)]
 enum Values {
     F32(Box<[f32]>),
@@ -76,6 +81,17 @@ impl Values {
 
     fn bytes(&self) -> usize {
         pages::bytes(&self.numbers())
+    }
+
+    fn is_finite(&self) -> bool {
+        // To the end in any case: without a way out in its middle the loop takes many values at a time.
+        match self.numbers() {
+            Numbers::F32(values) => values.iter().fold(true, |finite, value| finite & value.is_finite()),
+            Numbers::Bf16(values) => {
+                values.iter().fold(true, |finite, value| finite & (value & BF16_EXPONENT != BF16_EXPONENT))
+            }
+            Numbers::I8(_) => true,
+        }
     }
 }
 
@@ -120,6 +136,14 @@ impl AdapterSite {
         factors.chain([self.input.as_ref(), self.output.as_ref(), self.bias.as_ref()]).flatten()
     }
 
+    /// Refuses what scaling or rounding has made infinite: the file's own values are finite.
+    fn finite(self, id: SiteId) -> Result<Self, PeftError> {
+        if self.values().all(Values::is_finite) {
+            return Ok(self);
+        }
+        Err(PeftError::tensor(id.module_path(), NOT_FINITE))
+    }
+
     /// The same with other values for each, in the order of [`AdapterSite::values`].
     fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
         let factors = self.low_rank.as_ref();
@@ -161,7 +185,7 @@ impl Adapter {
     /// An adapter of any kind, made ready to serve beside its base.
     ///
     /// # Errors
-    /// When the weights do not fit the base.
+    /// When the weights do not fit the base, or are not finite as they are kept: scaled, and in fewer bits.
     pub fn build(
         weights: &AdapterWeights,
         base: &dyn FrozenBase,
@@ -234,7 +258,7 @@ impl Adapter {
             }
             let vector = Some(Values::vector(values));
             if matches!(scale, Ia3Scale::Input(_)) {
-                return Ok(AdapterSite { input: vector, ..AdapterSite::default() });
+                return AdapterSite { input: vector, ..AdapterSite::default() }.finite(id);
             }
             // It scales the base's bias as well.
             let bias = base.linear(id).1.map(|bias| {
@@ -242,7 +266,7 @@ impl Adapter {
                     values.iter().zip(bias).map(|(scale, bias)| (scale - 1.0) * bias).collect();
                 Values::vector(&more)
             });
-            Ok(AdapterSite { output: vector, bias, ..AdapterSite::default() })
+            AdapterSite { output: vector, bias, ..AdapterSite::default() }.finite(id)
         };
         by_site(base, &weights.sites, site)
     }
@@ -258,7 +282,11 @@ impl Adapter {
             return Err(PeftError::tensor("prompt_embeddings", problem));
         }
         let embeddings = weights.embeddings.chunks_exact(width);
-        Ok(Self::of(Vec::new(), embeddings.map(|values| Values::new(values, storage)).collect()))
+        let embeddings: Vec<Values> = embeddings.map(|values| Values::new(values, storage)).collect();
+        if !embeddings.iter().all(Values::is_finite) {
+            return Err(PeftError::tensor("prompt_embeddings", NOT_FINITE));
+        }
+        Ok(Self::of(Vec::new(), embeddings))
     }
 
     fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
@@ -369,9 +397,10 @@ fn site_of(
         return Err(PeftError::tensor(format!("{}.lora", id.module_path()), problem));
     }
     match &site.magnitude {
-        None => Ok(lora_site(site, storage)),
-        Some(magnitude) => dora_site(id, site, magnitude, base, storage),
+        None => lora_site(site, storage),
+        Some(magnitude) => dora_site(id, site, magnitude, base, storage)?,
     }
+    .finite(id)
 }
 
 /// An adapter with what `build` makes of each site.

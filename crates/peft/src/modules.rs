@@ -1,6 +1,6 @@
 //! Which modules of a base a config names, by HF peft's rules of matching.
 
-use regex::bytes::{Regex, RegexBuilder};
+use regex::bytes::{Regex, RegexBuilder, RegexSet, RegexSetBuilder};
 use serde_json::Value;
 use types::{Site, SiteId};
 
@@ -65,14 +65,45 @@ impl TargetModules {
     }
 }
 
+/// Largest program, in bytes, that all expressions of a field may take together. A config has five such fields, so its
+/// expressions take little memory and time however many there are.
+const PROGRAM: usize = 1 << 17;
+/// Most memory that a search may fill with states that it has seen.
+const STATES: usize = 1 << 16;
+
 /// An expression on a whole path, bounded in memory; paths are ASCII, so classes are too.
-pub(crate) fn expression(field: &str, text: &str) -> Result<Regex, PeftError> {
+fn expression(field: &str, text: &str) -> Result<Regex, PeftError> {
     RegexBuilder::new(text)
         .unicode(false)
-        .size_limit(1 << 17)
-        .dfa_size_limit(1 << 16)
+        .size_limit(PROGRAM)
+        .dfa_size_limit(STATES)
         .build()
-        .map_err(|_| PeftError::field(field, format!("holds an expression that is not supported: {text:?}")))
+        .map_err(|error| refused(field, &error))
+}
+
+/// As [`expression`] for several, which share its bounds.
+fn expressions(field: &str, texts: &[String]) -> Result<RegexSet, PeftError> {
+    RegexSetBuilder::new(texts)
+        .unicode(false)
+        .size_limit(PROGRAM)
+        .dfa_size_limit(STATES)
+        .build()
+        .map_err(|error| refused(field, &error))
+}
+
+fn refused(field: &str, error: &regex::Error) -> PeftError {
+    match error {
+        regex::Error::CompiledTooBig(_) => {
+            let kibibytes = PROGRAM >> 10;
+            PeftError::field(field, format!("holds expressions that take more than {kibibytes} KiB together"))
+        }
+        // Its own message shows the whole expression over several lines.
+        other => {
+            let said = other.to_string();
+            let why = said.lines().last().unwrap_or_default().trim();
+            PeftError::field(field, format!("holds an expression that is not supported: {why}"))
+        }
+    }
 }
 
 /// [`TargetModules`], ready to match.
@@ -109,40 +140,89 @@ impl<'a> Matcher<'a> {
 }
 
 /// Values by the first pattern that matches `(.*\.)?(KEY)$`, in the order of the file.
-pub(crate) struct Patterns<'a, T>(Vec<(Regex, &'a T)>);
+pub(crate) struct Patterns<'a, T> {
+    entries: &'a [(String, T)],
+    /// Keys that need no expression, which most are, with their places among the entries.
+    plain: Vec<(usize, Plain)>,
+    /// The others.
+    others: Vec<usize>,
+    set: RegexSet,
+}
+
+/// A key of a fixed length: each of its bytes, or any byte.
+struct Plain(Vec<Option<u8>>);
+
+impl Plain {
+    /// Letters, digits, `_` and `-`, dots for any byte and escaped dots for dots; `None` for a key of anything else.
+    fn new(key: &str) -> Option<Self> {
+        let mut bytes = key.bytes();
+        let mut plain = Vec::new();
+        while let Some(byte) = bytes.next() {
+            plain.push(match byte {
+                b'.' => None,
+                b'\\' => Some(bytes.next().filter(|next| *next == b'.')?),
+                b'_' | b'-' => Some(byte),
+                _ if byte.is_ascii_alphanumeric() => Some(byte),
+                _ => return None,
+            });
+        }
+        Some(Self(plain))
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        let path = path.as_bytes();
+        let Some((rest, end)) = path.len().checked_sub(self.0.len()).map(|at| path.split_at(at)) else {
+            return false;
+        };
+        let same = end.iter().zip(&self.0).all(|(byte, key)| key.is_none_or(|key| key == *byte));
+        same && (rest.is_empty() || rest.ends_with(b"."))
+    }
+}
 
 impl<'a, T> Patterns<'a, T> {
     pub(crate) fn new(field: &str, entries: &'a [(String, T)]) -> Result<Self, PeftError> {
-        let compile = |(key, value): &'a (String, T)| {
-            Ok((expression(field, &format!(r"^(?:(.*\.)?({key}))$"))?, value))
-        };
-        entries.iter().map(compile).collect::<Result<_, _>>().map(Self)
+        let (mut plain, mut others, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, (key, _)) in entries.iter().enumerate() {
+            match Plain::new(key) {
+                Some(key) => plain.push((at, key)),
+                None => {
+                    others.push(at);
+                    texts.push(format!(r"^(?:(.*\.)?({key}))$"));
+                }
+            }
+        }
+        Ok(Self { entries, plain, others, set: expressions(field, &texts)? })
     }
 
     pub(crate) fn find(&self, path: &str) -> Option<&'a T> {
-        self.0.iter().find(|(key, _)| key.is_match(path.as_bytes())).map(|(_, value)| *value)
+        let plain = self.plain.iter().find(|(_, key)| key.matches(path)).map(|(at, _)| *at);
+        let other = self.set.matches(path.as_bytes()).iter().next().map(|which| self.others[which]);
+        let first = plain.into_iter().chain(other).min()?;
+        Some(&self.entries[first].1)
     }
 }
 
 /// The blocks a config is limited to, as peft finds a block's number in a path.
 pub(crate) struct Layers<'a> {
     wanted: &'a [usize],
-    patterns: Vec<Regex>,
+    pattern: Regex,
 }
 
 impl<'a> Layers<'a> {
+    /// One expression for all patterns: the first that matches gives the number, wherever the others do.
     pub(crate) fn new(wanted: &'a [usize], patterns: &[String]) -> Result<Self, PeftError> {
-        let any = || expression("layers_pattern", r"^.*?\.[^.]*\.(?P<idx>[0-9]+)\.").map(|any| vec![any]);
-        let own = |pattern: &String| {
-            expression("layers_pattern", &format!(r"^(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\."))
+        let before = if patterns.is_empty() {
+            r".*?\.[^.]*".to_owned()
+        } else {
+            let each = patterns.iter().map(|pattern| format!(r"(?:^|.*?\.)(?:{pattern})"));
+            each.collect::<Vec<_>>().join("|")
         };
-        let patterns =
-            if patterns.is_empty() { any()? } else { patterns.iter().map(own).collect::<Result<_, _>>()? };
-        Ok(Self { wanted, patterns })
+        let pattern = expression("layers_pattern", &format!(r"^(?:{before})\.(?P<idx>[0-9]+)\."))?;
+        Ok(Self { wanted, pattern })
     }
 
     pub(crate) fn has(&self, path: &str) -> bool {
-        let found = self.patterns.iter().find_map(|pattern| pattern.captures(path.as_bytes()));
+        let found = self.pattern.captures(path.as_bytes());
         let index =
             found.and_then(|found| std::str::from_utf8(found.name("idx")?.as_bytes()).ok()?.parse().ok());
         index.is_some_and(|index: usize| self.wanted.contains(&index))
@@ -195,4 +275,81 @@ fn other_modules(shape: &BaseShape) -> impl Iterator<Item = String> {
         own.chain(inner.map(|name| format!("model.layers.{layer}.{name}")))
     };
     top.map(str::to_owned).into_iter().chain((0..shape.layers).flat_map(in_layer))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    const PATHS: [&str; 7] = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.12.self_attn.q_proj",
+        "model.layers.2.mlp.down_proj",
+        "layers.2.mlp.gate_proj",
+        "model.layers.2.mlp.xgate_proj",
+        "q_proj",
+        "lm_head",
+    ];
+
+    #[test]
+    fn plain_keys_match_what_their_expressions_match() {
+        for key in [
+            "q_proj",
+            "self_attn.q_proj",
+            r"layers\.2\.mlp\.gate_proj",
+            "layers.1..self",
+            "_proj",
+            "",
+            ".",
+            r"\.",
+        ] {
+            let plain = Plain::new(key).unwrap();
+            let expression = expression("f", &format!(r"^(?:(.*\.)?({key}))$")).unwrap();
+            for path in PATHS {
+                assert_eq!(plain.matches(path), expression.is_match(path.as_bytes()), "{key:?} {path}");
+            }
+        }
+        for other in [r"layers\.[02]\..*", "q|v", "a*", r"\d", "(q_proj)", "é", r"a\"] {
+            assert!(Plain::new(other).is_none(), "{other}");
+        }
+    }
+
+    #[test]
+    fn the_first_key_that_matches_decides_whatever_it_needs() {
+        let entries = |keys: &[&str]| -> Vec<(String, usize)> {
+            keys.iter().enumerate().map(|(at, key)| ((*key).to_owned(), at)).collect()
+        };
+        let keys = entries(&[r"layers\.12\..*", "q_proj", r".*\.(down|gate)_proj", "down_proj", ".*"]);
+        let patterns = Patterns::new("f", &keys).unwrap();
+        let found: Vec<Option<&usize>> = PATHS.iter().map(|path| patterns.find(path)).collect();
+        assert_eq!(found, [1, 0, 2, 2, 4, 1, 4].each_ref().map(Some));
+        let keys = entries(&["down_proj", r".*\.(down|gate)_proj"]);
+        let patterns = Patterns::new("f", &keys).unwrap();
+        assert_eq!(
+            (patterns.find(PATHS[2]), patterns.find(PATHS[3]), patterns.find(PATHS[0])),
+            (Some(&0), Some(&1), None)
+        );
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_gives_the_block() {
+        let path = "a.experts.7.layers.3.q_proj";
+        let patterns = |list: &[&str]| list.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>();
+        for (list, block) in [
+            (&[][..], 7),
+            (&["layers"], 3),
+            (&["experts"], 7),
+            (&["layers", "experts"], 3),
+            (&["experts", "layers"], 7),
+            (&["none", "lay|layers"], 3),
+        ] {
+            for wanted in [3, 7] {
+                let layers = [wanted];
+                let layers = Layers::new(&layers, &patterns(list)).unwrap();
+                assert_eq!(layers.has(path), wanted == block, "{list:?} {wanted}");
+            }
+        }
+    }
 }

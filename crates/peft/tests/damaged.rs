@@ -5,11 +5,14 @@
 use std::alloc::System;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::LazyLock;
 
-use peft::{AdapterWeights, BaseShape};
+use peft::{Adapter, AdapterWeights, BaseShape, Storage};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use testkit::SmallBase;
 
 #[global_allocator]
 static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -18,10 +21,12 @@ static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const CASES: usize = 2_000;
 
 /// What expressions and error messages may take, whatever the files hold.
-const FIXED: usize = 4 << 20;
+const FIXED: usize = 8 << 20;
 
 /// A copy of the values in float32, and lists and names on the way.
 const TIMES: usize = 40;
+
+const STORAGES: [Storage; 3] = [Storage::F32, Storage::Bf16, Storage::Int8];
 
 /// What replaces a number or a word.
 const EXTREMES: [&str; 12] = [
@@ -84,6 +89,12 @@ fn parse(config: &[u8], weights: &[u8]) -> bool {
     AdapterWeights::parse(config, weights, &shape()).is_ok_and(|weights| weights.is_finite())
 }
 
+/// Reads the files as they are read to be served.
+fn load(config: &[u8], weights: &[u8], storage: Storage) -> bool {
+    static BASE: LazyLock<SmallBase> = LazyLock::new(|| SmallBase::new(shape(), [0; 32]));
+    Adapter::load(config, weights, &*BASE, storage, &mut || ()).is_ok()
+}
+
 /// Replaces a run of digits or letters of a text by something extreme.
 fn replace(bytes: &mut Vec<u8>, within: std::ops::Range<usize>, rng: &mut StdRng) {
     let start = rng.random_range(within.clone());
@@ -133,17 +144,70 @@ fn damaged_adapters_are_errors_of_bounded_cost() {
     assert!(adapters.len() >= 4, "the fixtures are there");
     for (name, config, weights) in adapters {
         assert!(try_read(&config, &weights, parse), "the sound {name} is read");
+        for storage in STORAGES {
+            assert!(try_read(&config, &weights, |config, weights| load(config, weights, storage)), "{name}");
+        }
         let mut rng = StdRng::seed_from_u64(7);
-        let mut refused = 0;
+        let (mut refused, mut unserved) = (0, 0);
         for case in 0..CASES {
             let (mut config, mut weights) = (config.clone(), weights.clone());
             damage(&mut config, &mut weights, case, &mut rng);
-            refused += usize::from(!try_read(&config, &weights, parse));
+            let parsed = try_read(&config, &weights, parse);
+            refused += usize::from(!parsed);
+            let storage = STORAGES[case / 8 % 3];
+            let served = try_read(&config, &weights, |config, weights| load(config, weights, storage));
+            assert!(parsed || !served, "{name}: case {case} is served and was not read");
+            unserved += usize::from(parsed && !served);
         }
-        println!("{refused} of {CASES} damaged copies of {name} were refused");
+        println!(
+            "{refused} of {CASES} damaged copies of {name} were refused, {unserved} when they were built"
+        );
         assert!(refused > CASES / 2, "{name}: {refused}");
     }
+    greedy_expressions();
     controls();
+}
+
+/// As many expressions as a config may hold, each of which is a large program.
+fn greedy(field: &str) -> (Vec<u8>, Vec<u8>) {
+    let (_, config, weights) = adapters().into_iter().find(|(name, ..)| name == "lora-qv").unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    let keys = (0..512).map(|at| format!("(?:a{{2000}}){at}"));
+    config[field] = match field {
+        "layers_pattern" => {
+            config["layers_to_transform"] = json!([0]);
+            keys.map(Value::from).collect()
+        }
+        _ => keys.map(|key| (key, json!(8))).collect::<serde_json::Map<_, _>>().into(),
+    };
+    (config.to_string().into_bytes(), weights)
+}
+
+/// Expressions share one bound, whatever their number. Not a test of its own: see [`controls`].
+fn greedy_expressions() {
+    let base = SmallBase::new(shape(), [0; 32]);
+    for field in ["rank_pattern", "alpha_pattern", "layers_pattern"] {
+        let (config, weights) = greedy(field);
+        let mut said = String::new();
+        let taken = try_read(&config, &weights, |config, weights| {
+            let loaded = Adapter::load(config, weights, &base, Storage::F32, &mut || ());
+            loaded.map_err(|error| said = error.to_string()).is_ok()
+        });
+        assert!(!taken && said.contains(field) && said.contains("128 KiB"), "{field}: {said}");
+    }
+    // Negative control: a program for each.
+    let (config, weights) = greedy("rank_pattern");
+    let compile = |config: &[u8], _: &[u8]| {
+        let config: Value = serde_json::from_slice(config).unwrap();
+        let keys = config["rank_pattern"].as_object().unwrap().keys();
+        let programs: Vec<_> = keys
+            .map(|key| {
+                regex::bytes::RegexBuilder::new(key).unicode(false).size_limit(1 << 17).build().unwrap()
+            })
+            .collect();
+        programs.is_empty()
+    };
+    assert!(catch_unwind(AssertUnwindSafe(|| try_read(&config, &weights, compile))).is_err());
 }
 
 /// Readers that are broken on purpose are noticed. Not a test of its own: the allocations of all threads are counted.

@@ -20,12 +20,15 @@ pub(crate) struct HeldStore {
     freed: Notify,
     pub(crate) heads: AtomicUsize,
     pub(crate) started: AtomicUsize,
+    /// Whose loads have begun, in their order.
+    order: Mutex<Vec<AdapterId>>,
 }
 
 impl HeldStore {
     pub(crate) fn new(store: Store) -> Arc<Self> {
         let (heads, started) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Arc::new(Self { store, held: Mutex::default(), freed: Notify::new(), heads, started })
+        let (held, order) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { store, held, freed: Notify::new(), heads, started, order })
     }
 
     pub(crate) fn hold(&self, id: &AdapterId) {
@@ -55,6 +58,7 @@ impl Source for HeldStore {
         rest: Arc<Rest>,
     ) -> Answer<'a, AdapterFiles> {
         Box::pin(async move {
+            self.order.lock().unwrap().push(id.clone());
             self.started.fetch_add(1, Ordering::SeqCst);
             loop {
                 let freed = self.freed.notified();
@@ -207,10 +211,7 @@ async fn an_erased_user_is_not_brought_back_by_a_load() {
 #[tokio::test]
 async fn who_waits_for_room_is_served_by_age() {
     let store = store().await;
-    let users: Vec<AdapterId> = (0..6).map(|at| user(&format!("user{at}"))).collect();
-    for (at, id) in users.iter().enumerate() {
-        publish(&store, id, at as f32, None).await;
-    }
+    let users = users(&store, 6).await;
     let cache = AdapterCache::new(store, base(), settings(6, 1).await);
     // All are in host memory, so that only room is wanted.
     for id in &users {
@@ -229,6 +230,108 @@ async fn who_waits_for_room_is_served_by_age() {
         held = got(request).await;
         assert_eq!(mark(&held), expected);
     }
+}
+
+/// Users whose marks are their numbers.
+async fn users(store: &Store, count: usize) -> Vec<AdapterId> {
+    let users: Vec<AdapterId> = (0..count).map(|at| user(&format!("user{at}"))).collect();
+    for (at, id) in users.iter().enumerate() {
+        publish(store, id, at as f32, None).await;
+    }
+    users
+}
+
+/// Lets everything run that can: nothing but what is held is left then.
+async fn settle() {
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn as_many_loads_run_at_once_as_are_allowed() {
+    // Negative control: where more are allowed, more are seen.
+    for (allowed, expected) in [(3, 3), (1, 1), (6, 6), (100, 6)] {
+        let store = store().await;
+        let users = users(&store, 6).await;
+        let source = HeldStore::new(store);
+        let limited = CacheSettings { parallel_loads: allowed, ..settings(6, 6).await };
+        let cache = AdapterCache::over(Arc::clone(&source) as _, base(), limited);
+        let mut requests = Vec::new();
+        for id in &users {
+            source.hold(id);
+            requests.push(ask(&cache, id).await);
+        }
+        while source.started.load(Ordering::SeqCst) < expected {
+            tokio::task::yield_now().await;
+        }
+        settle().await;
+        assert_eq!(source.started.load(Ordering::SeqCst), expected, "{allowed} are allowed");
+        // Each that ends makes way for one.
+        for (ended, request) in requests.into_iter().enumerate() {
+            source.free(&users[ended]);
+            got(request).await;
+            settle().await;
+            let begun = source.started.load(Ordering::SeqCst);
+            assert_eq!(begun, (expected + ended + 1).min(users.len()), "{allowed} are allowed");
+        }
+    }
+}
+
+#[tokio::test]
+async fn loads_begin_by_age() {
+    // Two orders, so that no order of the names passes for it.
+    for order in [[3, 0, 5, 1, 4, 2], [2, 4, 1, 5, 0, 3]] {
+        let store = store().await;
+        let users = users(&store, 6).await;
+        let source = HeldStore::new(store);
+        let limited = CacheSettings { parallel_loads: 1, ..settings(6, 6).await };
+        let cache = AdapterCache::over(Arc::clone(&source) as _, base(), limited);
+        source.hold(&users[order[0]]);
+        let mut requests = Vec::new();
+        for at in order {
+            requests.push(ask(&cache, &users[at]).await);
+        }
+        settle().await;
+        assert_eq!(*source.order.lock().unwrap(), [users[order[0]].clone()]);
+        source.free(&users[order[0]]);
+        for request in requests {
+            got(request).await;
+        }
+        assert_eq!(*source.order.lock().unwrap(), order.map(|at| users[at].clone()));
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_pages_stays_within_the_host_budget() {
+    let store = store().await;
+    let users = users(&store, 8).await;
+    let source = HeldStore::new(store);
+    let cache = AdapterCache::over(Arc::clone(&source) as _, base(), settings(2, 1).await);
+    let mut held = cache.acquire(&users[0]).await.unwrap().unwrap();
+    let mut requests = Vec::new();
+    for id in &users[1..] {
+        requests.push(ask(&cache, id).await);
+    }
+    while cache.residency().loads < 8 {
+        tokio::task::yield_now().await;
+        let host = cache.residency().host;
+        assert!(host.bytes <= host.budget, "{host:?}");
+    }
+    settle().await;
+    // The two that came first are at hand, as they would be without the others.
+    assert_eq!([1, 2, 3, 7].map(|at| cache.tier(&users[at]) == Tier::Host), [true, true, false, false]);
+    for (at, request) in requests.into_iter().enumerate() {
+        assert!(!request.is_finished());
+        drop(held);
+        held = got(request).await;
+        assert_eq!(mark(&held), at as f32 + 1.0, "by age");
+        let host = cache.residency().host;
+        assert!(host.bytes <= host.budget, "{host:?}");
+        settle().await;
+    }
+    // What could not be kept was loaded twice.
+    assert_eq!(source.started.load(Ordering::SeqCst), 8 + 5);
 }
 
 #[tokio::test]

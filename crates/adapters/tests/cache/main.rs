@@ -4,6 +4,7 @@
 mod failures;
 mod held;
 mod markers;
+mod same_bits;
 mod tiny;
 
 use std::path::Path;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use engine::{Engine, Event, Generate, ModelEngine, Settings, SubmitError, TokenStream};
+use engine::{Engine, Event, Generate, ModelEngine, SampledToken, Settings, SubmitError, TokenStream};
 use model::{BaseModel, KvPool};
 use peft::{
     AdapterWeights, Lease, LoraConfig, LoraTensors, LoraWeights, Precision, TargetModules, generation_id,
@@ -21,12 +21,17 @@ pub(crate) fn base() -> Arc<BaseModel> {
 }
 
 pub(crate) fn engine() -> ModelEngine {
+    engine_that(true)
+}
+
+/// An engine that keeps the beginnings of prompts for others, or does not.
+pub(crate) fn engine_that(prefix_cache: bool) -> ModelEngine {
     let settings = Settings {
         batch: 16,
         queue: 64,
         step_tokens: 96,
         kv_bytes: 200 * KvPool::block_bytes(base().config(), PRECISION),
-        prefix_cache: true,
+        prefix_cache,
         guest_floor: 0.2,
         threads: 1,
         precision: PRECISION,
@@ -36,6 +41,11 @@ pub(crate) fn engine() -> ModelEngine {
 }
 
 pub(crate) fn generate(lease: &Lease, prompt: Vec<u32>, max_tokens: u32) -> Generate {
+    job(Some(lease.clone()), prompt, max_tokens)
+}
+
+/// As [`generate`], of the base without a lease.
+pub(crate) fn job(adapter: Option<Lease>, prompt: Vec<u32>, max_tokens: u32) -> Generate {
     let params = SamplingParams {
         max_tokens,
         temperature: 0.0,
@@ -43,8 +53,7 @@ pub(crate) fn generate(lease: &Lease, prompt: Vec<u32>, max_tokens: u32) -> Gene
         logprobs: Some(5),
         ..SamplingParams::default()
     };
-    let (tenant, adapter) = ("tenant".parse().unwrap(), Some(lease.clone()));
-    Generate { prompt, tenant, adapter, params, deadline: None, group: None }
+    Generate { prompt, tenant: "tenant".parse().unwrap(), adapter, params, deadline: None, group: None }
 }
 
 /// Hands a sequence in as soon as there is room for it.
@@ -58,15 +67,20 @@ pub(crate) async fn submit(engine: &ModelEngine, job: Generate) -> TokenStream {
     }
 }
 
-/// All tokens of an answer, each with its most likely alternatives and their log-probabilities.
-pub(crate) async fn answer(engine: &ModelEngine, job: Generate) -> Vec<(u32, Vec<(u32, u32)>)> {
+/// A token with its most likely alternatives and the bits of their log-probabilities.
+pub(crate) type Seen = (u32, Vec<(u32, u32)>);
+
+pub(crate) fn seen(token: &SampledToken) -> Seen {
+    (token.id, token.top.iter().map(|(id, p)| (*id, p.to_bits())).collect())
+}
+
+/// All tokens of an answer.
+pub(crate) async fn answer(engine: &ModelEngine, job: Generate) -> Vec<Seen> {
     let mut stream = submit(engine, job).await;
     let mut tokens = Vec::new();
     while let Some(event) = stream.next().await {
         match event {
-            Event::Token(token) => {
-                tokens.push((token.id, token.top.iter().map(|(id, p)| (*id, p.to_bits())).collect()));
-            }
+            Event::Token(token) => tokens.push(seen(&token)),
             Event::Finished { .. } => {}
             Event::Failed { reason, .. } => panic!("{reason}"),
         }
@@ -117,13 +131,15 @@ pub(crate) fn targets() -> &'static [(u32, Vec<f32>)] {
 ///
 /// In the last block, pairs of gate and up units get c and -c, where c is a product with the input: silu(c) c is c
 /// squared for one of the two, so their sum is positive always. The way down adds the target's hidden state as often.
+///
+/// In the first block it changes keys and values, each target in its own way: nothing that depends on them is another's.
 pub(crate) fn marker(target: usize, rank: usize) -> LoraWeights {
     let shape = base().shape();
-    let names = [Site::Gate, Site::Up, Site::Down].map(|site| site.module().to_owned()).to_vec();
+    let sites = r".*\.(mlp\.(gate|up|down)_proj|layers\.0\.self_attn\.[kv]_proj)";
     let config = LoraConfig {
         r: rank,
         alpha: rank as f64,
-        target_modules: TargetModules::Names(names),
+        target_modules: TargetModules::Pattern(sites.to_owned()),
         ..LoraConfig::oppu()
     };
     let mut sites = vec![None; shape.sites()];
@@ -131,6 +147,12 @@ pub(crate) fn marker(target: usize, rank: usize) -> LoraWeights {
         let (out, input) = shape.dims(id.site);
         let (a, b) = (vec![0.0; rank * input], vec![0.0; out * rank]);
         sites[id.index()] = Some(LoraTensors { rank, scale, a, b, ..LoraTensors::default() });
+    }
+    for site in [Site::K, Site::V] {
+        let Some(tensors) = &mut sites[SiteId::new(0, site).index()] else { panic!("it is targeted") };
+        for (at, value) in tensors.a.iter_mut().chain(&mut tensors.b).enumerate() {
+            *value = ((at * 7919 + target * 6151 + site.index()) % 101) as f32 / 101.0 - 0.5;
+        }
     }
     let last = shape.layers - 1;
     for site in [Site::Gate, Site::Up] {

@@ -1,11 +1,15 @@
 //! Adapters' tiers as clients see them, and a server whose slots are all in use.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use ::adapters::{Answer, Head, Source, Tier};
 use axum::http::StatusCode;
 use serde_json::json;
 use server::{Auth, Limits};
-use types::AdapterId;
+use store::{AdapterFiles, Rest, Store};
+use testkit::{FakeEngine, Mood};
+use types::{AdapterId, GenerationId};
 
 use crate::{Server, chat, key, with};
 
@@ -96,4 +100,71 @@ async fn a_request_for_a_slot_waits_until_its_time_is_over() {
     leases.pop();
     let served = server.post("/v1/chat/completions", request()).await;
     assert_eq!((served.status, served.header("x-atelier-adapter")), (StatusCode::OK, "late"));
+}
+
+/// A store whose files never come.
+struct Stuck(Store);
+
+impl Source for Stuck {
+    fn moves(&self, id: &AdapterId) -> u64 {
+        self.0.head_moves(id)
+    }
+
+    fn head<'a>(&'a self, id: &'a AdapterId) -> Answer<'a, Option<Head>> {
+        Source::head(&self.0, id)
+    }
+
+    fn files<'a>(&'a self, _: &'a AdapterId, _: GenerationId, _: Arc<Rest>) -> Answer<'a, AdapterFiles> {
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test]
+async fn a_load_that_takes_too_long_ends_its_request_alone() {
+    let limits = Limits { adapter_timeout: Duration::from_millis(50), ..Limits::default() };
+    let server = Server::over(Auth::Open, limits, None, |store| Arc::new(Stuck(store))).await;
+    server.adopt("default", "ann").await;
+    for path in ["/v1/chat/completions", "/v1/completions"] {
+        let body = match path {
+            "/v1/completions" => json!({ "model": "base:ann", "prompt": "x", "max_tokens": 2 }),
+            _ => with(chat(), "user", json!("ann")),
+        };
+        let late = server.post(path, body).await;
+        let error = &late.json()["error"];
+        assert_eq!((late.status.as_u16(), &error["code"]), (504, &json!("deadline_exceeded")), "{path}");
+        assert!(error["message"].as_str().unwrap().contains("not loaded in time"), "{error}");
+        assert_eq!(server.app.adapters.residency().waiting, 0);
+    }
+    // Negative control: who needs no load is answered.
+    assert_eq!(server.post("/v1/chat/completions", with(chat(), "user", json!("eve"))).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_request_that_waits_for_its_turn_finds_its_adapter_fetched() {
+    let limits =
+        Limits { in_flight_per_user: 1, queue_timeout: Duration::from_secs(20), ..Limits::default() };
+    let engine = Arc::new(FakeEngine::new(Mood::Silent));
+    let server = Server::with(Auth::Open, limits, Some(engine.clone())).await;
+    let style = AdapterId::shared("default".parse().unwrap(), "style".parse().unwrap());
+    server.adopt_as(&style).await;
+    let until = async |condition: &dyn Fn() -> bool| {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let body = with(chat(), "user", json!("ann"));
+    // The one turn of the user goes to an answer that does not end.
+    let first = server.post("/v1/chat/completions", body.clone());
+    let second = async {
+        until(&|| engine.readers() == 1).await;
+        server.post("/v1/chat/completions", with(body.clone(), "model", json!("base:@style"))).await
+    };
+    let fetched = || engine.readers() == 1 && server.app.adapters.tier(&style) == Tier::Host;
+    tokio::select! {
+        answer = first => panic!("{}", answer.text()),
+        answer = second => panic!("its time was over before its adapter was there: {}", answer.text()),
+        () = until(&fetched) => {}
+    }
+    // It was there while its request still waited for the turn.
+    assert_eq!(server.app.adapters.residency().loads, 1);
 }

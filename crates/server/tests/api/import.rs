@@ -5,7 +5,8 @@ use axum::http::Request;
 use peft::{AdapterWeights, LoraWeights, PeftFiles};
 use serde_json::{Value, json};
 use server::{Auth, Limits};
-use types::TrainingLimits;
+use store::NewGeneration;
+use types::{AdapterId, TrainingLimits};
 
 use crate::form::{Parts, files, import, put};
 use crate::{Server, chat, text_of, with};
@@ -42,6 +43,7 @@ async fn an_adapter_goes_in_answers_and_comes_out() {
             let found = server.get(&url).await;
             assert_eq!((found.status.as_u16(), &found.body == content), (200, true), "{url}");
             assert_eq!(found.header("x-atelier-generation"), generation);
+            assert_eq!(Some(found.header("x-atelier-base")), card["base_hash"].as_str());
         }
     }
     let answer = server.post("/v1/chat/completions", with(chat(), "model", json!("base:ann"))).await;
@@ -287,6 +289,33 @@ async fn an_adapter_of_another_base_is_refused_by_shape_and_by_hash() {
     assert_eq!(server.get("/v1/users/ann").await.status, 404);
     let answer = put(&server, ADAPTER, &hashed(own.as_bytes()), &[("x-atelier-base", &own)]).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+#[tokio::test]
+async fn what_is_downloaded_can_be_handed_in_under_the_same_hash() {
+    let server = Server::new().await;
+    let generation = import(&server, ADAPTER, "lora-all").await;
+    // An adapter of another base, as one server hands it to another.
+    let foreign = server.fixture();
+    let foreign = NewGeneration { id: "1".repeat(64).parse().unwrap(), base: [9; 32], ..foreign };
+    let bob = AdapterId::new("default".parse().unwrap(), "bob".parse().unwrap());
+    server.store.publish(&bob, foreign, None, None).await.unwrap();
+    for (root, status) in [(ADAPTER, 200), ("/v1/users/bob/adapter", 409)] {
+        let at = async |file: &str| server.get(&format!("{root}/{file}")).await;
+        let (config, weights) = (at(CONFIG).await, at(WEIGHTS).await);
+        assert_eq!(config.header("x-atelier-base"), weights.header("x-atelier-base"));
+        let parts = [(CONFIG, &config.body[..]), (WEIGHTS, &weights.body[..])];
+        let headers = [("x-atelier-base", weights.header("x-atelier-base"))];
+        let answer = put(&server, "/v1/adapters/copy", &parts, &headers).await;
+        assert_eq!(answer.status, status, "{}", answer.text());
+        if status == 200 {
+            assert_eq!(answer.json()["generation"], generation);
+        } else {
+            assert_eq!(answer.json()["error"]["param"], "x-atelier-base");
+            // Negative control: without the header the shapes are all there is to tell, and they fit.
+            assert_eq!(put(&server, "/v1/adapters/copy", &parts, &[]).await.status, 200);
+        }
+    }
 }
 
 #[tokio::test]

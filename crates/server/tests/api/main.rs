@@ -16,7 +16,7 @@ mod training;
 
 use std::sync::Arc;
 
-use ::adapters::{AdapterCache, CacheSettings};
+use ::adapters::{AdapterCache, CacheSettings, Source};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use engine::{Engine, ModelEngine, Settings};
@@ -70,6 +70,16 @@ impl Server {
 
     /// A server; the engine is a real one on the tiny model unless another is given.
     async fn with(auth: Auth, limits: Limits, engine: Option<Arc<dyn Engine>>) -> Self {
+        Self::over(auth, limits, engine, |store| Arc::new(store)).await
+    }
+
+    /// As [`Server::with`], with adapters from a source over the store.
+    async fn over(
+        auth: Auth,
+        limits: Limits,
+        engine: Option<Arc<dyn Engine>>,
+        source: impl FnOnce(Store) -> Arc<dyn Source>,
+    ) -> Self {
         let (model, tokenizer) = tiny_model();
         let settings = Settings {
             batch: 4,
@@ -90,8 +100,8 @@ impl Server {
             engine,
             tokenizer,
             store: store.clone(),
-            adapters: AdapterCache::new(
-                store.clone(),
+            adapters: AdapterCache::over(
+                source(store.clone()),
                 model.clone(),
                 CacheSettings::new(Precision::Fast, 4 << 20),
             ),

@@ -3,34 +3,46 @@
 use axum::extract::State;
 use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
-use store::AdapterFile;
+use store::{AdapterFile, GenerationRecord};
 use types::{AdapterId, GenerationId};
 
-use super::wire::{CONFIG, WEIGHTS, named};
+use super::wire::{CONFIG, WEIGHTS, made_for, named};
 use super::{PathAdapter, PathGeneration, unknown_adapter};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
+use crate::fault::unknown_generation;
 
 /// The answer with a file of a generation.
 async fn download(
     app: &App,
     id: &AdapterId,
-    generation: &GenerationId,
+    generation: &GenerationRecord,
     file: AdapterFile,
 ) -> Result<Response, ApiError> {
-    let content = app.store.fetch_file(id, generation, file).await?;
+    let content = app.store.fetch_file(id, &generation.id, file).await?;
     let (name, media) = match file {
         AdapterFile::Config => (CONFIG, "application/json"),
         AdapterFile::Weights => (WEIGHTS, "application/octet-stream"),
     };
     let headers =
         [(CONTENT_TYPE, media.to_owned()), (CONTENT_DISPOSITION, format!("attachment; filename=\"{name}\""))];
-    Ok((named(generation), headers, content).into_response())
+    Ok((named(&generation.id), made_for(generation), headers, content).into_response())
 }
 
 async fn download_head(app: &App, id: &AdapterId, file: AdapterFile) -> Result<Response, ApiError> {
     let record = app.store.head(id).await?.ok_or_else(|| unknown_adapter(id))?;
-    download(app, id, &record.id, file).await
+    download(app, id, &record, file).await
+}
+
+async fn download_generation(
+    app: &App,
+    id: &AdapterId,
+    generation: &GenerationId,
+    file: AdapterFile,
+) -> Result<Response, ApiError> {
+    let record = app.store.generation(id, generation).await?;
+    let record = record.ok_or_else(|| unknown_generation(&generation.to_string()))?;
+    download(app, id, &record, file).await
 }
 
 /// Downloads the adapter's config. The header `x-atelier-generation` says of which generation.
@@ -39,7 +51,15 @@ async fn download_head(app: &App, id: &AdapterId, file: AdapterFile) -> Result<R
     path = "/adapter_config.json",
     tag = "adapters",
     responses(
-        (status = 200, description = "As HF peft reads it", content_type = "application/json"),
+        (
+            status = 200,
+            description = "As HF peft reads it",
+            content_type = "application/json",
+            headers(
+                ("x-atelier-generation" = String, description = "The generation it is of"),
+                ("x-atelier-base" = String, description = "SHA-256 of the base it was made for, as an upload takes it"),
+            ),
+        ),
         (status = 404, description = "No such adapter", body = ErrorBody),
     )
 )]
@@ -56,7 +76,15 @@ pub(super) async fn config(
     path = "/adapter_model.safetensors",
     tag = "adapters",
     responses(
-        (status = 200, description = "As HF peft reads it", content_type = "application/octet-stream"),
+        (
+            status = 200,
+            description = "As HF peft reads it",
+            content_type = "application/octet-stream",
+            headers(
+                ("x-atelier-generation" = String, description = "The generation it is of"),
+                ("x-atelier-base" = String, description = "SHA-256 of the base it was made for, as an upload takes it"),
+            ),
+        ),
         (status = 404, description = "No such adapter", body = ErrorBody),
     )
 )]
@@ -74,7 +102,15 @@ pub(super) async fn weights(
     tag = "adapters",
     params(("generation" = String, Path)),
     responses(
-        (status = 200, description = "As HF peft reads it", content_type = "application/json"),
+        (
+            status = 200,
+            description = "As HF peft reads it",
+            content_type = "application/json",
+            headers(
+                ("x-atelier-generation" = String, description = "The generation it is of"),
+                ("x-atelier-base" = String, description = "SHA-256 of the base it was made for, as an upload takes it"),
+            ),
+        ),
         (status = 404, description = "No such generation", body = ErrorBody),
     )
 )]
@@ -82,7 +118,7 @@ pub(super) async fn generation_config(
     State(app): State<App>,
     PathGeneration(id, generation): PathGeneration,
 ) -> Result<Response, ApiError> {
-    download(&app, &id, &generation, AdapterFile::Config).await
+    download_generation(&app, &id, &generation, AdapterFile::Config).await
 }
 
 /// Downloads a generation's weights.
@@ -92,7 +128,15 @@ pub(super) async fn generation_config(
     tag = "adapters",
     params(("generation" = String, Path)),
     responses(
-        (status = 200, description = "As HF peft reads it", content_type = "application/octet-stream"),
+        (
+            status = 200,
+            description = "As HF peft reads it",
+            content_type = "application/octet-stream",
+            headers(
+                ("x-atelier-generation" = String, description = "The generation it is of"),
+                ("x-atelier-base" = String, description = "SHA-256 of the base it was made for, as an upload takes it"),
+            ),
+        ),
         (status = 404, description = "No such generation", body = ErrorBody),
     )
 )]
@@ -100,5 +144,5 @@ pub(super) async fn generation_weights(
     State(app): State<App>,
     PathGeneration(id, generation): PathGeneration,
 ) -> Result<Response, ApiError> {
-    download(&app, &id, &generation, AdapterFile::Weights).await
+    download_generation(&app, &id, &generation, AdapterFile::Weights).await
 }

@@ -14,13 +14,11 @@ use types::GenerationId;
 use utoipa::{IntoParams, ToSchema};
 
 use super::form::{self, Form};
-use super::wire::{WireAdapter, answer};
+use super::wire::{BASE, WireAdapter, answer};
 use super::{PathAdapter, unknown_adapter};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 use crate::fault::{invalid_adapter, other_base, overloaded};
-
-const BASE_HEADER: &str = "x-atelier-base";
 
 /// The two files of an adapter, as HF peft saves them.
 #[derive(ToSchema)]
@@ -75,14 +73,14 @@ pub(super) async fn import(
     request: Request,
 ) -> Result<(HeaderMap, Json<WireAdapter>), ApiError> {
     let expected = expected_head(request.headers(), request.uri())?;
-    let header = request.headers().get(BASE_HEADER).map(|value| base_hash(BASE_HEADER, value.as_bytes()));
+    let header = request.headers().get(BASE).map(|value| base_hash(BASE.as_str(), value.as_bytes()));
     let header = header.transpose()?;
     // Moved along with the work, which goes on when the client has left.
     let turn = Arc::clone(app.imports()).try_acquire_owned();
     let turn = turn.map_err(|_| overloaded("other adapters are being taken in: try again"))?;
     let form = form::read(request, &app).await?;
     let base = app.base.hash();
-    for (param, given) in [(BASE_HEADER, header), ("base_hash", form.base_hash)] {
+    for (param, given) in [(BASE.as_str(), header), ("base_hash", form.base_hash)] {
         if let Some(given) = given.filter(|given| *given != base) {
             return Err(other_base(param, &given, &base));
         }

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::http::header::ETAG;
-use axum::http::{HeaderMap, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Serialize;
 use store::{Fingerprint, GenerationRecord, Origin};
 use types::{AdapterId, GenerationId, HistoryRange, Owner, Provenance, TrainingCourse};
@@ -14,6 +14,9 @@ use crate::routes::items::seconds;
 use crate::routes::jobs::WireGate;
 use crate::routes::training::WireTraining;
 use crate::wanted::model_of;
+
+/// SHA-256 of the base that an adapter was made for: checked when one comes in, told when one goes out.
+pub(super) const BASE: HeaderName = HeaderName::from_static("x-atelier-base");
 
 pub(super) const CONFIG: &str = "adapter_config.json";
 pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
@@ -207,6 +210,11 @@ pub(super) fn named(generation: &GenerationId) -> HeaderMap {
     let plain = value(generation.to_string()).map(|value| (GENERATION, value));
     let tag = value(format!("\"{generation}\"")).map(|value| (ETAG, value));
     plain.into_iter().chain(tag).collect()
+}
+
+/// The header that names the base a generation belongs to, as an upload takes it.
+pub(super) fn made_for(record: &GenerationRecord) -> HeaderMap {
+    HeaderValue::try_from(hex(&record.base)).ok().map(|value| (BASE, value)).into_iter().collect()
 }
 
 /// The adapter with `record` as its head, as an answer.
