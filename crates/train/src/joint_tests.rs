@@ -72,7 +72,7 @@ fn alone(base: &model::BaseModel, recipe: &Recipe, examples: &[Example]) -> Trai
 
 #[test]
 fn a_job_is_bit_equal_alone_and_in_company() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipes = recipes();
     let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 5 + 2 * at)).collect();
     let jobs: Vec<TrainJob<'_>> = recipes.iter().zip(&histories).map(|(r, e)| job(r, e)).collect();
@@ -94,7 +94,7 @@ fn a_job_is_bit_equal_alone_and_in_company() {
 
 #[test]
 fn a_broken_job_ends_alone() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipes = recipes();
     let history = examples(1, 6);
     let mut broken = alone(&base, &recipes[0], &history).weights;
@@ -145,7 +145,7 @@ impl Control for Killer {
 
 #[test]
 fn a_killed_run_goes_on_to_the_same_bits() {
-    let base = base();
+    let base = base("tiny-llama");
     let mut rng = StdRng::seed_from_u64(3);
     for (at, recipe) in recipes().iter().enumerate() {
         let recipe = Recipe { epochs: 4, ..recipe.clone() };
@@ -203,7 +203,7 @@ fn flat(weights: &AdapterWeights) -> Vec<f32> {
 
 #[test]
 fn a_common_beginning_gives_the_same_gradients() {
-    let base = base();
+    let base = base("tiny-llama");
     for (at, mut recipe) in recipes().into_iter().enumerate() {
         if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
             lora.dropout = 0.0;
@@ -230,7 +230,7 @@ fn a_common_beginning_gives_the_same_gradients() {
 
 #[test]
 fn training_is_reproducible_and_can_be_stopped() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipe = recipes().swap_remove(0);
     let history = examples(0, 6);
     let mut breaths = 0;

@@ -157,7 +157,8 @@ impl<'a> Run<'a> {
             return diverged("the gradient");
         }
         let rate = learning_rate(self.recipe, step, self.steps());
-        self.moments.step(step, rate, self.recipe.weight_decay, &self.grads, &mut self.params.values);
+        let Recipe { adam, weight_decay, .. } = *self.recipe;
+        self.moments.step(adam, step, rate, weight_decay, &self.grads, &mut self.params.values);
         if !self.params.values.iter().all(|value| value.is_finite()) {
             return diverged("a weight");
         }
