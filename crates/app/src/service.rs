@@ -22,10 +22,8 @@ use tokio_util::sync::CancellationToken;
 use types::SystemClock;
 use worker::{Worker, WorkerError};
 
-use crate::settings::{PrecisionArg, ServiceArgs};
+use crate::settings::{MIB, PrecisionArg, ServiceArgs};
 use crate::{fetch, model_path, task_adapter};
-
-const MIB: usize = 1 << 20;
 
 /// A running service.
 pub struct Service {

@@ -14,7 +14,7 @@ use crate::reference_tests::{base, gradients};
 use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};
 
 /// Examples of different lengths; the first tokens of most are the same.
-fn examples(seed: u64, count: usize) -> Vec<Example> {
+pub(crate) fn examples(seed: u64, count: usize) -> Vec<Example> {
     let mut rng = StdRng::seed_from_u64(seed);
     let template: Vec<u32> = (0..9).map(|at| 10 + at + seed as u32).collect();
     let example = |at: usize| {
@@ -33,7 +33,7 @@ fn lora(change: impl FnOnce(&mut LoraConfig)) -> AdapterConfig {
 }
 
 /// A recipe of every kind, no two alike.
-fn recipes() -> Vec<Recipe> {
+pub(crate) fn recipes() -> Vec<Recipe> {
     let adapters = [
         lora(|_| ()),
         lora(|config| (config.r, config.lora_bias, config.dropout) = (3, true, 0.2)),

@@ -3,6 +3,8 @@
 //!
 //! What it is not: no I/O, no users and no clock. It is given jobs of token sequences and gives weights.
 
+#[cfg(test)]
+mod budget_tests;
 mod buffers;
 mod checkpoint;
 mod error;

@@ -32,7 +32,8 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Tokens that go through the model at once; bounds the memory, not the result's meaning.
     pub micro_batch_tokens: usize,
-    /// Bytes of activations that are kept for the way back; what is not kept is computed again, to the same bits.
+    /// Bytes of activations that are kept for the way back; what is not kept is computed again, to the same bits. The
+    /// inputs of the blocks are kept in any case.
     pub activation_bytes: usize,
     /// Examples of a batch that begin with the same tokens compute them once, forward and backward. Their dropout is
     /// then the same there: each example's mask is distributed as ever, but not independent of the others'.
@@ -94,6 +95,12 @@ impl Recipe {
         within("clip", self.clip > 0.0 && self.clip.is_finite(), "a positive number")?;
         within("max_tokens", (2..=1 << 20).contains(&self.max_tokens), "from 2 to 1048576")?;
         within("micro_batch_tokens", self.micro_batch_tokens > 0, "at least 1")
+    }
+
+    /// All that decides what comes out of a run, to the bit, in words: what only bounds the memory is left out.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        format!("{:?}", Self { activation_bytes: 0, ..self.clone() })
     }
 
     /// The share of values that dropout takes; none but LoRA's way down has any.

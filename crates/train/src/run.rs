@@ -195,7 +195,7 @@ impl<'a> Run<'a> {
 fn fingerprint(base: &BaseModel, job: &TrainJob<'_>, start: &Params) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(base.hash());
-    hash.update(format!("{:?} {:?}", job.recipe, start.weights().config()));
+    hash.update(format!("{} {:?}", job.recipe.identity(), start.weights().config()));
     hash.update((start.values.len() as u64).to_le_bytes());
     start.values.iter().for_each(|value| hash.update(value.to_le_bytes()));
     for example in job.examples {

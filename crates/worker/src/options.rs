@@ -19,7 +19,10 @@ pub(crate) fn recipe(
     let none = TrainingOptions::default();
     let options = job.unwrap_or(&none).over(settings.tenants.get(tenant).unwrap_or(&none));
     let mut recipe = match options.recipe {
-        Some(RecipeName::Oppu) => Recipe::oppu(),
+        // Memory is the server's in any recipe.
+        Some(RecipeName::Oppu) => {
+            Recipe { activation_bytes: settings.recipe.activation_bytes, ..Recipe::oppu() }
+        }
         Some(RecipeName::Default) | None => settings.recipe.clone(),
     };
     let set = |to: &mut f64, from: Option<f64>| *to = from.unwrap_or(*to);
@@ -152,6 +155,18 @@ mod tests {
         let (made, said) = (read(&TrainingOptions::default()), in_full(&settings.recipe));
         assert_eq!((said.kind, said.rank, said.epochs), (Some(Lora), Some(8), Some(2)));
         assert_eq!(read(&said), made);
+    }
+
+    #[test]
+    fn memory_is_the_servers_in_any_recipe() {
+        let tenant: TenantId = "acme".parse().unwrap_or_else(|error| panic!("{error}"));
+        let mut settings = Settings::default();
+        settings.recipe.activation_bytes = 12345;
+        for name in [RecipeName::Default, RecipeName::Oppu] {
+            let options = TrainingOptions { recipe: Some(name), ..TrainingOptions::default() };
+            let made = recipe(&settings, &tenant, Some(&options));
+            assert!(made.is_ok_and(|made| made.activation_bytes == 12345), "{name:?}");
+        }
     }
 
     #[test]
