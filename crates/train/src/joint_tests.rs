@@ -11,6 +11,7 @@ use types::Example;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::reference_tests::{base, gradients};
+use crate::run::Run;
 use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};
 
 /// Examples of different lengths; the first tokens of most are the same.
@@ -225,6 +226,47 @@ fn a_common_beginning_gives_the_same_gradients() {
         changed.iter_mut().for_each(|example| example.tokens[1] ^= 1);
         let changed = flat(&gradients(&base, &recipe, &start, &changed).1);
         assert!(worst(&changed, &apart) > 1e-4);
+    }
+}
+
+/// Two templates in turns, over several chunks: each is computed once in a chunk, forward and backward.
+#[test]
+fn templates_in_turns_give_the_same_gradients() {
+    let base = base("tiny-llama");
+    for (at, mut recipe) in recipes().into_iter().enumerate() {
+        if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
+            lora.dropout = 0.0;
+        }
+        recipe.batch = 32;
+        recipe.micro_batch_tokens = 40;
+        let mut rng = StdRng::seed_from_u64(at as u64);
+        let mut of = |template: u32| {
+            let mut tokens: Vec<u32> = (0..3).chain((0..14).map(|at| 20 * template + at)).collect();
+            tokens.extend((0..rng.random_range(3..8)).map(|_| rng.random_range(0..320u32)));
+            let answer_start = tokens.len() - 2;
+            Example { tokens, answer_start }
+        };
+        let history: Vec<Example> = (0..20).map(|at| of(1 + at % 2)).collect();
+        let start = alone(&base, &recipe, &history).weights;
+        let whole = Recipe { share_prefix: false, micro_batch_tokens: 1000, ..recipe.clone() };
+        let once = gradients(&base, &recipe, &start, &history);
+        let apart = gradients(&base, &whole, &start, &history);
+        assert!((once.0 - apart.0).abs() < 1e-5);
+        let (once, apart) = (flat(&once.1), flat(&apart.1));
+        let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst(&once, &apart) < 1e-5, "recipe {at}: {}", worst(&once, &apart));
+        let chunks = |recipe: &Recipe| {
+            let job = TrainJob { start: Some(&start), ..job(recipe, &history) };
+            let chunks = Run::new(&base, &job).unwrap().begin(&base);
+            (chunks.len(), chunks.iter().map(|chunk| chunk.rows).sum::<usize>())
+        };
+        let (passes, rows) = chunks(&recipe);
+        assert!(passes >= 3, "{passes} passes");
+        assert!(rows * 2 < chunks(&whole).1, "{rows} rows");
+        // Negative control: one token of one template changed shows.
+        let mut changed = history.clone();
+        changed[1].tokens[4] ^= 1;
+        assert!(worst(&flat(&gradients(&base, &recipe, &start, &changed).1), &apart) > 1e-4);
     }
 }
 
