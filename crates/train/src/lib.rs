@@ -27,5 +27,6 @@ mod trainer;
 pub use error::TrainError;
 pub use evaluate::{Loss, evaluate};
 pub use optimiser::Adam;
+pub use params::row_squares;
 pub use recipe::{Recipe, learning_rate};
 pub use trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};
