@@ -94,6 +94,64 @@ fn a_job_is_bit_equal_alone_and_in_company() {
 }
 
 #[test]
+fn a_job_is_bit_equal_with_any_number_of_threads() {
+    let base = base("tiny-llama");
+    let recipes = recipes();
+    let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 9)).collect();
+    let jobs: Vec<TrainJob<'_>> = recipes.iter().zip(&histories).map(|(r, e)| job(r, e)).collect();
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let ends = pool.install(|| {
+            assert_eq!(rayon::current_num_threads(), threads);
+            train_jointly(&base, &jobs, &mut Quiet)
+        });
+        ends.into_iter().map(Result::unwrap).collect::<Vec<Trained>>()
+    };
+    let expected = on(1);
+    for threads in [2, 3, 5] {
+        assert_eq!(on(threads), expected, "{threads} threads");
+    }
+}
+
+/// Counts the breaths of training: one per pass, and one per block and way.
+struct Breaths(usize);
+
+impl Control for Breaths {
+    fn step(&mut self, _: usize, _: StepReport) -> Verdict {
+        ControlFlow::Continue(())
+    }
+    fn breathe(&mut self) {
+        self.0 += 1;
+    }
+}
+
+/// The way back ends at the lowest block that trains: of one job, and of all of a pass.
+#[test]
+fn nothing_below_the_lowest_site_is_computed() {
+    let base = base("tiny-llama");
+    let layers = base.config().layers;
+    let history = examples(0, 4);
+    let recipe = |lowest: usize| Recipe {
+        adapter: lora(|config| config.layers_to_transform = Some(vec![lowest, layers - 1])),
+        epochs: 1,
+        batch: 4,
+        ..Recipe::oppu()
+    };
+    let recipes: Vec<Recipe> = (0..layers).map(recipe).collect();
+    let breaths = |jobs: &[usize]| {
+        let jobs: Vec<_> = jobs.iter().map(|at| job(&recipes[*at], &history)).collect();
+        let mut breaths = Breaths(0);
+        train_jointly(&base, &jobs, &mut breaths).into_iter().for_each(|end| drop(end.unwrap()));
+        breaths.0
+    };
+    for lowest in 0..layers {
+        assert_eq!(breaths(&[lowest]), 1 + layers + (layers - lowest), "down to block {lowest}");
+    }
+    assert_eq!(breaths(&[layers - 1, layers - 1]), 1 + layers + 1);
+    assert_eq!(breaths(&[layers - 1, 0]), 1 + layers + layers);
+}
+
+#[test]
 fn a_broken_job_ends_alone() {
     let base = base("tiny-llama");
     let recipes = recipes();
@@ -270,22 +328,41 @@ fn templates_in_turns_give_the_same_gradients() {
     }
 }
 
+/// What is beyond the most tokens of an example is cut off on the right; without an answer token left, it teaches nothing.
+#[test]
+fn examples_are_cut_on_the_right() {
+    let base = base("tiny-llama");
+    for recipe in recipes() {
+        let recipe = Recipe { max_tokens: 14, ..recipe };
+        let mut history = examples(3, 8);
+        history.iter_mut().for_each(|example| example.answer_start = example.answer_start.min(12));
+        let mut cut = history.clone();
+        cut.iter_mut().for_each(|example| example.tokens.truncate(14));
+        assert_ne!(cut, history, "some are longer");
+        let expected = alone(&base, &recipe, &cut);
+        assert_eq!(alone(&base, &recipe, &history), expected);
+        let unheard = Example { tokens: vec![5; 30], answer_start: 14 };
+        history.push(unheard.clone());
+        assert_eq!(alone(&base, &recipe, &history), expected);
+        // Negative controls: one token less of the prompt, and it is heard; one more of the others, and that shows.
+        history[8].answer_start = 13;
+        assert_ne!(alone(&base, &recipe, &history).losses, expected.losses);
+        let longer = Recipe { max_tokens: 15, ..recipe };
+        assert_ne!(alone(&base, &longer, &history[..8]).weights, expected.weights);
+    }
+}
+
 #[test]
 fn training_is_reproducible_and_can_be_stopped() {
     let base = base("tiny-llama");
     let recipe = recipes().swap_remove(0);
     let history = examples(0, 6);
-    let mut breaths = 0;
-    struct Counts<'a>(&'a mut u32);
-    impl Control for Counts<'_> {
+    struct Stops;
+    impl Control for Stops {
         fn step(&mut self, _: usize, report: StepReport) -> Verdict {
             if report.step == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         }
-        fn breathe(&mut self) {
-            *self.0 += 1;
-        }
     }
-    let stopped = train_jointly(&base, &[job(&recipe, &history)], &mut Counts(&mut breaths));
+    let stopped = train_jointly(&base, &[job(&recipe, &history)], &mut Stops);
     assert!(matches!(stopped[0], Err(TrainError::Stopped)));
-    assert!(breaths >= 2 * 2 * 3, "{breaths} breaths in two steps of three blocks");
 }
