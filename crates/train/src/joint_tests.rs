@@ -11,8 +11,8 @@ use types::Example;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::reference_tests::{base, gradients};
-use crate::run::Run;
-use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};
+use crate::run::{Fault, Run};
+use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, go_on, train, train_jointly};
 
 /// Examples of different lengths; the first tokens of most are the same.
 pub(crate) fn examples(seed: u64, count: usize) -> Vec<Example> {
@@ -181,6 +181,44 @@ fn a_broken_job_ends_alone() {
     // A rate that is far too high ends in an error or in finite weights, never in broken ones.
     let end = train(&base, None, &history, &huge, |_| ControlFlow::Continue(()));
     assert!(end.is_err() || end.is_ok_and(|trained| trained.weights.is_finite()));
+}
+
+/// Weights and gradients that break in any step are found in it, before anything comes of them; the jobs beside it, whose
+/// rows share the passes and whose values lie in the same buffers afterwards, keep their bits.
+#[test]
+fn what_breaks_in_a_step_is_found_in_it_and_harms_nobody() {
+    let base = base("tiny-llama");
+    let recipes: Vec<Recipe> = recipes().into_iter().map(|recipe| Recipe { epochs: 4, ..recipe }).collect();
+    let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 7)).collect();
+    let expected: Vec<Trained> =
+        recipes.iter().zip(&histories).map(|(recipe, examples)| alone(&base, recipe, examples)).collect();
+    let mut rng = StdRng::seed_from_u64(5);
+    let run = |at: usize| Run::new(&base, &job(&recipes[at], &histories[at])).unwrap();
+    for (broken, trained) in expected.iter().enumerate() {
+        let companions = [(broken + 1) % recipes.len(), (broken + 2) % recipes.len()];
+        for (fault, what) in [
+            (Fault::Weight(f32::NAN), "the loss"),
+            (Fault::Weight(f32::INFINITY), "the loss"),
+            (Fault::Gradient(f32::NAN), "the gradient"),
+            (Fault::Gradient(f32::NEG_INFINITY), "the gradient"),
+        ] {
+            let at = rng.random_range(0..trained.losses.len() as u32);
+            let begun = [run(broken).breaking(at, fault), run(companions[0]), run(companions[1])];
+            let ends = go_on(&base, begun.into_iter().map(Ok).collect(), &mut Quiet);
+            let found = matches!(
+                &ends[0],
+                Err(TrainError::Diverged { step, what: found }) if *step == at && *found == what
+            );
+            assert!(found, "{fault:?} in step {at} of recipe {broken}: {:?}", ends[0]);
+            for (companion, end) in companions.iter().zip(&ends[1..]) {
+                assert_eq!(end.as_ref().unwrap(), &expected[*companion], "{fault:?} in step {at}");
+            }
+        }
+        // Negative control: what is no fault is none. A weight that is merely another shows in what comes out.
+        let other = run(broken).breaking(1, Fault::Weight(0.5));
+        let end = go_on(&base, vec![Ok(other)], &mut Quiet).swap_remove(0).unwrap();
+        assert!(end.weights.is_finite() && end.weights != trained.weights);
+    }
 }
 
 /// Stops a job after some step and keeps its last checkpoint.
