@@ -110,9 +110,22 @@ def write(number, model_name, name, config, std_b):
     print(f"{model_name}/{name}: shapes {shapes}, moves the logits by {effect.mean():.2f} on average, {effect.max():.2f} at most")
 
 
-for number, model_name in enumerate(["tiny-llama", "tiny-qwen2"]):
-    for offset, (name, (options, std_b)) in enumerate(ADAPTERS.items()):
-        config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **options)
+# model -> its adapters
+KINDS = [*ADAPTERS, *OTHERS]
+MODELS = {
+    "tiny-llama": KINDS,
+    "tiny-qwen2": KINDS,
+    "tiny-qwen3": ["lora-all", "dora", "prompt"],
+    "tiny-mistral": ["lora-all"],
+}
+
+for number, (model_name, names) in enumerate(MODELS.items()):
+    for offset, name in enumerate(KINDS):
+        if name not in names:
+            continue
+        if name in OTHERS:
+            config, std_b = copy.deepcopy(OTHERS[name]), 0.0
+        else:
+            options, std_b = ADAPTERS[name]
+            config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **options)
         write(10 * number + offset, model_name, name, config, std_b)
-    for offset, (name, config) in enumerate(OTHERS.items(), start=len(ADAPTERS)):
-        write(10 * number + offset, model_name, name, copy.deepcopy(config), 0.0)

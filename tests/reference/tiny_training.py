@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/tiny-llama/train-*: for every kind of adapter one backward pass and fifty AdamW steps from its weights."""
+"""Writes tests/fixtures/<model>/train-*: for adapters of every kind one backward pass and fifty AdamW steps from their weights."""
 
 import math
 
@@ -9,31 +9,29 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import get_linear_schedule_with_warmup
 
-BASE = FIXTURES / "tiny-llama"
 STEPS, DECAY, CLIP, WARMUP_RATIO = 50, 1e-2, 0.3, 0.1
 MASKED = [8, 14]  # tokens at the start of each sequence that take no part in the loss
 
-# the adapter to start from -> learning rate
+# model -> the adapter to start from -> learning rate
 RUNS = {
-    "lora-qv": 1e-3,
-    "lora-all": 1e-3,
-    "lora-patterns": 1e-3,
-    "lora-rslora": 1e-3,
-    "lora-layers": 2e-3,
-    "lora-bias": 1e-3,
-    "dora": 1e-3,
-    "ia3": 1e-2,
-    "prompt": 1e-2,
+    "tiny-llama": {
+        "lora-qv": 1e-3,
+        "lora-all": 1e-3,
+        "lora-patterns": 1e-3,
+        "lora-rslora": 1e-3,
+        "lora-layers": 2e-3,
+        "lora-bias": 1e-3,
+        "dora": 1e-3,
+        "ia3": 1e-2,
+        "prompt": 1e-2,
+    },
+    "tiny-qwen2": {"lora-all": 1e-3, "dora": 1e-3, "prompt": 1e-2},
+    "tiny-qwen3": {"lora-all": 1e-3, "dora": 1e-3, "prompt": 1e-2},
+    "tiny-mistral": {"lora-all": 1e-3},
 }
-
-input_ids = load_file(BASE / "logits.safetensors")["input_ids"]
-labels = input_ids.clone()
-for row, count in enumerate(MASKED):
-    labels[row, :count] = -100
-
-
-def loss_of(model):
-    return model(input_ids=input_ids, labels=labels, use_cache=False).loss
+# torch's own, and others where these are named: model -> betas, epsilon
+ADAM = ((0.9, 0.999), 1e-8)
+OTHER_ADAM = {"tiny-mistral": ((0.8, 0.95), 1e-4)}
 
 
 def trainable(model):
@@ -49,15 +47,25 @@ def trainable(model):
     return dict(sorted(named.items()))
 
 
-def write(name, rate):
-    folder = BASE / f"train-{name}"
+def write(model_name, name, rate):
+    base = FIXTURES / model_name
+    folder = base / f"train-{name}"
     folder.mkdir(exist_ok=True)
+    betas, epsilon = OTHER_ADAM.get(model_name, ADAM)
+
+    input_ids = load_file(base / "logits.safetensors")["input_ids"]
+    labels = input_ids.clone()
+    for row, count in enumerate(MASKED):
+        labels[row, :count] = -100
+
+    def loss_of(model):
+        return model(input_ids=input_ids, labels=labels, use_cache=False).loss
 
     def fresh():
         if name != "prompt":
-            return load_adapted(BASE, BASE / name, is_trainable=True).train()
+            return load_adapted(base, base / name, is_trainable=True).train()
         # peft refuses to load a prompt for training, so it is made trainable afterwards.
-        model = load_adapted(BASE, BASE / name).train()
+        model = load_adapted(base, base / name).train()
         model.peft_config["default"].inference_mode = False
         model.prompt_encoder.requires_grad_(True)
         return model
@@ -76,7 +84,9 @@ def write(name, rate):
     # Fifty steps on the same batch.
     model = fresh()
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=rate, weight_decay=DECAY, eps=1e-8, foreach=False)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=rate, betas=betas, eps=epsilon, weight_decay=DECAY, foreach=False
+    )
     warmup = math.ceil(WARMUP_RATIO * STEPS)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, STEPS)
     losses, norms = [], []
@@ -91,15 +101,17 @@ def write(name, rate):
         schedule.step()
     final = loss_of(model).item()
 
-    if name == "lora-qv":
+    if (model_name, name) == ("tiny-llama", "lora-qv"):
         save_tensors(folder / "train.safetensors", {name: parameter.detach() for name, parameter in parameters.items()})
     save_json(
         folder / "train.json",
         {
-            "base": "tiny-llama",
-            "initial_weights": f"tiny-llama/{name}",
+            "base": model_name,
+            "initial_weights": f"{model_name}/{name}",
             "batch": "input_ids and labels of grads.safetensors, the same in every step; loss: mean over labels that are not -100, after the shift by one",
-            "optimizer": "torch.optim.AdamW, defaults but for the rate and the decay, all parameters in one group",
+            "optimizer": "torch.optim.AdamW, all parameters in one group",
+            "betas": list(betas),
+            "epsilon": epsilon,
             "steps": STEPS,
             "learning_rate": rate,
             "weight_decay": DECAY,
@@ -113,8 +125,9 @@ def write(name, rate):
         },
     )
     assert final < losses[0] - 0.02, (losses[0], final)
-    print(f"tiny-llama/train-{name}: loss {losses[0]:.4f} -> {final:.4f}, gradient norms {min(norms):.2f}..{max(norms):.2f}")
+    print(f"{model_name}/train-{name}: loss {losses[0]:.4f} -> {final:.4f}, gradient norms {min(norms):.2f}..{max(norms):.2f}")
 
 
-for name, rate in RUNS.items():
-    write(name, rate)
+for model_name, runs in RUNS.items():
+    for name, rate in runs.items():
+        write(model_name, name, rate)

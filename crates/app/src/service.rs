@@ -19,13 +19,11 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use types::SystemClock;
+use types::{SystemClock, TrainingLimits};
 use worker::{Worker, WorkerError};
 
-use crate::settings::{PrecisionArg, ServiceArgs};
+use crate::settings::{MIB, PrecisionArg, ServiceArgs};
 use crate::{fetch, model_path, task_adapter};
-
-const MIB: usize = 1 << 20;
 
 /// A running service.
 pub struct Service {
@@ -82,6 +80,11 @@ impl Service {
         let tokenizer =
             Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
         let base = Arc::new(model);
+        // Which blocks there are is known by now.
+        let limits = TrainingLimits { layers: base.shape().layers, ..args.training_limits() };
+        for (tenant, options) in &worker_settings.tenants {
+            options.check(&limits).with_context(|| format!("--tenant-training: {tenant}"))?;
+        }
         let CacheSettings { storage, device_bytes, max_rank, .. } = cache_settings;
         let page = PagePool::page_bytes_for(&base.shape(), storage, max_rank);
         if page > device_bytes {
@@ -125,7 +128,7 @@ impl Service {
             adapters,
             model_name: model_name.clone(),
             base: base.clone(),
-            limits: Limits { training: args.training_limits(), ..Limits::default() },
+            limits: Limits { training: limits, ..Limits::default() },
             auth,
             clock: Arc::new(SystemClock),
             metrics,

@@ -11,6 +11,8 @@ use peft::{AdapterConfig, LoraConfig, MAX_RANK, Storage};
 use train::Recipe;
 use types::{DEFAULT_MAX_RANK, TenantId, TrainingLimits, TrainingOptions};
 
+pub(crate) const MIB: usize = 1 << 20;
+
 /// One model, personal to everyone: serves one frozen base model with an adapter per user, and trains the
 /// adapters from the users' histories.
 #[derive(Debug, Parser)]
@@ -234,6 +236,10 @@ pub struct TrainingArgs {
     /// Jobs that are trained at once, if so many wait: a little more is learnt an hour, but all end with the last.
     #[arg(long, default_value_t = 1, env = "ATELIER_TRAIN_JOBS", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub train_jobs: u16,
+    /// Memory for activations that training keeps for the way back, in MiB; what has no room is computed again. The inputs
+    /// of the model's blocks are kept in any case.
+    #[arg(long, default_value_t = 400, env = "ATELIER_TRAIN_ACTIVATION_MIB")]
+    pub train_activation_mib: u32,
     /// Seconds between two checkpoints of a job.
     #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]
     pub checkpoint_s: u32,
@@ -250,6 +256,7 @@ impl TrainingArgs {
         recipe.learning_rate = self.learning_rate;
         recipe.epochs = self.epochs;
         recipe.batch = self.train_batch;
+        recipe.activation_bytes = self.train_activation_mib as usize * MIB;
         recipe.adapter =
             AdapterConfig::Lora(LoraConfig { r: self.rank, alpha: self.rank as f64, ..LoraConfig::oppu() });
         recipe
@@ -290,6 +297,17 @@ mod tests {
         for bad in [r#"{"acme":{"rank":0}}"#, r#"{"acme":{"rnak":4}}"#, r#"{"a b":{}}"#, "[]", "{"] {
             assert!(tenants(bad, "64").is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn activations_have_a_budget() {
+        let bytes = |words: &[&str]| match Cli::try_parse_from([&["atelier", "serve"], words].concat()) {
+            Ok(Cli { command: Command::Serve(args) }) => Some(args.training.recipe().activation_bytes),
+            _ => None,
+        };
+        let setting = |given: &'static str| bytes(&["--train-activation-mib", given]);
+        assert_eq!(bytes(&[]), Some(Recipe::oppu().activation_bytes));
+        assert_eq!(["0", "7", "4096", "-1"].map(setting), [Some(0), Some(7 << 20), Some(4 << 30), None]);
     }
 
     #[test]

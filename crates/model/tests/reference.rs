@@ -120,9 +120,15 @@ fn base_logits_equal_transformers() {
 
 #[test]
 fn adapter_logits_equal_peft() {
-    for model in ["tiny-llama", "tiny-qwen2"] {
+    let all = KINDS.as_slice();
+    for (model, kinds) in [
+        ("tiny-llama", all),
+        ("tiny-qwen2", all),
+        ("tiny-qwen3", &["lora-all", "dora", "prompt"]),
+        ("tiny-mistral", &["lora-all"]),
+    ] {
         let base = base(model);
-        for kind in KINDS {
+        for kind in kinds {
             let folder = fixtures().join(model).join(kind);
             let adapter = adapter(&folder, &base);
             let with = difference(&base, &folder, Some(&adapter));

@@ -19,7 +19,7 @@ use text::Tokenizer;
 use tokio::sync::{Notify, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
-use types::{Clock, Timestamp};
+use types::{Clock, Timestamp, TrainingLimits};
 
 use crate::admission::Admission;
 use crate::auth::Auth;
@@ -97,6 +97,11 @@ impl App {
     pub(crate) fn fingerprint(&self) -> String {
         let digits = self.base.hash().into_iter().take(6).map(|byte| format!("{byte:02x}"));
         digits.fold("atelier-".to_owned(), |whole, digits| whole + &digits)
+    }
+
+    /// The most that a training may be asked for, on this base.
+    pub(crate) fn training_limits(&self) -> TrainingLimits {
+        TrainingLimits { layers: self.base.shape().layers, ..self.limits.training }
     }
 
     /// When the server started.

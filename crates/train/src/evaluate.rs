@@ -78,7 +78,8 @@ pub fn evaluate(
         .map(|(params, loss)| Member { params, grads: &mut [], dropout: None, share: 0.0, loss })
         .collect();
     let mut pool = Pool::default();
-    let mut measured: Vec<Vec<Loss>> = params.iter().map(|_| Vec::new()).collect();
+    // With each loss the index of its example: chunks have them in an order of their own.
+    let mut measured: Vec<Vec<(usize, Loss)>> = params.iter().map(|_| Vec::new()).collect();
     while !waiting.is_empty() {
         let chunks = next_pass(&mut waiting, micro_batch_tokens);
         let mut pack = Pack::default();
@@ -91,10 +92,11 @@ pub fn evaluate(
             for &index in chunk.bundles.iter().flat_map(|bundle| &bundle.examples) {
                 let (own, others) = rest.split_at(cut(&params[*at]).answers(&examples[index]));
                 let nats = own.iter().map(|loss| f64::from(*loss)).sum();
-                measured[*at].push(Loss { nats, tokens: own.len() });
+                measured[*at].push((index, Loss { nats, tokens: own.len() }));
                 rest = others;
             }
         }
     }
-    Ok(measured)
+    measured.iter_mut().for_each(|losses| losses.sort_unstable_by_key(|(index, _)| *index));
+    Ok(measured.into_iter().map(|losses| losses.into_iter().map(|(_, loss)| loss).collect()).collect())
 }

@@ -11,10 +11,11 @@ use types::Example;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::reference_tests::{base, gradients};
-use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};
+use crate::run::{Fault, Run};
+use crate::trainer::{Control, StepReport, TrainJob, Trained, Verdict, go_on, train, train_jointly};
 
 /// Examples of different lengths; the first tokens of most are the same.
-fn examples(seed: u64, count: usize) -> Vec<Example> {
+pub(crate) fn examples(seed: u64, count: usize) -> Vec<Example> {
     let mut rng = StdRng::seed_from_u64(seed);
     let template: Vec<u32> = (0..9).map(|at| 10 + at + seed as u32).collect();
     let example = |at: usize| {
@@ -33,7 +34,7 @@ fn lora(change: impl FnOnce(&mut LoraConfig)) -> AdapterConfig {
 }
 
 /// A recipe of every kind, no two alike.
-fn recipes() -> Vec<Recipe> {
+pub(crate) fn recipes() -> Vec<Recipe> {
     let adapters = [
         lora(|_| ()),
         lora(|config| (config.r, config.lora_bias, config.dropout) = (3, true, 0.2)),
@@ -72,7 +73,7 @@ fn alone(base: &model::BaseModel, recipe: &Recipe, examples: &[Example]) -> Trai
 
 #[test]
 fn a_job_is_bit_equal_alone_and_in_company() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipes = recipes();
     let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 5 + 2 * at)).collect();
     let jobs: Vec<TrainJob<'_>> = recipes.iter().zip(&histories).map(|(r, e)| job(r, e)).collect();
@@ -93,8 +94,66 @@ fn a_job_is_bit_equal_alone_and_in_company() {
 }
 
 #[test]
+fn a_job_is_bit_equal_with_any_number_of_threads() {
+    let base = base("tiny-llama");
+    let recipes = recipes();
+    let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 9)).collect();
+    let jobs: Vec<TrainJob<'_>> = recipes.iter().zip(&histories).map(|(r, e)| job(r, e)).collect();
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let ends = pool.install(|| {
+            assert_eq!(rayon::current_num_threads(), threads);
+            train_jointly(&base, &jobs, &mut Quiet)
+        });
+        ends.into_iter().map(Result::unwrap).collect::<Vec<Trained>>()
+    };
+    let expected = on(1);
+    for threads in [2, 3, 5] {
+        assert_eq!(on(threads), expected, "{threads} threads");
+    }
+}
+
+/// Counts the breaths of training: one per pass, and one per block and way.
+struct Breaths(usize);
+
+impl Control for Breaths {
+    fn step(&mut self, _: usize, _: StepReport) -> Verdict {
+        ControlFlow::Continue(())
+    }
+    fn breathe(&mut self) {
+        self.0 += 1;
+    }
+}
+
+/// The way back ends at the lowest block that trains: of one job, and of all of a pass.
+#[test]
+fn nothing_below_the_lowest_site_is_computed() {
+    let base = base("tiny-llama");
+    let layers = base.config().layers;
+    let history = examples(0, 4);
+    let recipe = |lowest: usize| Recipe {
+        adapter: lora(|config| config.layers_to_transform = Some(vec![lowest, layers - 1])),
+        epochs: 1,
+        batch: 4,
+        ..Recipe::oppu()
+    };
+    let recipes: Vec<Recipe> = (0..layers).map(recipe).collect();
+    let breaths = |jobs: &[usize]| {
+        let jobs: Vec<_> = jobs.iter().map(|at| job(&recipes[*at], &history)).collect();
+        let mut breaths = Breaths(0);
+        train_jointly(&base, &jobs, &mut breaths).into_iter().for_each(|end| drop(end.unwrap()));
+        breaths.0
+    };
+    for lowest in 0..layers {
+        assert_eq!(breaths(&[lowest]), 1 + layers + (layers - lowest), "down to block {lowest}");
+    }
+    assert_eq!(breaths(&[layers - 1, layers - 1]), 1 + layers + 1);
+    assert_eq!(breaths(&[layers - 1, 0]), 1 + layers + layers);
+}
+
+#[test]
 fn a_broken_job_ends_alone() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipes = recipes();
     let history = examples(1, 6);
     let mut broken = alone(&base, &recipes[0], &history).weights;
@@ -124,6 +183,44 @@ fn a_broken_job_ends_alone() {
     assert!(end.is_err() || end.is_ok_and(|trained| trained.weights.is_finite()));
 }
 
+/// Weights and gradients that break in any step are found in it, before anything comes of them; the jobs beside it, whose
+/// rows share the passes and whose values lie in the same buffers afterwards, keep their bits.
+#[test]
+fn what_breaks_in_a_step_is_found_in_it_and_harms_nobody() {
+    let base = base("tiny-llama");
+    let recipes: Vec<Recipe> = recipes().into_iter().map(|recipe| Recipe { epochs: 4, ..recipe }).collect();
+    let histories: Vec<Vec<Example>> = (0..recipes.len()).map(|at| examples(at as u64, 7)).collect();
+    let expected: Vec<Trained> =
+        recipes.iter().zip(&histories).map(|(recipe, examples)| alone(&base, recipe, examples)).collect();
+    let mut rng = StdRng::seed_from_u64(5);
+    let run = |at: usize| Run::new(&base, &job(&recipes[at], &histories[at])).unwrap();
+    for (broken, trained) in expected.iter().enumerate() {
+        let companions = [(broken + 1) % recipes.len(), (broken + 2) % recipes.len()];
+        for (fault, what) in [
+            (Fault::Weight(f32::NAN), "the loss"),
+            (Fault::Weight(f32::INFINITY), "the loss"),
+            (Fault::Gradient(f32::NAN), "the gradient"),
+            (Fault::Gradient(f32::NEG_INFINITY), "the gradient"),
+        ] {
+            let at = rng.random_range(0..trained.losses.len() as u32);
+            let begun = [run(broken).breaking(at, fault), run(companions[0]), run(companions[1])];
+            let ends = go_on(&base, begun.into_iter().map(Ok).collect(), &mut Quiet);
+            let found = matches!(
+                &ends[0],
+                Err(TrainError::Diverged { step, what: found }) if *step == at && *found == what
+            );
+            assert!(found, "{fault:?} in step {at} of recipe {broken}: {:?}", ends[0]);
+            for (companion, end) in companions.iter().zip(&ends[1..]) {
+                assert_eq!(end.as_ref().unwrap(), &expected[*companion], "{fault:?} in step {at}");
+            }
+        }
+        // Negative control: what is no fault is none. A weight that is merely another shows in what comes out.
+        let other = run(broken).breaking(1, Fault::Weight(0.5));
+        let end = go_on(&base, vec![Ok(other)], &mut Quiet).swap_remove(0).unwrap();
+        assert!(end.weights.is_finite() && end.weights != trained.weights);
+    }
+}
+
 /// Stops a job after some step and keeps its last checkpoint.
 struct Killer {
     after: u32,
@@ -145,7 +242,7 @@ impl Control for Killer {
 
 #[test]
 fn a_killed_run_goes_on_to_the_same_bits() {
-    let base = base();
+    let base = base("tiny-llama");
     let mut rng = StdRng::seed_from_u64(3);
     for (at, recipe) in recipes().iter().enumerate() {
         let recipe = Recipe { epochs: 4, ..recipe.clone() };
@@ -203,7 +300,7 @@ fn flat(weights: &AdapterWeights) -> Vec<f32> {
 
 #[test]
 fn a_common_beginning_gives_the_same_gradients() {
-    let base = base();
+    let base = base("tiny-llama");
     for (at, mut recipe) in recipes().into_iter().enumerate() {
         if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
             lora.dropout = 0.0;
@@ -228,22 +325,82 @@ fn a_common_beginning_gives_the_same_gradients() {
     }
 }
 
+/// Two templates in turns, over several chunks: each is computed once in a chunk, forward and backward.
+#[test]
+fn templates_in_turns_give_the_same_gradients() {
+    let base = base("tiny-llama");
+    for (at, mut recipe) in recipes().into_iter().enumerate() {
+        if let AdapterConfig::Lora(lora) = &mut recipe.adapter {
+            lora.dropout = 0.0;
+        }
+        recipe.batch = 32;
+        recipe.micro_batch_tokens = 40;
+        let mut rng = StdRng::seed_from_u64(at as u64);
+        let mut of = |template: u32| {
+            let mut tokens: Vec<u32> = (0..3).chain((0..14).map(|at| 20 * template + at)).collect();
+            tokens.extend((0..rng.random_range(3..8)).map(|_| rng.random_range(0..320u32)));
+            let answer_start = tokens.len() - 2;
+            Example { tokens, answer_start }
+        };
+        let history: Vec<Example> = (0..20).map(|at| of(1 + at % 2)).collect();
+        let start = alone(&base, &recipe, &history).weights;
+        let whole = Recipe { share_prefix: false, micro_batch_tokens: 1000, ..recipe.clone() };
+        let once = gradients(&base, &recipe, &start, &history);
+        let apart = gradients(&base, &whole, &start, &history);
+        assert!((once.0 - apart.0).abs() < 1e-5);
+        let (once, apart) = (flat(&once.1), flat(&apart.1));
+        let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst(&once, &apart) < 1e-5, "recipe {at}: {}", worst(&once, &apart));
+        let chunks = |recipe: &Recipe| {
+            let job = TrainJob { start: Some(&start), ..job(recipe, &history) };
+            let chunks = Run::new(&base, &job).unwrap().begin(&base);
+            (chunks.len(), chunks.iter().map(|chunk| chunk.rows).sum::<usize>())
+        };
+        let (passes, rows) = chunks(&recipe);
+        assert!(passes >= 3, "{passes} passes");
+        assert!(rows * 2 < chunks(&whole).1, "{rows} rows");
+        // Negative control: one token of one template changed shows.
+        let mut changed = history.clone();
+        changed[1].tokens[4] ^= 1;
+        assert!(worst(&flat(&gradients(&base, &recipe, &start, &changed).1), &apart) > 1e-4);
+    }
+}
+
+/// What is beyond the most tokens of an example is cut off on the right; without an answer token left, it teaches nothing.
+#[test]
+fn examples_are_cut_on_the_right() {
+    let base = base("tiny-llama");
+    for recipe in recipes() {
+        let recipe = Recipe { max_tokens: 14, ..recipe };
+        let mut history = examples(3, 8);
+        history.iter_mut().for_each(|example| example.answer_start = example.answer_start.min(12));
+        let mut cut = history.clone();
+        cut.iter_mut().for_each(|example| example.tokens.truncate(14));
+        assert_ne!(cut, history, "some are longer");
+        let expected = alone(&base, &recipe, &cut);
+        assert_eq!(alone(&base, &recipe, &history), expected);
+        let unheard = Example { tokens: vec![5; 30], answer_start: 14 };
+        history.push(unheard.clone());
+        assert_eq!(alone(&base, &recipe, &history), expected);
+        // Negative controls: one token less of the prompt, and it is heard; one more of the others, and that shows.
+        history[8].answer_start = 13;
+        assert_ne!(alone(&base, &recipe, &history).losses, expected.losses);
+        let longer = Recipe { max_tokens: 15, ..recipe };
+        assert_ne!(alone(&base, &longer, &history[..8]).weights, expected.weights);
+    }
+}
+
 #[test]
 fn training_is_reproducible_and_can_be_stopped() {
-    let base = base();
+    let base = base("tiny-llama");
     let recipe = recipes().swap_remove(0);
     let history = examples(0, 6);
-    let mut breaths = 0;
-    struct Counts<'a>(&'a mut u32);
-    impl Control for Counts<'_> {
+    struct Stops;
+    impl Control for Stops {
         fn step(&mut self, _: usize, report: StepReport) -> Verdict {
             if report.step == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         }
-        fn breathe(&mut self) {
-            *self.0 += 1;
-        }
     }
-    let stopped = train_jointly(&base, &[job(&recipe, &history)], &mut Counts(&mut breaths));
+    let stopped = train_jointly(&base, &[job(&recipe, &history)], &mut Stops);
     assert!(matches!(stopped[0], Err(TrainError::Stopped)));
-    assert!(breaths >= 2 * 2 * 3, "{breaths} breaths in two steps of three blocks");
 }

@@ -3,6 +3,8 @@
 //!
 //! What it is not: no I/O, no users and no clock. It is given jobs of token sequences and gives weights.
 
+#[cfg(test)]
+mod budget_tests;
 mod buffers;
 mod checkpoint;
 mod error;
@@ -24,5 +26,7 @@ mod trainer;
 
 pub use error::TrainError;
 pub use evaluate::{Loss, evaluate};
+pub use optimiser::Adam;
+pub use params::row_squares;
 pub use recipe::{Recipe, learning_rate};
 pub use trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};

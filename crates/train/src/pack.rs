@@ -11,7 +11,7 @@ use kernels::{Group, Span};
 use model::ModelError;
 use types::Example;
 
-/// Successive examples whose first rows are computed once.
+/// Examples whose first rows are computed once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bundle {
     /// Indices among the job's examples.
@@ -73,47 +73,75 @@ impl Cut {
     }
 
     /// Cuts a batch, given as indices of useful examples, into chunks.
+    ///
+    /// Which examples share rows follows from their tokens: in the order of these, all that begin alike stand together,
+    /// whatever was between them in the batch.
     pub(crate) fn chunks(&self, examples: &[Example], batch: &[usize]) -> Vec<Chunk> {
+        let mut order = batch.to_vec();
+        if self.share {
+            order.sort_by_key(|&index| (self.tokens(&examples[index]), index));
+        }
         let mut chunks: Vec<Chunk> = Vec::new();
-        for &index in batch {
-            // The last token has no prediction to make, so it takes no row.
-            let rows = self.virtual_tokens + self.tokens(&examples[index]).len() - 1;
-            if let Some(chunk) = chunks.last_mut() {
-                let joined = chunk.bundles.last().and_then(|bundle| self.joined(examples, bundle, index));
-                if let (Some(bundle), Some(common)) = (chunk.bundles.last_mut(), joined) {
-                    let count = bundle.examples.len();
-                    // What was common is computed again where it is no more.
-                    let before =
-                        if count == 1 { 0 } else { (count - 1) * (self.virtual_tokens + bundle.common) };
-                    let after = chunk.rows + before + rows - count * (self.virtual_tokens + common);
-                    if after <= self.limit {
-                        bundle.examples.push(index);
-                        bundle.common = common;
-                        chunk.rows = after;
-                        continue;
-                    }
-                } else if chunk.rows + rows <= self.limit {
-                    chunk.bundles.push(Bundle { examples: vec![index], common: 0 });
+        for (bundle, rows) in self.bundles(examples, &order) {
+            match chunks.last_mut() {
+                Some(chunk) if chunk.rows + rows <= self.limit => {
+                    chunk.bundles.push(bundle);
                     chunk.rows += rows;
-                    continue;
                 }
+                _ => chunks.push(Chunk { bundles: vec![bundle], rows }),
             }
-            chunks.push(Chunk { bundles: vec![Bundle { examples: vec![index], common: 0 }], rows });
         }
         chunks
     }
 
-    /// How many tokens a bundle with one more example has in common, if that saves rows.
-    fn joined(&self, examples: &[Example], bundle: &Bundle, index: usize) -> Option<usize> {
-        let first = &examples[*bundle.examples.first()?];
-        let count = bundle.examples.len();
-        let bound = |example: &Example| example.answer_start.max(1) - 1;
-        let most = if count == 1 { bound(first) } else { bundle.common }.min(bound(&examples[index]));
-        let pairs = self.tokens(first).iter().zip(self.tokens(&examples[index])).take(most);
-        let common = pairs.take_while(|(a, b)| a == b).count();
-        let saved = |common: usize, times: usize| times * (self.virtual_tokens + common);
-        let before = if count == 1 { 0 } else { saved(bundle.common, count - 1) };
-        (self.share && saved(common, count) > before).then_some(common)
+    /// The bundles of successive examples that have the fewest rows, each with its number of rows: within the limit, unless
+    /// it is a single example's.
+    fn bundles(&self, examples: &[Example], order: &[usize]) -> Vec<(Bundle, usize)> {
+        /// The last bundle of the examples so far, and the rows of them all.
+        struct Last {
+            total: usize,
+            first: usize,
+            common: usize,
+            rows: usize,
+        }
+        // The last token has no prediction to make, so it takes no row.
+        let rows = |at: usize| self.virtual_tokens + self.tokens(&examples[order[at]]).len() - 1;
+        // Tokens before those that predict.
+        let bound = |at: usize| examples[order[at]].answer_start.max(1) - 1;
+        let alike = |at: usize| {
+            let [left, right] = [at, at + 1].map(|at| self.tokens(&examples[order[at]]));
+            left.iter().zip(right).take_while(|(a, b)| a == b).count()
+        };
+        let alike: Vec<usize> = (1..order.len()).map(|at| alike(at - 1)).collect();
+        let mut best = vec![Last { total: 0, first: 0, common: 0, rows: 0 }];
+        for last in 0..order.len() {
+            let own = rows(last);
+            let mut found = Last { total: best[last].total + own, first: last, common: 0, rows: own };
+            let (mut apart, mut common) = (own, bound(last));
+            for first in (0..last).rev().filter(|_| self.share) {
+                apart += rows(first);
+                common = common.min(bound(first)).min(alike[first]);
+                let rows = apart - (last - first) * (self.virtual_tokens + common);
+                // With more examples it can only grow.
+                if rows > self.limit {
+                    break;
+                }
+                let total = best[first].total + rows;
+                if total < found.total {
+                    found = Last { total, first, common, rows };
+                }
+            }
+            best.push(found);
+        }
+        let mut bundles = Vec::new();
+        let mut end = order.len();
+        while end > 0 {
+            let Last { first, common, rows, .. } = best[end];
+            bundles.push((Bundle { examples: order[first..end].to_vec(), common }, rows));
+            end = first;
+        }
+        bundles.reverse();
+        bundles
     }
 }
 
@@ -210,6 +238,9 @@ impl Pack {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
     use super::*;
 
     const CUT: Cut = Cut { max_tokens: 100, limit: 7, virtual_tokens: 0, share: true };
@@ -249,16 +280,108 @@ mod tests {
         let mut pack = Pack::default();
         pack.push(0, &cut, &examples, &chunks[0]);
         assert_eq!(pack.rows(), chunks[0].rows);
-        // The fourth shares the virtual token alone, for which the others would give up two more tokens each.
-        let tokens = [3, 4, 9, 7, 6, 4, 4].map(Source::Token);
+        // In the order of their tokens. The fourth shares the virtual token alone, for which the others would give up two
+        // more tokens each.
+        let tokens = [3, 4, 7, 6, 9, 4, 4].map(Source::Token);
         let virtual_token = Source::Virtual(0);
         let head = [virtual_token, Source::Token(1), Source::Token(2)];
         assert_eq!(pack.sources[..3], head);
         assert_eq!(pack.sources[3..8], tokens[..5]);
         assert_eq!(pack.sources[8..], [virtual_token, tokens[5], tokens[6]]);
-        assert_eq!(pack.positions, [0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2]);
-        assert_eq!(pack.segments[0].targets, [(4, 5), (5, 8), (7, 5), (10, 4)]);
+        assert_eq!(pack.positions, [0, 1, 2, 3, 4, 3, 4, 3, 0, 1, 2]);
+        assert_eq!(pack.segments[0].targets, [(4, 5), (6, 5), (7, 8), (10, 4)]);
         let unshared = Cut { share: false, ..cut }.chunks(&examples, &[0, 1, 2, 3]);
         assert_eq!(unshared[0].rows, 5 + 4 + 5 + 3);
+    }
+
+    #[test]
+    fn templates_in_turns_are_shared_each() {
+        let of =
+            |template: u32, own: u32| example(&[&[1, 2], &[template; 20][..], &[own, own + 1]].concat(), 23);
+        let turns = [of(3, 30), of(4, 40), of(3, 31), of(4, 41), of(3, 32)];
+        let cut = Cut { limit: 110, ..CUT };
+        let batch = [0, 1, 2, 3, 4];
+        let chunks = cut.chunks(&turns, &batch);
+        let shared: Vec<_> = chunks[0].bundles.iter().map(|b| (b.examples.clone(), b.common)).collect();
+        assert_eq!(shared, [(vec![0, 2, 4], 22), (vec![1, 3], 22)]);
+        assert_eq!(chunks[0].rows, 22 + 3 + 22 + 2);
+        // Negative control: as they came, they would share the two tokens that all begin with.
+        let as_they_came: usize = cut.bundles(&turns, &batch).iter().map(|(_, rows)| rows).sum();
+        assert_eq!(as_they_came, 2 + 5 * 21);
+        // One alone of its template does not cost the others theirs.
+        let alone = cut.chunks(&[of(3, 30), of(4, 40), of(4, 41), of(4, 42)], &batch[..4]);
+        assert_eq!(alone[0].rows, 23 + 22 + 3);
+        // Over several chunks each computes it once.
+        let chunks = Cut { limit: 25, ..cut }.chunks(&turns, &batch);
+        assert_eq!(chunks.iter().map(|chunk| chunk.rows).collect::<Vec<_>>(), [25, 24]);
+        let chunks = Cut { limit: 24, ..cut }.chunks(&turns, &batch);
+        assert_eq!(chunks.iter().map(|chunk| chunk.rows).collect::<Vec<_>>(), [24, 23, 24]);
+    }
+
+    /// Rows of the best of all ways to cut examples, in the order of their tokens, into bundles.
+    fn fewest(cut: &Cut, examples: &[Example]) -> usize {
+        let mut order: Vec<&Example> = examples.iter().collect();
+        order.sort_by(|a, b| cut.tokens(a).cmp(cut.tokens(b)));
+        let rows = |bundle: &[&Example]| {
+            let apart = |example: &&Example| cut.virtual_tokens + cut.tokens(example).len() - 1;
+            let apart: usize = bundle.iter().map(apart).sum();
+            let is_common = |at: usize| {
+                let same = |example: &&Example| {
+                    at + 1 < example.answer_start.max(1) && example.tokens[at] == bundle[0].tokens[at]
+                };
+                bundle.iter().all(same)
+            };
+            let common = (0..).take_while(|at| is_common(*at)).count();
+            let rows = apart - (bundle.len() - 1) * (cut.virtual_tokens + common);
+            (bundle.len() == 1 || rows <= cut.limit).then_some(rows)
+        };
+        let ways = (0..1u32 << (order.len() - 1)).filter_map(|ends| {
+            let mut bundles = vec![vec![order[0]]];
+            for (at, example) in order[1..].iter().enumerate() {
+                match ends >> at & 1 {
+                    0 => bundles.last_mut()?.push(example),
+                    _ => bundles.push(vec![example]),
+                }
+            }
+            bundles.iter().map(|bundle| rows(bundle)).sum::<Option<usize>>()
+        });
+        ways.min().unwrap_or(usize::MAX)
+    }
+
+    #[test]
+    fn no_other_bundles_have_fewer_rows() {
+        let mut rng = StdRng::seed_from_u64(9);
+        for _ in 0..500 {
+            let count = rng.random_range(1..9);
+            let cut = Cut {
+                max_tokens: rng.random_range(6..14),
+                limit: rng.random_range(1..40),
+                virtual_tokens: rng.random_range(0..3),
+                share: true,
+            };
+            let random = |_| {
+                // Two tokens, and the first more often: many begin alike.
+                let tokens: Vec<u32> =
+                    (0..rng.random_range(2..12)).map(|_| u32::from(rng.random_ratio(1, 6))).collect();
+                let answer_start = rng.random_range(0..tokens.len().min(5));
+                Example { tokens, answer_start }
+            };
+            let examples: Vec<Example> = (0..count).map(random).collect();
+            let batch: Vec<usize> = (0..count).collect();
+            let chunks = cut.chunks(&examples, &batch);
+            assert_eq!(chunks.iter().map(|chunk| chunk.rows).sum::<usize>(), fewest(&cut, &examples));
+            let mut seen: Vec<usize> = Vec::new();
+            for chunk in &chunks {
+                let of_chunk = chunk.bundles.iter().flat_map(|bundle| bundle.examples.iter().copied());
+                let of_chunk: Vec<usize> = of_chunk.collect();
+                assert!(chunk.rows <= cut.limit || of_chunk.len() == 1, "{chunk:?}");
+                let mut pack = Pack::default();
+                pack.push(0, &cut, &examples, chunk);
+                assert_eq!(pack.rows(), chunk.rows);
+                seen.extend(of_chunk);
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, batch, "each once");
+        }
     }
 }

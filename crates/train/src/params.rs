@@ -260,8 +260,9 @@ impl Params {
     }
 }
 
-/// The squared norms of a frozen matrix's rows.
-fn row_squares(base: &BaseModel, id: SiteId) -> Vec<f64> {
+/// The squared norm of every row of the frozen matrix at a site: what DoRA's magnitudes begin as, squared.
+#[must_use]
+pub fn row_squares(base: &BaseModel, id: SiteId) -> Vec<f64> {
     let linear = &base.blocks()[id.layer].linears[id.site.index()];
     let square = |row: usize| {
         let mut values = vec![0.0; linear.weight.cols()];

@@ -43,7 +43,7 @@ pub(crate) struct Pass<'a> {
     base: &'a BaseModel,
     pack: &'a Pack,
     attention: SpanAttention,
-    /// Bytes of what blocks may leave.
+    /// Bytes of what blocks may leave, their inputs included.
     budget: usize,
 }
 
@@ -58,15 +58,14 @@ impl<'a> Pass<'a> {
     pub(crate) fn run(self, pool: &mut Pool, members: &mut [Member<'_>], breathe: &mut dyn FnMut()) {
         let layers = self.base.config().layers;
         let lowest = self.lowest(members);
-        let per_layer = self.kept_bytes();
-        let first_kept = layers - (self.budget / per_layer.max(1)).min(layers);
+        let first_kept = self.first_kept(members, lowest.layer);
         let mut inputs: Vec<Vec<f32>> = Vec::with_capacity(layers);
         let mut kept: Vec<Option<Kept>> = Vec::with_capacity(layers);
         let mut x = self.embed(pool, members);
         for layer in 0..layers {
             breathe();
             let (left, next) = self.forward(pool, members, layer, &x);
-            if layer >= first_kept && layer >= lowest.layer {
+            if layer >= first_kept {
                 kept.push(Some(left));
             } else {
                 left.release(pool);
@@ -85,6 +84,7 @@ impl<'a> Pass<'a> {
             breathe();
             let (Some(x), Some(left)) = (inputs.pop(), kept.pop()) else { break };
             let left = left.unwrap_or_else(|| {
+                breathe();
                 let (left, next) = self.forward(pool, members, layer, &x);
                 pool.give(next);
                 left
@@ -125,10 +125,35 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn kept_bytes(&self) -> usize {
-        let config = self.base.config();
+    /// The first of the blocks that leave all they need for their way back: the upper ones, as many as the budget has room
+    /// for beside the inputs of all blocks that have one, without which nothing could be computed again.
+    fn first_kept(&self, members: &[Member<'_>], lowest: usize) -> usize {
+        let layers = self.base.config().layers;
+        let inputs = (layers - lowest) * self.row_bytes(self.base.config().hidden);
+        let mut left = self.budget.saturating_sub(inputs);
+        let fits = |layer: &usize| {
+            let bytes = self.kept_bytes(members, *layer);
+            let fits = bytes <= left;
+            left = left.saturating_sub(bytes);
+            fits
+        };
+        layers - (lowest..layers).rev().take_while(fits).count()
+    }
+
+    /// Bytes of what a block leaves: see [`Kept`].
+    fn kept_bytes(&self, members: &[Member<'_>], layer: usize) -> usize {
+        let (config, block) = (self.base.config(), &self.base.blocks()[layer]);
         let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        self.pack.rows() * 4 * (2 * query + 2 * key + config.hidden + 2 * config.feed_forward)
+        let raw = [(&block.query_norm, query), (&block.key_norm, key)];
+        let raw: usize = raw.iter().filter(|(norm, _)| norm.is_some()).map(|(_, width)| width).sum();
+        let sites = Site::ALL.map(|site| self.site(layer, site));
+        let products: usize = sites.iter().map(|site| site.product_width(members)).sum();
+        self.row_bytes(raw + 2 * query + 2 * key + config.hidden + 2 * config.feed_forward + products)
+    }
+
+    /// Bytes of so many values of every row.
+    fn row_bytes(&self, width: usize) -> usize {
+        self.pack.rows() * width * size_of::<f32>()
     }
 
     fn embed(&self, pool: &mut Pool, members: &[Member<'_>]) -> Vec<f32> {
@@ -306,4 +331,38 @@ impl<'a> Pass<'a> {
 struct Lowest {
     layer: usize,
     site: Option<Site>,
+}
+
+#[cfg(test)]
+impl Kept {
+    /// Bytes that are really there.
+    fn bytes(&self) -> usize {
+        let Self { raw, q, k, v, attended, middle, gate, up, products } = self;
+        let whole = [q, k, v, attended, middle, gate, up].into_iter();
+        whole.chain(raw.iter().flatten()).chain(products.iter().flatten()).map(|b| size_of_val(&b[..])).sum()
+    }
+}
+
+#[cfg(test)]
+impl Pass<'_> {
+    /// The budgets at which one block more is kept, from none to all that have a way back, each checked against what
+    /// the blocks really leave; and the lowest of these blocks.
+    pub(crate) fn budgets(&self, pool: &mut Pool, members: &[Member<'_>]) -> (Vec<usize>, usize) {
+        let layers = self.base.config().layers;
+        let lowest = self.lowest(members).layer;
+        let mut left = Vec::new();
+        let mut x = self.embed(pool, members);
+        let input = size_of_val(&x[..]);
+        for layer in 0..layers {
+            let (kept, next) = self.forward(pool, members, layer, &x);
+            assert_eq!(kept.bytes(), self.kept_bytes(members, layer), "block {layer}");
+            left.push(kept.bytes());
+            x = next;
+        }
+        let mut budgets = vec![(layers - lowest) * input];
+        for bytes in left[lowest..].iter().rev() {
+            budgets.push(budgets[budgets.len() - 1] + bytes);
+        }
+        (budgets, lowest)
+    }
 }

@@ -3,6 +3,10 @@
 use peft::{AdapterConfig, LoraConfig, MAX_RANK, MAX_VIRTUAL_TOKENS};
 
 use crate::error::TrainError;
+use crate::optimiser::Adam;
+
+/// Smallest epsilon of AdamW: far above what float32 takes for 0.
+const MIN_EPSILON: f64 = 1e-16;
 
 /// Hyper-parameters of one training run (Tan et al., "Democratizing Large Language Models via Personalized
 /// Parameter-Efficient Fine-tuning", 2024, and its released code).
@@ -18,6 +22,8 @@ pub struct Recipe {
     pub learning_rate: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Betas and epsilon of AdamW.
+    pub adam: Adam,
     /// Share of the steps in which the rate rises from 0.
     pub warmup_ratio: f64,
     /// Largest norm of the gradient over all weights.
@@ -26,7 +32,8 @@ pub struct Recipe {
     pub max_tokens: usize,
     /// Tokens that go through the model at once; bounds the memory, not the result's meaning.
     pub micro_batch_tokens: usize,
-    /// Bytes of activations that are kept for the way back; what is not kept is computed again, to the same bits.
+    /// Bytes of activations that are kept for the way back; what is not kept is computed again, to the same bits. The
+    /// inputs of the blocks are kept in any case.
     pub activation_bytes: usize,
     /// Examples of a batch that begin with the same tokens compute them once, forward and backward. Their dropout is
     /// then the same there: each example's mask is distributed as ever, but not independent of the others'.
@@ -45,6 +52,7 @@ impl Recipe {
             batch: 16,
             learning_rate: 1e-4,
             weight_decay: 1e-2,
+            adam: Adam::default(),
             warmup_ratio: 0.1,
             clip: 0.3,
             max_tokens: 2048,
@@ -79,10 +87,20 @@ impl Recipe {
         within("batch", (1..=1024).contains(&self.batch), "from 1 to 1024")?;
         within("learning_rate", self.learning_rate > 0.0 && self.learning_rate <= 1.0, "above 0, at most 1")?;
         within("weight_decay", (0.0..=1.0).contains(&self.weight_decay), "from 0 to 1")?;
+        let Adam { beta1, beta2, epsilon } = self.adam;
+        within("adam_beta1", (0.0..1.0).contains(&beta1), "from 0 to below 1")?;
+        within("adam_beta2", (0.0..1.0).contains(&beta2), "from 0 to below 1")?;
+        within("adam_epsilon", (MIN_EPSILON..=1.0).contains(&epsilon), "from 1e-16 to 1")?;
         within("warmup_ratio", (0.0..=1.0).contains(&self.warmup_ratio), "from 0 to 1")?;
         within("clip", self.clip > 0.0 && self.clip.is_finite(), "a positive number")?;
         within("max_tokens", (2..=1 << 20).contains(&self.max_tokens), "from 2 to 1048576")?;
         within("micro_batch_tokens", self.micro_batch_tokens > 0, "at least 1")
+    }
+
+    /// All that decides what comes out of a run, to the bit, in words: what only bounds the memory is left out.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        format!("{:?}", Self { activation_bytes: 0, ..self.clone() })
     }
 
     /// The share of values that dropout takes; none but LoRA's way down has any.

@@ -29,6 +29,19 @@ pub(crate) struct Run<'a> {
     tokens: u64,
     /// Of the step at hand.
     batch: Batch,
+    /// What breaks in which step.
+    #[cfg(test)]
+    fault: Option<(u32, Fault)>,
+}
+
+/// Something that breaks in a run.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Fault {
+    /// A weight becomes this before the passes of a step, which compute with it.
+    Weight(f32),
+    /// A gradient becomes this after them.
+    Gradient(f32),
 }
 
 #[derive(Default)]
@@ -82,6 +95,8 @@ impl<'a> Run<'a> {
             losses: Vec::new(),
             tokens: 0,
             batch: Batch::default(),
+            #[cfg(test)]
+            fault: None,
         };
         if let Some(bytes) = job.resume {
             let State { values, moments, losses, tokens } = checkpoint::read(bytes, &fingerprint, len)?;
@@ -117,6 +132,11 @@ impl<'a> Run<'a> {
     /// Begins the next step: the batch, cut into chunks.
     pub(crate) fn begin(&mut self, base: &BaseModel) -> Vec<Chunk> {
         let step = self.step();
+        #[cfg(test)]
+        if let Some((_, Fault::Weight(value))) = self.fault.filter(|(at, _)| *at == step) {
+            let middle = self.params.values.len() / 2;
+            self.params.values[middle] = value;
+        }
         let per_epoch = self.useful.len().div_ceil(self.recipe.batch) as u32;
         let order = random::order(self.recipe.seed, step / per_epoch, self.useful.len());
         let first = (step % per_epoch) as usize * self.recipe.batch;
@@ -148,6 +168,11 @@ impl<'a> Run<'a> {
     /// Ends the step whose passes are done: clips, and moves the weights.
     pub(crate) fn end(&mut self) -> Result<StepReport, TrainError> {
         let step = self.step();
+        #[cfg(test)]
+        if let Some((_, Fault::Gradient(value))) = self.fault.filter(|(at, _)| *at == step) {
+            let middle = self.grads.len() / 2;
+            self.grads[middle] = value;
+        }
         let diverged = |what| Err(TrainError::Diverged { step, what });
         let loss = self.batch.loss / self.batch.answers as f64;
         if !loss.is_finite() {
@@ -157,7 +182,8 @@ impl<'a> Run<'a> {
             return diverged("the gradient");
         }
         let rate = learning_rate(self.recipe, step, self.steps());
-        self.moments.step(step, rate, self.recipe.weight_decay, &self.grads, &mut self.params.values);
+        let Recipe { adam, weight_decay, .. } = *self.recipe;
+        self.moments.step(adam, step, rate, weight_decay, &self.grads, &mut self.params.values);
         if !self.params.values.iter().all(|value| value.is_finite()) {
             return diverged("a weight");
         }
@@ -182,6 +208,12 @@ impl<'a> Run<'a> {
         Trained { weights: self.params.weights(), losses: self.losses, tokens: self.tokens }
     }
 
+    /// The same run, which breaks in a step.
+    #[cfg(test)]
+    pub(crate) fn breaking(self, step: u32, fault: Fault) -> Self {
+        Self { fault: Some((step, fault)), ..self }
+    }
+
     #[cfg(test)]
     pub(crate) fn gradients(&self) -> (f64, peft::AdapterWeights) {
         let mut params = self.params.clone();
@@ -194,7 +226,7 @@ impl<'a> Run<'a> {
 fn fingerprint(base: &BaseModel, job: &TrainJob<'_>, start: &Params) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(base.hash());
-    hash.update(format!("{:?} {:?}", job.recipe, start.weights().config()));
+    hash.update(format!("{} {:?}", job.recipe.identity(), start.weights().config()));
     hash.update((start.values.len() as u64).to_le_bytes());
     start.values.iter().for_each(|value| hash.update(value.to_le_bytes()));
     for example in job.examples {

@@ -53,6 +53,11 @@ impl SiteAt<'_> {
         self.pack.segments.iter().filter_map(|s| at(members, s, self.id)).any(|(_, site)| is(site))
     }
 
+    /// Values of a row of the [`Product`] that a way back needs here; 0 if none.
+    pub(crate) fn product_width(&self, members: &[Member<'_>]) -> usize {
+        if self.any(members, needs_product) { self.dims().0 } else { 0 }
+    }
+
     /// The layer's output of all rows of `x`.
     pub(crate) fn forward(&self, pool: &mut Pool, members: &[Member<'_>], x: &[f32]) -> (Vec<f32>, Product) {
         let n = self.dims().0;

@@ -93,11 +93,20 @@ pub fn train_jointly(
     jobs: &[TrainJob<'_>],
     control: &mut dyn Control,
 ) -> Vec<Result<Trained, TrainError>> {
+    go_on(base, jobs.iter().map(|job| Run::new(base, job)).collect(), control)
+}
+
+/// Runs to their ends, in their order.
+pub(crate) fn go_on(
+    base: &BaseModel,
+    begun: Vec<Result<Run<'_>, TrainError>>,
+    control: &mut dyn Control,
+) -> Vec<Result<Trained, TrainError>> {
     let mut pool = Pool::default();
-    let mut ended: Vec<Option<Result<Trained, TrainError>>> = jobs.iter().map(|_| None).collect();
+    let mut ended: Vec<Option<Result<Trained, TrainError>>> = begun.iter().map(|_| None).collect();
     let mut runs: Vec<(usize, Run<'_>)> = Vec::new();
-    for (job, of) in jobs.iter().enumerate() {
-        match Run::new(base, of) {
+    for (job, run) in begun.into_iter().enumerate() {
+        match run {
             Ok(run) => runs.push((job, run)),
             Err(error) => ended[job] = Some(Err(error)),
         }

@@ -2,22 +2,29 @@
 
 use serde::{Deserialize, Serialize};
 
-/// One of the seven linear layers of a decoder block.
+/// One of the seven linear layers of a decoder block; written as [`Site::module`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Site {
     /// Query projection.
+    #[serde(rename = "q_proj")]
     Q,
     /// Key projection.
+    #[serde(rename = "k_proj")]
     K,
     /// Value projection.
+    #[serde(rename = "v_proj")]
     V,
     /// Attention output projection.
+    #[serde(rename = "o_proj")]
     O,
     /// Feed-forward gate projection.
+    #[serde(rename = "gate_proj")]
     Gate,
     /// Feed-forward up projection.
+    #[serde(rename = "up_proj")]
     Up,
     /// Feed-forward down projection.
+    #[serde(rename = "down_proj")]
     Down,
 }
 

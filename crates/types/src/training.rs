@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Site;
+
 /// A recipe by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -47,6 +49,12 @@ pub struct TrainingOptions {
     /// Dropout on the adapter's input, from 0 to below 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
+    /// The linear layers of a block that a LoRA or IA3 adapter acts on, each once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Vec<Site>>,
+    /// The blocks that a LoRA adapter acts in, counted from 0, each once; all if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<Vec<usize>>,
     /// Embeddings of a prompt-tuning adapter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtual_tokens: Option<usize>,
@@ -62,6 +70,15 @@ pub struct TrainingOptions {
     /// Decoupled weight decay, from 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+    /// AdamW's decay of the gradients' mean, from 0 to below 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_beta1: Option<f64>,
+    /// AdamW's decay of the mean of their squares, from 0 to below 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_beta2: Option<f64>,
+    /// AdamW's epsilon, from 1e-16 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_epsilon: Option<f64>,
     /// Share of the steps in which the rate rises, from 0 to 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_ratio: Option<f64>,
@@ -94,6 +111,8 @@ pub struct TrainingLimits {
     pub learning_rate: f64,
     /// Most tokens of an item.
     pub max_tokens: usize,
+    /// Blocks of the base.
+    pub layers: usize,
 }
 
 impl Default for TrainingLimits {
@@ -105,6 +124,7 @@ impl Default for TrainingLimits {
             batch: 64,
             learning_rate: 0.1,
             max_tokens: 8192,
+            layers: usize::MAX,
         }
     }
 }
@@ -125,7 +145,7 @@ impl TrainingOptions {
     /// # Errors
     /// Names the first that is outside.
     pub fn check(&self, limits: &TrainingLimits) -> Result<(), OptionError> {
-        use AdapterKind::{Dora, Lora, Prompt, Rslora};
+        use AdapterKind::{Dora, Ia3, Lora, Prompt, Rslora};
         let must = |field, ok: bool, limits: String| match ok {
             true => Ok(()),
             false => Err(OptionError { field, limits }),
@@ -151,17 +171,40 @@ impl TrainingOptions {
         positive("clip", self.clip, 1e6)?;
         share("weight_decay", self.weight_decay)?;
         share("warmup_ratio", self.warmup_ratio)?;
-        let dropout = self.dropout.is_none_or(|value| (0.0..1.0).contains(&value));
-        must("dropout", dropout, "from 0 to below 1".into())?;
+        for (field, value) in
+            [("dropout", self.dropout), ("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)]
+        {
+            let ok = value.is_none_or(|value| (0.0..1.0).contains(&value));
+            must(field, ok, "from 0 to below 1".into())?;
+        }
+        let epsilon = self.adam_epsilon.is_none_or(|value| (1e-16..=1.0).contains(&value));
+        must("adam_epsilon", epsilon, "from 1e-16 to 1".into())?;
+        let modules = self.target_modules.as_deref().is_none_or(are_different);
+        must("target_modules", modules, "a list of modules, not empty, each once".into())?;
+        let within = |layers: &[usize]| are_different(layers) && layers.iter().all(|at| *at < limits.layers);
+        let layers = self.layers_to_transform.as_deref().is_none_or(within);
+        let last = limits.layers.saturating_sub(1);
+        must(
+            "layers_to_transform",
+            layers,
+            format!("a list of blocks from 0 to {last}, not empty, each once"),
+        )?;
         // A number that the kind has no use for is a mistake.
         let lora = self.kind.is_none_or(|kind| matches!(kind, Lora | Rslora | Dora));
         for (field, given) in [
             ("rank", self.rank.is_some()),
             ("alpha", self.alpha.is_some()),
             ("dropout", self.dropout.is_some()),
+            ("layers_to_transform", self.layers_to_transform.is_some()),
         ] {
             must(field, lora || !given, "left out: only kinds of LoRA have it".into())?;
         }
+        let sites = lora || self.kind == Some(Ia3);
+        must(
+            "target_modules",
+            sites || self.target_modules.is_none(),
+            "left out: only kinds of LoRA and the kind ia3 have it".into(),
+        )?;
         let prompt = self.kind == Some(Prompt);
         must(
             "virtual_tokens",
@@ -181,17 +224,34 @@ impl TrainingOptions {
             rank: self.rank.or(defaults.rank.filter(|_| same)),
             alpha: self.alpha.or(defaults.alpha.filter(|_| same)),
             dropout: self.dropout.or(defaults.dropout.filter(|_| same)),
+            target_modules: self
+                .target_modules
+                .clone()
+                .or_else(|| defaults.target_modules.clone().filter(|_| same)),
+            layers_to_transform: self
+                .layers_to_transform
+                .clone()
+                .or_else(|| defaults.layers_to_transform.clone().filter(|_| same)),
             virtual_tokens: self.virtual_tokens.or(defaults.virtual_tokens.filter(|_| same)),
             epochs: self.epochs.or(defaults.epochs),
             batch: self.batch.or(defaults.batch),
             learning_rate: self.learning_rate.or(defaults.learning_rate),
             weight_decay: self.weight_decay.or(defaults.weight_decay),
+            adam_beta1: self.adam_beta1.or(defaults.adam_beta1),
+            adam_beta2: self.adam_beta2.or(defaults.adam_beta2),
+            adam_epsilon: self.adam_epsilon.or(defaults.adam_epsilon),
             warmup_ratio: self.warmup_ratio.or(defaults.warmup_ratio),
             clip: self.clip.or(defaults.clip),
             max_tokens: self.max_tokens.or(defaults.max_tokens),
             seed: self.seed.or(defaults.seed),
         }
     }
+}
+
+/// Whether there is one at least, and none twice.
+fn are_different<T: PartialEq>(values: &[T]) -> bool {
+    let is_first = |(at, value): (usize, &T)| !values[..at].contains(value);
+    !values.is_empty() && values.iter().enumerate().all(is_first)
 }
 
 #[cfg(test)]
@@ -216,9 +276,63 @@ mod tests {
         assert_eq!(field(TrainingOptions { virtual_tokens: Some(8), ..none() }), Some("virtual_tokens"));
         let ia3 = TrainingOptions { kind: Some(AdapterKind::Ia3), rank: Some(8), ..none() };
         assert_eq!(field(ia3), Some("rank"));
+        for (beta, ok) in [(0.0, true), (0.999, true), (1.0, false), (-0.1, false), (f64::NAN, false)] {
+            let expected = |name| (!ok).then_some(name);
+            let first = TrainingOptions { adam_beta1: Some(beta), ..none() };
+            assert_eq!(field(first), expected("adam_beta1"), "{beta}");
+            let second = TrainingOptions { adam_beta2: Some(beta), ..none() };
+            assert_eq!(field(second), expected("adam_beta2"), "{beta}");
+        }
+        for (epsilon, ok) in [(1e-16, true), (1.0, true), (0.0, false), (1.1, false), (f64::NAN, false)] {
+            let options = TrainingOptions { adam_epsilon: Some(epsilon), ..none() };
+            assert_eq!(field(options), (!ok).then_some("adam_epsilon"), "{epsilon}");
+        }
         let fine =
             TrainingOptions { kind: Some(AdapterKind::Dora), rank: Some(64), epochs: Some(1), ..none() };
         assert_eq!(field(fine), None);
+    }
+
+    #[test]
+    fn sites_and_blocks_are_those_of_the_base() {
+        use AdapterKind::{Dora, Ia3, Lora, Prompt, Rslora};
+        let limits = TrainingLimits { layers: 3, ..TrainingLimits::default() };
+        let named = |kind, modules: Option<&[Site]>, layers: Option<&[usize]>| {
+            let options = TrainingOptions {
+                kind,
+                target_modules: modules.map(<[_]>::to_vec),
+                layers_to_transform: layers.map(<[_]>::to_vec),
+                ..TrainingOptions::default()
+            };
+            options.check(&limits).err().map(|error| error.field)
+        };
+        for kind in [None, Some(Lora), Some(Rslora), Some(Dora)] {
+            assert_eq!(named(kind, Some(&Site::ALL), Some(&[2, 0])), None);
+            assert_eq!(named(kind, Some(&[]), None), Some("target_modules"));
+            assert_eq!(named(kind, Some(&[Site::Q, Site::Up, Site::Q]), None), Some("target_modules"));
+            assert_eq!(named(kind, None, Some(&[])), Some("layers_to_transform"));
+            assert_eq!(named(kind, None, Some(&[3])), Some("layers_to_transform"));
+            assert_eq!(named(kind, None, Some(&[1, 1])), Some("layers_to_transform"));
+        }
+        assert_eq!(named(Some(Ia3), Some(&[Site::Down]), None), None);
+        assert_eq!(named(Some(Ia3), None, Some(&[1])), Some("layers_to_transform"));
+        assert_eq!(named(Some(Prompt), Some(&[Site::Q]), None), Some("target_modules"));
+    }
+
+    #[test]
+    fn what_was_stored_before_is_read() -> Result<(), serde_json::Error> {
+        let before = r#"{"kind":"lora","rank":4,"learning_rate":0.001}"#;
+        let read: TrainingOptions = serde_json::from_str(before)?;
+        assert_eq!((read.rank, &read.target_modules, read.adam_beta1), (Some(4), &None, None));
+        assert_eq!(serde_json::to_string(&read)?, before);
+        let now = r#"{"target_modules":["q_proj","down_proj"],"layers_to_transform":[1],"adam_beta1":0.8,"adam_beta2":0.95,"adam_epsilon":1e-6}"#;
+        let read: TrainingOptions = serde_json::from_str(now)?;
+        assert_eq!(read.target_modules, Some(vec![Site::Q, Site::Down]));
+        assert_eq!(serde_json::to_string(&read)?, now);
+        for site in Site::ALL {
+            assert_eq!(serde_json::to_string(&site)?, format!("{:?}", site.module()));
+        }
+        assert!(serde_json::from_str::<TrainingOptions>(r#"{"target_modules":["lm_head"]}"#).is_err());
+        Ok(())
     }
 
     #[test]
@@ -229,6 +343,16 @@ mod tests {
         assert_eq!((both.rank, both.epochs), (Some(4), Some(2)));
         let ia3 = TrainingOptions { kind: Some(AdapterKind::Ia3), ..TrainingOptions::default() };
         assert_eq!(ia3.over(&defaults).rank, None, "another kind has no rank");
+        let defaults = TrainingOptions {
+            target_modules: Some(vec![Site::O]),
+            layers_to_transform: Some(vec![1]),
+            adam_beta1: Some(0.8),
+            ..defaults
+        };
+        let both = job.over(&defaults);
+        assert_eq!((both.target_modules, both.layers_to_transform), (Some(vec![Site::O]), Some(vec![1])));
+        assert_eq!(ia3.over(&defaults).target_modules, None, "another kind has other sites");
+        assert_eq!(ia3.over(&defaults).adam_beta1, Some(0.8));
         assert_eq!(ia3.over(&defaults).check(&TrainingLimits::default()), Ok(()));
     }
 }

@@ -132,7 +132,7 @@ fn sample(old: &[&HistoryItem], new: usize, growth: &Growth, seed: u64) -> (Hash
 /// A hash of what is learnt, how, and from where on: a checkpoint of other work is of no use.
 pub(crate) fn work_hash(plan: &Plan, recipe: &Recipe, start: Option<&GenerationId>) -> [u8; 32] {
     let mut hash = Sha256::new();
-    hash.update(format!("{recipe:?}"));
+    hash.update(recipe.identity());
     hash.update(start.map_or([0; 32], |start| *start.as_bytes()));
     for item in &plan.train {
         hash.update(item_hash(item));
@@ -228,6 +228,8 @@ mod tests {
         assert_eq!(hash, work_hash(&made(50, None, false), &recipe, None));
         assert_ne!(hash, work_hash(&more, &recipe, None));
         assert_ne!(hash, work_hash(&one, &Recipe { seed: 1, ..recipe.clone() }, None));
+        // A server that was started again with less memory goes on with its checkpoints.
+        assert_eq!(hash, work_hash(&one, &Recipe { activation_bytes: 1, ..recipe.clone() }, None));
         assert_ne!(hash, work_hash(&one, &recipe, Some(&GenerationId::from_bytes([1; 32]))));
     }
 }

@@ -108,7 +108,7 @@ impl Bench {
         alive: &mut dyn FnMut(),
     ) -> Result<bool, WorkerError> {
         let Some(start) = &prepared.start else { return Ok(false) };
-        if insane(&trained.weights, self.settings.gate.max_norm).is_some() {
+        if insane(&trained.weights, &self.base, self.settings.gate.max_norm).is_some() {
             return Ok(true);
         }
         let both = [Some(start), Some(&trained.weights)];
@@ -170,7 +170,7 @@ impl Bench {
         alive: &mut dyn FnMut(),
     ) -> Result<Judgement, WorkerError> {
         let rules = &self.settings.gate;
-        if let Some(problem) = insane(&trained.weights, rules.max_norm) {
+        if let Some(problem) = insane(&trained.weights, &self.base, rules.max_norm) {
             return Ok(Judgement::no(problem));
         }
         let parsed = match (&prepared.start, &prepared.head) {

@@ -78,12 +78,15 @@ struct WireTrainingLimits {
     batch: usize,
     learning_rate: f64,
     max_tokens: usize,
+    /// Blocks of the base.
+    layers: usize,
 }
 
 impl From<TrainingLimits> for WireTrainingLimits {
     fn from(limits: TrainingLimits) -> Self {
-        let TrainingLimits { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens } = limits;
-        Self { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens }
+        let TrainingLimits { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens, layers } =
+            limits;
+        Self { rank, virtual_tokens, epochs, batch, learning_rate, max_tokens, layers }
     }
 }
 
@@ -113,7 +116,7 @@ pub(crate) async fn limits(State(app): State<App>) -> Json<WireLimits> {
         item_metadata_bytes: limits.item_metadata_bytes,
         page: limits.page,
         generation_seconds: limits.generation_timeout.as_secs(),
-        training: limits.training.into(),
+        training: app.training_limits().into(),
     })
 }
 

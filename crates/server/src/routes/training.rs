@@ -5,7 +5,7 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use store::Demand;
-use types::{AdapterKind, OptionError, RecipeName, TrainingOptions};
+use types::{AdapterKind, OptionError, RecipeName, Site, TrainingOptions};
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -35,6 +35,12 @@ pub(crate) struct WireTraining {
     /// Dropout on the adapter's input, for kinds of LoRA.
     #[serde(skip_serializing_if = "Option::is_none")]
     dropout: Option<f64>,
+    /// The linear layers of a block that the adapter acts on, for kinds of LoRA and `ia3`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target_modules: Option<Vec<WireSite>>,
+    /// The blocks it acts in, counted from 0, for kinds of LoRA; `GET /v1/limits` has their number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers_to_transform: Option<Vec<usize>>,
     /// Embeddings, for `prompt`.
     #[serde(skip_serializing_if = "Option::is_none")]
     virtual_tokens: Option<usize>,
@@ -50,6 +56,15 @@ pub(crate) struct WireTraining {
     /// Decoupled weight decay.
     #[serde(skip_serializing_if = "Option::is_none")]
     weight_decay: Option<f64>,
+    /// AdamW's decay of the gradients' mean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adam_beta1: Option<f64>,
+    /// AdamW's decay of the mean of their squares.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adam_beta2: Option<f64>,
+    /// AdamW's epsilon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adam_epsilon: Option<f64>,
     /// Share of the steps in which the rate rises.
     #[serde(skip_serializing_if = "Option::is_none")]
     warmup_ratio: Option<f64>,
@@ -85,6 +100,53 @@ enum WireKind {
     Prompt,
 }
 
+/// A linear layer of a block, by its name in Hugging Face models.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+enum WireSite {
+    #[serde(rename = "q_proj")]
+    Q,
+    #[serde(rename = "k_proj")]
+    K,
+    #[serde(rename = "v_proj")]
+    V,
+    #[serde(rename = "o_proj")]
+    O,
+    #[serde(rename = "gate_proj")]
+    Gate,
+    #[serde(rename = "up_proj")]
+    Up,
+    #[serde(rename = "down_proj")]
+    Down,
+}
+
+impl From<Site> for WireSite {
+    fn from(site: Site) -> Self {
+        match site {
+            Site::Q => Self::Q,
+            Site::K => Self::K,
+            Site::V => Self::V,
+            Site::O => Self::O,
+            Site::Gate => Self::Gate,
+            Site::Up => Self::Up,
+            Site::Down => Self::Down,
+        }
+    }
+}
+
+impl From<WireSite> for Site {
+    fn from(site: WireSite) -> Self {
+        match site {
+            WireSite::Q => Self::Q,
+            WireSite::K => Self::K,
+            WireSite::V => Self::V,
+            WireSite::O => Self::O,
+            WireSite::Gate => Self::Gate,
+            WireSite::Up => Self::Up,
+            WireSite::Down => Self::Down,
+        }
+    }
+}
+
 impl From<TrainingOptions> for WireTraining {
     fn from(options: TrainingOptions) -> Self {
         Self {
@@ -102,11 +164,16 @@ impl From<TrainingOptions> for WireTraining {
             rank: options.rank,
             alpha: options.alpha,
             dropout: options.dropout,
+            target_modules: options.target_modules.map(|sites| sites.into_iter().map(Into::into).collect()),
+            layers_to_transform: options.layers_to_transform,
             virtual_tokens: options.virtual_tokens,
             epochs: options.epochs,
             batch: options.batch,
             learning_rate: options.learning_rate,
             weight_decay: options.weight_decay,
+            adam_beta1: options.adam_beta1,
+            adam_beta2: options.adam_beta2,
+            adam_epsilon: options.adam_epsilon,
             warmup_ratio: options.warmup_ratio,
             clip: options.clip,
             max_tokens: options.max_tokens,
@@ -133,11 +200,16 @@ impl WireTraining {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
+            target_modules: self.target_modules.map(|sites| sites.into_iter().map(Into::into).collect()),
+            layers_to_transform: self.layers_to_transform,
             virtual_tokens: self.virtual_tokens,
             epochs: self.epochs,
             batch: self.batch,
             learning_rate: self.learning_rate,
             weight_decay: self.weight_decay,
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: self.adam_epsilon,
             warmup_ratio: self.warmup_ratio,
             clip: self.clip,
             max_tokens: self.max_tokens,
@@ -146,7 +218,7 @@ impl WireTraining {
         let outside = |OptionError { field, limits }| {
             ApiError::invalid(format!("training.{field}"), format!("must be {limits}"))
         };
-        options.check(&app.limits.training).map_err(outside)?;
+        options.check(&app.training_limits()).map_err(outside)?;
         Ok(options)
     }
 }

@@ -42,7 +42,16 @@ async fn a_job_can_be_called_off() {
 async fn training_is_had_on_demand_and_by_ones_own_numbers() {
     let server = Server::new().await;
     assert_eq!(error(&server, "POST", "/v1/users/ann/train", None).await.0, 404);
-    let training = json!({ "kind": "rslora", "rank": 4, "learning_rate": 0.001 });
+    let training = json!({
+        "kind": "rslora",
+        "rank": 4,
+        "learning_rate": 0.001,
+        "target_modules": ["q_proj", "o_proj", "down_proj"],
+        "layers_to_transform": [1, 2],
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+    });
     let uploaded = server.post(HISTORY, with(items(3), "training", training.clone())).await.json();
     assert_eq!(uploaded["job"]["training"], training);
     let answer = server.call("POST", "/v1/users/ann/train", None).await;
@@ -60,6 +69,18 @@ async fn training_is_had_on_demand_and_by_ones_own_numbers() {
         (json!({ "learning_rate": "1" }), "training.learning_rate"),
         (json!({ "dropout": 1 }), "training.dropout"),
         (json!({ "kind": "ia3", "rank": 8 }), "training.rank"),
+        (json!({ "target_modules": [] }), "training.target_modules"),
+        (json!({ "target_modules": "q_proj" }), "training.target_modules"),
+        (json!({ "target_modules": ["q_proj", "q_proj"] }), "training.target_modules"),
+        (json!({ "target_modules": ["q_proj", "lm_head"] }), "training.target_modules[1]"),
+        (json!({ "kind": "prompt", "target_modules": ["q_proj"] }), "training.target_modules"),
+        (json!({ "layers_to_transform": [] }), "training.layers_to_transform"),
+        (json!({ "layers_to_transform": [3] }), "training.layers_to_transform"),
+        (json!({ "layers_to_transform": [-1] }), "training.layers_to_transform[0]"),
+        (json!({ "kind": "ia3", "layers_to_transform": [0] }), "training.layers_to_transform"),
+        (json!({ "adam_beta1": 1 }), "training.adam_beta1"),
+        (json!({ "adam_beta2": -0.5 }), "training.adam_beta2"),
+        (json!({ "adam_epsilon": 0 }), "training.adam_epsilon"),
         (json!({ "kind": "magic" }), "training.kind"),
         (json!({ "rnak": 8 }), "training.rnak"),
     ] {
@@ -71,7 +92,8 @@ async fn training_is_had_on_demand_and_by_ones_own_numbers() {
         assert_eq!((status, found), (400, json!(param)), "{body}");
     }
     assert_eq!(server.get("/v1/users/ann").await.json()["items"], 3, "nothing of a bad upload is kept");
-    assert_eq!(server.get("/v1/limits").await.json()["training"]["rank"], 64);
+    let limits = server.get("/v1/limits").await.json();
+    assert_eq!((&limits["training"]["rank"], &limits["training"]["layers"]), (&json!(64), &json!(3)));
 }
 
 #[tokio::test]
