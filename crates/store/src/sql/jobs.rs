@@ -324,12 +324,12 @@ pub(crate) async fn last_item(
 }
 
 /// The user's running job.
-pub(crate) async fn running(db: &mut Connection, user: UserKey) -> Result<Option<JobId>, StoreError> {
-    let row = sqlx::query("SELECT id FROM jobs WHERE user_id = $1 AND state = 'running'")
+pub(crate) async fn running(db: &mut Connection, user: UserKey) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE j.user_id = $1 AND j.state = 'running'"))
         .bind(user.0)
         .fetch_optional(db)
         .await?;
-    row.as_ref().map(|row| id(row, "id")).transpose()
+    row.as_ref().map(job).transpose()
 }
 
 /// Ends the leases of all running jobs, so that they can be claimed at once.
