@@ -23,6 +23,6 @@ mod site;
 mod trainer;
 
 pub use error::TrainError;
-pub use evaluate::{Loss, evaluate};
+pub use evaluate::{Loss, evaluate, measurable};
 pub use recipe::{Recipe, learning_rate};
 pub use trainer::{Control, StepReport, TrainJob, Trained, Verdict, train, train_jointly};

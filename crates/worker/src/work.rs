@@ -8,7 +8,7 @@ use personalize::example;
 use serde_json::json;
 use store::{Lesson, NewGeneration};
 use text::Tokenizer;
-use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
+use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate, measurable};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
 use crate::error::WorkerError;
@@ -185,8 +185,11 @@ impl Bench {
         let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, alive)?.into_iter();
         let mut next = || losses.next().unwrap_or_default();
         let (base, new) = (next(), next());
-        let learnt = &prepared.heldout_learnt;
-        let head = head.map(|_| HeadMeasured { losses: next(), learnt: learnt.clone() });
+        // Held-out items that are too long for one of them have no loss.
+        let measured = measurable(&self.base, &sides, &prepared.heldout, prepared.recipe.max_tokens);
+        let flags = prepared.heldout_learnt.iter().zip(measured);
+        let learnt = flags.filter(|(_, measured)| *measured).map(|(learnt, _)| *learnt).collect();
+        let head = head.map(|_| HeadMeasured { losses: next(), learnt });
         let measured = Measured { train_items: prepared.plan.train.len(), base, head, new };
         Ok(judge(&measured, rules))
     }

@@ -1,9 +1,12 @@
 //! Histories that grow: updates, full trainings, hyper-parameters.
 
+use peft::AdapterWeights;
+use personalize::example;
 use store::{Demand, Manifest};
-use types::{AdapterId, JobState, Provenance, TrainingOptions};
+use train::{Loss, evaluate};
+use types::{AdapterId, JobState, NewItem, Provenance, Timestamp, TrainingOptions};
 
-use crate::rig::{Rig, done, settings, user};
+use crate::rig::{Rig, done, item, settings, user};
 
 async fn manifest_size(rig: &Rig, id: &AdapterId) -> usize {
     let head = rig.head(id).await.unwrap();
@@ -84,6 +87,51 @@ async fn a_head_is_not_judged_by_what_it_has_learnt() {
     // The newest eight of forty, of which the head has learnt three.
     assert_eq!((gate.heldout_items, gate.head_items), (8, Some(5)));
     assert!(outcome.reason.contains("on the 5 items that it has not learnt"), "{}", outcome.reason);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+}
+
+/// Bits per answer token of the user's items with these places under the user's head.
+async fn bits(rig: &Rig, id: &AdapterId, places: &[i64]) -> f64 {
+    let head = rig.head(id).await.unwrap();
+    let files = rig.store.fetch(id, &head).await.unwrap();
+    let weights = AdapterWeights::parse(&files.config, &files.weights, &rig.base.shape()).unwrap();
+    let all = rig.store.all_history(id).await.unwrap();
+    let chosen = all.iter().filter(|item| places.contains(&item.created_at.0));
+    let examples: Vec<_> = chosen.map(|item| example(&rig.tokenizer, item).unwrap()).collect();
+    assert_eq!(examples.len(), places.len());
+    let losses = evaluate(&rig.base, &[Some(&weights)], &examples, 2048, 512, &mut || ()).unwrap();
+    Loss::bits_per_token(&losses[0])
+}
+
+/// A held-out item that is too long to have a loss takes nobody's place: what the head has learnt of the others is told
+/// item by item.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_item_without_a_loss_shifts_no_other() {
+    let rig = Rig::new().await;
+    let (worker, stop) = rig.start(settings());
+    let ada = user("ada");
+    // What is learnt is not quite what is held out, so that it shows which items the head is compared on.
+    let words =
+        |at: usize| if at < 115 { "ahoy and welcome aboard" } else { "ahoy and welcome aboard, my dear" };
+    let job = rig.upload(&ada, 100..120, |at| words(at).into()).await;
+    assert!(rig.until(&job, done).await.outcome.unwrap().published);
+    let mut late: Vec<_> = (0..20).map(|at| item(at, words(at).into())).collect();
+    // The last of the time of item 112, so the first that is held out; longer than the model's context.
+    late.push(NewItem {
+        created_at: Some(Timestamp(112)),
+        input: Some("long ".repeat(500)),
+        ..item(500, "x".into())
+    });
+    let right = bits(&rig, &ada, &[115, 116, 117, 118, 119]).await;
+    let shifted = bits(&rig, &ada, &[113, 116, 117, 118, 119]).await;
+    let job = rig.upload_items(&ada, late).await;
+    let outcome = rig.until(&job, done).await.outcome.unwrap();
+    let gate = outcome.gate.unwrap();
+    assert_eq!((gate.heldout_items, gate.head_items), (7, Some(5)));
+    let says = |bits: f64| outcome.reason.contains(&format!("the current adapter ({bits:.3}"));
+    assert!(says(right), "{right} {}", outcome.reason);
+    assert!(!says(shifted), "{shifted} would not be told from {right}");
     stop.cancel();
     worker.await.unwrap().unwrap();
 }
