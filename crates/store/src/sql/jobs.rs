@@ -273,6 +273,22 @@ pub(crate) async fn requeue(
     Ok(done.rows_affected() == 1)
 }
 
+/// Adds what a running job was to do to what the user's queued job is to do, if there is one and the fence is the latest.
+/// What the queued one asks for is newer, and stands.
+pub(crate) async fn hand_on(db: &mut Connection, fence: &Fence) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE jobs AS q SET new_items = q.new_items + r.new_items, urgent = q.urgent OR r.urgent,
+             scratch = q.scratch OR r.scratch, training = COALESCE(q.training, r.training)
+         FROM jobs AS r
+         WHERE r.id = $1 AND r.token = $2 AND r.state = 'running' AND q.user_id = r.user_id AND q.state = 'queued'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
 /// A job by its place in the queue, and its fencing token.
 pub(super) async fn at(db: &mut Connection, seq: i64) -> Result<(Job, i64), StoreError> {
     let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;

@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use store::{Demand, Fence, StoreError};
-use types::{GateReport, JobOutcome, JobProgress, JobState};
+use store::{Demand, Fence, Policy, StoreError};
+use types::{GateReport, JobOutcome, JobProgress, JobState, TrainingOptions};
 
 use crate::trial::{ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, item, outcome, text};
 
@@ -203,6 +203,54 @@ pub(crate) async fn a_retry_yields_to_a_queued_job(t: Trial) {
         assert_eq!(other.job.id, next.id);
         t.store.finish(&other.fence, &outcome(None)).await.unwrap();
     }
+}
+
+/// What a job was asked to do is not lost with it.
+pub(crate) async fn a_job_that_yields_hands_its_demands_on(t: Trial) {
+    let options = |rank| TrainingOptions { rank: Some(rank), ..TrainingOptions::default() };
+    for (release, urgent) in [(false, false), (false, true), (true, false), (true, true)] {
+        for own in [None, Some(options(2))] {
+            t.append(&alice(), vec![text("a"), text("b")]).await;
+            let all = Demand { urgent, from_scratch: true, training: Some(options(4)), new_items: 0 };
+            t.store.enqueue(&alice(), &all).await.unwrap();
+            let claimed = t.claim().await.unwrap();
+            let next = t.append(&alice(), vec![text("c")]).await.job.unwrap();
+            let training = Demand { training: own.clone(), ..Demand::default() };
+            t.store.enqueue(&alice(), &training).await.unwrap();
+            assert!(!next.from_scratch);
+            match release {
+                true => t.store.release(&claimed.fence).await.unwrap(),
+                false => t.store.fail(&claimed.fence, "out of memory", Some(0)).await.unwrap(),
+            };
+            // The one item of its own would have to wait for others.
+            let min_new_items = if urgent { 99 } else { 3 };
+            let policy = Policy { min_new_items, debounce_millis: 0, max_staleness_millis: 1 << 40 };
+            let other = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
+            assert_eq!((&other.job.id, other.job.from_scratch), (&next.id, true));
+            assert_eq!(other.job.training, Some(own.unwrap_or(options(4))), "the newer wish counts");
+            t.store.finish(&other.fence, &outcome(None)).await.unwrap();
+        }
+    }
+    // What has failed for good hands nothing on, and nobody hands anything to another user.
+    let demand = Demand { from_scratch: true, ..Demand::default() };
+    t.append(&alice(), vec![text("d")]).await;
+    t.store.enqueue(&alice(), &demand).await.unwrap();
+    let claimed = t.claim().await.unwrap();
+    let bobs = t.append(&bob(), vec![text("b")]).await.job.unwrap();
+    let next = t.append(&alice(), vec![text("e")]).await.job.unwrap();
+    t.store.fail(&claimed.fence, "no items", None).await.unwrap();
+    for job in [bobs, next] {
+        assert!(!t.store.job(&alice().tenant, &job.id).await.unwrap().unwrap().from_scratch);
+    }
+    // Nor does one that is somebody else's by now.
+    let old = t.claim().await.unwrap();
+    t.store.enqueue(&old.job.adapter, &Demand { training: Some(options(8)), ..demand }).await.unwrap();
+    let demanding = t.store.latest_job(&old.job.adapter).await.unwrap().unwrap();
+    assert!(demanding.from_scratch && demanding.id != old.job.id);
+    t.clock.advance_millis(LEASE);
+    let new = t.claim().await.unwrap();
+    assert_fenced(t.store.release(&old.fence).await);
+    assert_eq!(t.store.job(&alice().tenant, &new.job.id).await.unwrap().unwrap(), new.job);
 }
 
 pub(crate) async fn a_released_job_keeps_its_attempts(t: Trial) {

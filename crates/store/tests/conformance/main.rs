@@ -46,7 +46,8 @@ conformance! {
         uploads_coalesce_into_the_queued_job, duplicates_enqueue_nothing, the_oldest_claimable_job_is_next,
         each_job_goes_to_one_worker, a_running_job_holds_back_the_next, an_expired_lease_passes_the_job_on,
         a_beat_extends_the_lease, an_old_fence_can_do_nothing, a_job_is_given_up_after_its_attempts,
-        a_failed_job_waits_for_its_retry, a_retry_yields_to_a_queued_job, a_released_job_keeps_its_attempts,
+        a_failed_job_waits_for_its_retry, a_retry_yields_to_a_queued_job,
+        a_job_that_yields_hands_its_demands_on, a_released_job_keeps_its_attempts,
         an_outcome_comes_back, jobs_are_listed, the_queue_is_counted;
     adapters:
         a_generation_comes_back, publishing_ends_the_job, a_stale_publisher_changes_nothing,
