@@ -103,7 +103,7 @@ impl Store {
         // Waiting for this turn may have taken long, and a heartbeat may wait behind it.
         let now = self.now();
         for (fence, lease_millis) in self.beats().waiting() {
-            sql::jobs::beat(&mut tx, &fence, None, now.plus_millis(lease_millis)).await?;
+            sql::jobs::beat(&mut tx, &fence, None, now, lease_millis).await?;
         }
         let given_up = sql::claims::give_up(&mut tx, now, max_attempts.max(1)).await?;
         let lease_until = now.plus_millis(lease_millis);
@@ -112,7 +112,11 @@ impl Store {
         if given_up > 0 {
             tracing::warn!(jobs = given_up, max_attempts, "gave up jobs that had too many attempts");
         }
-        Ok(claimed.map(|(job, token)| Claimed { fence: Fence { job: job.id.clone(), token }, job }))
+        let claimed = claimed.map(|(job, token, spent)| {
+            let fence = Fence { job: job.id.clone(), token };
+            Claimed { job, fence, spent }
+        });
+        Ok(claimed)
     }
 
     /// How a worker stands with a job that it has claimed; changes nothing.
@@ -136,8 +140,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let _announced = self.beats().announce(fence, lease_millis);
         let mut tx = self.write().await?;
-        let lease_until = self.now().plus_millis(lease_millis);
-        if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), lease_until).await? {
+        if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), self.now(), lease_millis).await? {
             return Err(fenced(fence));
         }
         tx.commit().await?;
@@ -166,6 +169,29 @@ impl Store {
         self.finish_with(fence, outcome, Some(lesson)).await
     }
 
+    /// Notes what an update has cost that is of no use, and that its job learns the whole history from fresh weights
+    /// from now on, also if another worker has to take it up. `outcome` holds what the job has cost by now.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job, [`StoreError::Invalid`] if a number of
+    /// the outcome is not finite.
+    pub async fn give_update_up(
+        &self,
+        fence: &Fence,
+        outcome: &JobOutcome,
+        lesson: &Lesson,
+    ) -> Result<(), StoreError> {
+        check_outcome(outcome)?;
+        let mut tx = self.write().await?;
+        let (user, _) = sql::jobs::last_item(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
+        sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
+        if !sql::jobs::from_scratch(&mut tx, fence).await? {
+            return Err(fenced(fence));
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
     async fn finish_with(
         &self,
         fence: &Fence,
@@ -191,7 +217,7 @@ impl Store {
 
     /// Ends a job with an error, or gives it back to be tried again `retry_after_millis` from now
     /// (as often as `claim` allows). If the user has another queued job, that one is the next try: this one fails, and
-    /// what it was to do beside reading the history is added to the other's demands.
+    /// what it was to do beside reading the history is added to the other's demands, and what it has cost to its costs.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job.
@@ -225,9 +251,9 @@ impl Store {
         let mut tx = self.write().await?;
         let mut queued = false;
         if let Some(Back { error, not_before, uncounted }) = back {
-            queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted).await?;
+            queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
             if !queued {
-                sql::jobs::hand_on(&mut tx, fence).await?;
+                sql::jobs::hand_on(&mut tx, fence, now).await?;
             }
         }
         if !queued && !sql::jobs::fail(&mut tx, fence, error, now).await? {

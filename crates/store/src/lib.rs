@@ -36,6 +36,6 @@ pub use pauses::{Pause, PauseScope, Pauses};
 pub use records::{
     AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
     GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,
-    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
+    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Spent, Standing, UserRecord,
 };
 pub use store::Store;

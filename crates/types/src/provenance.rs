@@ -51,6 +51,6 @@ pub struct TrainingCourse {
     pub replayed_items: u64,
     /// Optimiser steps.
     pub steps: u64,
-    /// Tokens that went through training, all epochs.
+    /// Tokens that went through training, all epochs and attempts.
     pub trained_tokens: u64,
 }

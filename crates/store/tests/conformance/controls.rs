@@ -192,6 +192,25 @@ async fn lost_progress_is_noticed() {
 }
 
 #[tokio::test]
+async fn costs_that_vanish_are_noticed() {
+    // As it was before: every claim begins at nothing.
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF spent_tokens ON jobs WHEN NEW.spent_tokens > 0
+        BEGIN UPDATE jobs SET spent_tokens = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::costs_outlive_claims).await;
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF spent_seconds ON jobs WHEN NEW.spent_seconds > 0
+        BEGIN UPDATE jobs SET spent_seconds = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::costs_outlive_claims).await;
+    // And a job's first training is booked under what it became.
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON progress WHEN NOT NEW.scratch
+        BEGIN UPDATE progress SET scratch = 1 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::an_update_of_no_use_is_booked_apart).await;
+    let trigger =
+        "CREATE TRIGGER t AFTER UPDATE OF scratch ON jobs WHEN NEW.scratch AND NEW.state = 'running'
+        BEGIN UPDATE jobs SET scratch = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::an_update_of_no_use_is_booked_apart).await;
+}
+
+#[tokio::test]
 async fn attempts_that_are_not_counted_are_noticed() {
     let trigger = "CREATE TRIGGER t AFTER UPDATE OF attempts ON jobs WHEN NEW.attempts > 1
         BEGIN UPDATE jobs SET attempts = 1 WHERE seq = NEW.seq; END";

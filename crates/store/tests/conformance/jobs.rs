@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use store::{Demand, Fence, Policy, StoreError};
+use store::{Demand, Fence, Policy, Spent, StoreError};
 use types::{GateReport, JobOutcome, JobProgress, JobState, TrainingOptions};
 
 use crate::trial::{ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, item, outcome, text};
@@ -102,7 +102,7 @@ pub(crate) async fn an_expired_lease_passes_the_job_on(t: Trial) {
 
 pub(crate) async fn a_beat_extends_the_lease(t: Trial) {
     let claimed = t.running_job(&alice()).await;
-    let progress = JobProgress { step: 3, steps: 10, loss: 0.1 + 0.2 };
+    let progress = JobProgress { step: 3, steps: 10, loss: 0.1 + 0.2, tokens: 77 };
     for _ in 0..3 {
         t.clock.advance_millis(LEASE - 1);
         t.store.beat(&claimed.fence, Some(progress), LEASE).await.unwrap();
@@ -264,6 +264,46 @@ pub(crate) async fn a_released_job_keeps_its_attempts(t: Trial) {
         assert_fenced(t.store.beat(&claimed.fence, None, LEASE).await);
         claimed = again;
     }
+}
+
+/// What a claim has cost is there at the next, however it ended.
+pub(crate) async fn costs_outlive_claims(t: Trial) {
+    let at = |tokens| Some(JobProgress { step: 1, steps: 10, loss: 1.0, tokens });
+    let claim = async |tokens, seconds| {
+        let claimed = t.claim().await.unwrap();
+        assert_eq!(claimed.spent, Spent { tokens, seconds });
+        claimed
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    // Killed: up to its last heartbeat, whatever comes after.
+    let killed = claim(0, 0.0).await;
+    t.clock.advance_millis(4_000);
+    t.store.beat(&killed.fence, at(100), LEASE).await.unwrap();
+    t.clock.advance_millis(1_000);
+    t.store.beat(&killed.fence, None, LEASE).await.unwrap();
+    t.clock.advance_millis(LEASE);
+    // Stopped, and failed: up to the end.
+    let stopped = claim(100, 5.0).await;
+    t.clock.advance_millis(1_000);
+    t.store.beat(&stopped.fence, at(10), LEASE).await.unwrap();
+    t.clock.advance_millis(1_000);
+    t.store.release(&stopped.fence).await.unwrap();
+    t.clock.advance_millis(60_000);
+    let failed = claim(110, 7.0).await;
+    t.store.beat(&failed.fence, at(5), LEASE).await.unwrap();
+    t.clock.advance_millis(500);
+    t.store.fail(&failed.fence, "out of memory", Some(0)).await.unwrap();
+    // Yielding: to the one that takes its place.
+    let yielding = claim(115, 7.5).await;
+    t.store.beat(&yielding.fence, at(1), LEASE).await.unwrap();
+    t.clock.advance_millis(500);
+    let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+    t.store.release(&yielding.fence).await.unwrap();
+    let last = claim(116, 8.0).await;
+    assert_eq!(last.job.id, next.id);
+    t.store.finish(&last.fence, &outcome(None)).await.unwrap();
+    t.append(&alice(), vec![text("c")]).await;
+    claim(0, 0.0).await;
 }
 
 pub(crate) async fn an_outcome_comes_back(t: Trial) {

@@ -41,7 +41,7 @@ impl Trainer for Sleepy {
         }
         for step in 1..=self.steps {
             std::thread::sleep(self.pause);
-            let report = StepReport { step, steps: self.steps, loss: 1.0 };
+            let report = StepReport { step, steps: self.steps, loss: 1.0, tokens: 0 };
             if let ControlFlow::Break(()) = control.step(0, report) {
                 return vec![Err(TrainError::Stopped)];
             }
