@@ -59,8 +59,9 @@ fn items(count: usize) -> Value {
     json!({ "items": (0..count).map(item).collect::<Vec<_>>() })
 }
 
-async fn upload(client: &reqwest::Client, program: &Program, count: usize) -> Value {
-    let answer = client.post(program.url("/v1/users/kit/history")).json(&items(count)).send().await.unwrap();
+async fn upload(client: &reqwest::Client, program: &Program, user: &str, count: usize) -> Value {
+    let url = program.url(&format!("/v1/users/{user}/history"));
+    let answer = client.post(url).json(&items(count)).send().await.unwrap();
     assert_eq!(answer.status(), 202);
     answer.json().await.unwrap()
 }
@@ -79,9 +80,10 @@ async fn ask(client: &reqwest::Client, program: &Program, model: &str) -> reqwes
 async fn a_kill_in_the_middle_of_training_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let client = reqwest::Client::new();
-    let start = |path: &Path| Program::start(&["--model-name", "base", "--epochs", "2"], path);
+    let start =
+        |path: &Path| Program::start(&["--model-name", "base", "--epochs", "2", "--checkpoint-s", "0"], path);
     let program = start(folder.path());
-    let uploaded = upload(&client, &program, 24).await;
+    let uploaded = upload(&client, &program, "kit", 24).await;
     assert_eq!(uploaded["accepted"], 24);
     let job = uploaded["job"]["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/jobs/{job}");
@@ -96,8 +98,14 @@ async fn a_kill_in_the_middle_of_training_loses_nothing() {
     assert!(done["attempts"].as_u64() >= Some(2), "{done}");
     let user: Value = client.get(program.url("/v1/users/kit")).send().await.unwrap().json().await.unwrap();
     assert_eq!(user["items"], 24, "{user}");
+    // Whoever has the same history and was not interrupted has the same adapter, to the bit: the id is a hash of it.
+    let uploaded = upload(&client, &program, "tom", 24).await;
+    let path = format!("/v1/jobs/{}", uploaded["job"]["id"].as_str().unwrap());
+    let whole = wait(&client, &program.url(&path), |job| job["status"] == "succeeded").await;
+    assert_eq!((&whole["attempts"], &whole["outcome"]["published"]), (&json!(1), &json!(true)), "{whole}");
+    assert_eq!(done["outcome"]["generation"], whole["outcome"]["generation"]);
     // The same upload again changes nothing.
-    assert_eq!(upload(&client, &program, 24).await["duplicates"], 24);
+    assert_eq!(upload(&client, &program, "kit", 24).await["duplicates"], 24);
 
     let answer = ask(&client, &program, "base:kit").await;
     assert_eq!(answer.status(), 200);

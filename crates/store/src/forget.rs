@@ -1,8 +1,9 @@
 //! Forgetting items: out of the history, out of what serves, and out of every generation that they have gone into.
 
-use types::{AdapterId, GenerationId, HistoryItem, HistoryStats, ItemId, Job};
+use types::{AdapterId, GenerationId, HistoryItem, HistoryStats, ItemId, Job, Provenance, TrainingOptions};
 
 use crate::records::HistoryCursor;
+use crate::sql::generations::Generation;
 use crate::sql::{self, Connection, UserKey};
 use crate::{Demand, Forgotten, Origin, Selection, Store, StoreError, item_hash};
 
@@ -10,8 +11,9 @@ impl Store {
     /// Deletes items, and with them whatever has come of them, in one transaction: generations that have learnt from one
     /// of them or were judged by one (or may have been), checkpoints, and the running job, which is cancelled. If the head
     /// is among them, the newest generation that is left for the same base takes its place, or the base. A job is enqueued
-    /// that learns what is left from fresh weights, at once. So what is published in the end is what would have been had
-    /// the items never come.
+    /// that learns what is left from fresh weights, at once, with the hyper-parameters that a job asked for which it takes
+    /// the place of, or else with those of the head, or of the newest generation that is deleted. So what is published in
+    /// the end is what would have been had the items never come.
     ///
     /// Where nothing is left, nothing that a job has made stays, whatever it is known to have learnt, and no job either.
     /// Uploaded generations have learnt from no item, and stay. Pins keep a generation from being pruned or deleted, not
@@ -48,9 +50,10 @@ impl Store {
             let is_left = all.len() > chosen.len();
             let hashes: Vec<_> = chosen.iter().map(|(_, item)| item_hash(item)).collect();
             let extent = if is_left { Extent::Items(&hashes) } else { Extent::All };
-            let (generations, head) = forget_generations(&mut tx, &adapter, &user, extent).await?;
+            let Withdrawn { generations, head, training } =
+                forget_generations(&mut tx, &adapter, &user, extent).await?;
             sql::checkpoints::delete(&mut tx, user.key).await?;
-            let job = store.relearn(&mut tx, user.key, is_left).await?;
+            let job = store.relearn(&mut tx, user.key, is_left, training).await?;
             tx.commit().await?;
             store.interrupt();
             store.sweep(&adapter).await;
@@ -61,24 +64,31 @@ impl Store {
     }
 
     /// Calls the user's jobs off that may have read what is gone; one that waits learns what is left, if anything is.
+    /// `training` is for where neither has asked for anything.
     async fn relearn(
         &self,
         db: &mut Connection,
         user: UserKey,
         is_left: bool,
+        training: Option<TrainingOptions>,
     ) -> Result<Option<Job>, StoreError> {
         let then = match is_left {
             true => "items of its history were erased; another job learns what is left",
             false => "the history was erased",
         };
-        if let Some(running) = sql::jobs::running(db, user).await? {
-            sql::jobs::call_off(db, &running, then, self.now()).await?;
+        let running = sql::jobs::running(db, user).await?;
+        let queued = sql::jobs::queued(db, user).await?;
+        if let Some(running) = &running {
+            sql::jobs::call_off(db, &running.id, then, self.now()).await?;
         }
         if is_left {
-            let demand = Demand { urgent: true, from_scratch: true, ..Demand::default() };
+            // The newest wish counts.
+            let asked = [&queued, &running].into_iter().flatten().find_map(|job| job.training.clone());
+            let training = asked.or(training);
+            let demand = Demand { urgent: true, from_scratch: true, training, ..Demand::default() };
             return Ok(Some(self.queued_job(db, user, &demand).await?));
         }
-        if let Some(queued) = sql::jobs::queued(db, user).await? {
+        if let Some(queued) = queued {
             sql::jobs::call_off(db, &queued.id, then, self.now()).await?;
         }
         Ok(None)
@@ -117,13 +127,22 @@ fn chosen<'a>(
     }
 }
 
-/// Deletes the generations that what is forgotten has gone into, and returns them and the head that is left.
+/// What was deleted of a user's generations.
+struct Withdrawn {
+    generations: Vec<GenerationId>,
+    /// The head that is left.
+    head: Option<GenerationId>,
+    /// How the head was trained, or the newest of the generations that are gone.
+    training: Option<TrainingOptions>,
+}
+
+/// Deletes the generations that what is forgotten has gone into.
 async fn forget_generations(
     db: &mut Connection,
     adapter: &AdapterId,
     user: &sql::users::User,
     extent: Extent<'_>,
-) -> Result<(Vec<GenerationId>, Option<GenerationId>), StoreError> {
+) -> Result<Withdrawn, StoreError> {
     let all = sql::generations::list(db, user.key, None, None).await?;
     let all: Vec<_> = all.into_iter().map(|(_, generation)| generation).collect();
     let base = all.iter().find(|generation| Some(generation.id) == user.head).map(|head| head.base);
@@ -137,6 +156,9 @@ async fn forget_generations(
         if tainted { gone.push(generation) } else { left.push(generation) }
     }
     let mut head = user.head;
+    let is_head = |generation: &&Generation| Some(generation.id) == head;
+    let current = left.iter().find(is_head).or(gone.iter().find(is_head));
+    let training = current.into_iter().chain(&gone).find_map(training_of);
     if gone.iter().any(|generation| Some(generation.id) == head) {
         let next = left.iter().find(|generation| Some(generation.base) == base).map(|next| next.id);
         sql::users::move_head(db, user.key, head.as_ref(), next.as_ref()).await?;
@@ -146,5 +168,14 @@ async fn forget_generations(
         sql::garbage::insert(db, adapter, &generation.folder).await?;
         sql::generations::delete(db, user.key, &generation.id).await?;
     }
-    Ok((gone.into_iter().map(|generation| generation.id).collect(), head))
+    let generations = gone.into_iter().map(|generation| generation.id).collect();
+    Ok(Withdrawn { generations, head, training })
+}
+
+/// Every hyper-parameter that a generation was trained with; `None` if it was not trained here, or before that was
+/// written down.
+fn training_of(generation: &Generation) -> Option<TrainingOptions> {
+    let trained = generation.origin == Origin::Trained;
+    let provenance = trained.then(|| serde_json::from_value::<Provenance>(generation.meta.clone()).ok());
+    provenance.flatten().map(|provenance| provenance.options())
 }

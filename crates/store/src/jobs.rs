@@ -1,10 +1,19 @@
 //! The queue of training jobs: at most one queued and one running job per adapter.
 
-use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, UserId};
+use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, Timestamp, UserId};
 
 use crate::history::ordered_uuid;
 use crate::sql::{self, Connection, UserKey};
 use crate::{Claimed, Demand, Fence, Lesson, Page, Policy, QueueStats, Standing, Store, StoreError};
+
+/// How a job goes back into the queue.
+struct Back<'a> {
+    /// What went wrong, if anything.
+    error: Option<&'a str>,
+    not_before: Timestamp,
+    /// Attempts to be taken off.
+    uncounted: u32,
+}
 
 impl Store {
     /// Makes sure that a job will train on the user's history as it is now, and as `demand` says:
@@ -94,7 +103,7 @@ impl Store {
         // Waiting for this turn may have taken long, and a heartbeat may wait behind it.
         let now = self.now();
         for (fence, lease_millis) in self.beats().waiting() {
-            sql::jobs::beat(&mut tx, &fence, None, now.plus_millis(lease_millis)).await?;
+            sql::jobs::beat(&mut tx, &fence, None, now, lease_millis).await?;
         }
         let given_up = sql::claims::give_up(&mut tx, now, max_attempts.max(1)).await?;
         let lease_until = now.plus_millis(lease_millis);
@@ -103,7 +112,11 @@ impl Store {
         if given_up > 0 {
             tracing::warn!(jobs = given_up, max_attempts, "gave up jobs that had too many attempts");
         }
-        Ok(claimed.map(|(job, token)| Claimed { fence: Fence { job: job.id.clone(), token }, job }))
+        let claimed = claimed.map(|(job, token, spent)| {
+            let fence = Fence { job: job.id.clone(), token };
+            Claimed { job, fence, spent }
+        });
+        Ok(claimed)
     }
 
     /// How a worker stands with a job that it has claimed; changes nothing.
@@ -127,8 +140,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let _announced = self.beats().announce(fence, lease_millis);
         let mut tx = self.write().await?;
-        let lease_until = self.now().plus_millis(lease_millis);
-        if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), lease_until).await? {
+        if !sql::jobs::beat(&mut tx, fence, progress.as_ref(), self.now(), lease_millis).await? {
             return Err(fenced(fence));
         }
         tx.commit().await?;
@@ -157,6 +169,29 @@ impl Store {
         self.finish_with(fence, outcome, Some(lesson)).await
     }
 
+    /// Notes what an update has cost that is of no use, and that its job learns the whole history from fresh weights
+    /// from now on, also if another worker has to take it up. `outcome` holds what the job has cost by now.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job, [`StoreError::Invalid`] if a number of
+    /// the outcome is not finite.
+    pub async fn give_update_up(
+        &self,
+        fence: &Fence,
+        outcome: &JobOutcome,
+        lesson: &Lesson,
+    ) -> Result<(), StoreError> {
+        check_outcome(outcome)?;
+        let mut tx = self.write().await?;
+        let (user, _) = sql::jobs::last_item(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
+        sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
+        if !sql::jobs::from_scratch(&mut tx, fence).await? {
+            return Err(fenced(fence));
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
     async fn finish_with(
         &self,
         fence: &Fence,
@@ -181,8 +216,8 @@ impl Store {
     }
 
     /// Ends a job with an error, or gives it back to be tried again `retry_after_millis` from now
-    /// (as often as `claim` allows). If the user has another queued job, that one is the next try and
-    /// this one fails.
+    /// (as often as `claim` allows). If the user has another queued job, that one is the next try: this one fails, and
+    /// what it was to do beside reading the history is added to the other's demands, and what it has cost to its costs.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job.
@@ -192,34 +227,36 @@ impl Store {
         error: &str,
         retry_after_millis: Option<i64>,
     ) -> Result<Job, StoreError> {
-        let now = self.now();
-        let mut tx = self.write().await?;
-        let requeued = match retry_after_millis {
-            Some(millis) => {
-                sql::jobs::requeue(&mut tx, fence, Some(error), now.plus_millis(millis), 0).await?
-            }
-            None => false,
-        };
-        if !requeued && !sql::jobs::fail(&mut tx, fence, error, now).await? {
-            return Err(fenced(fence));
-        }
-        let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;
-        tx.commit().await?;
-        self.sweep(&job.adapter).await;
-        Ok(job)
+        let back = retry_after_millis.map(|millis| Back {
+            error: Some(error),
+            not_before: self.now().plus_millis(millis),
+            uncounted: 0,
+        });
+        self.end_badly(fence, back, error).await
     }
 
     /// Gives a job back untried, for a worker that is told to stop: the claim does not count as an
-    /// attempt. If the user has another queued job, that one does the work and this one fails.
+    /// attempt. If the user has another queued job, that one does the work, with the demands of both, and this one fails.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job.
     pub async fn release(&self, fence: &Fence) -> Result<Job, StoreError> {
+        let back = Back { error: None, not_before: self.now(), uncounted: 1 };
+        self.end_badly(fence, Some(back), "stopped in favour of a newer job").await
+    }
+
+    /// Puts a job back if it may go, or lets it fail with `error`.
+    async fn end_badly(&self, fence: &Fence, back: Option<Back<'_>>, error: &str) -> Result<Job, StoreError> {
         let now = self.now();
         let mut tx = self.write().await?;
-        let requeued = sql::jobs::requeue(&mut tx, fence, None, now, 1).await?;
-        let reason = "stopped in favour of a newer job";
-        if !requeued && !sql::jobs::fail(&mut tx, fence, reason, now).await? {
+        let mut queued = false;
+        if let Some(Back { error, not_before, uncounted }) = back {
+            queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
+            if !queued {
+                sql::jobs::hand_on(&mut tx, fence, now).await?;
+            }
+        }
+        if !queued && !sql::jobs::fail(&mut tx, fence, error, now).await? {
             return Err(fenced(fence));
         }
         let job = sql::jobs::of_fence(&mut tx, fence).await?.ok_or_else(|| fenced(fence))?;

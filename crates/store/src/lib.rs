@@ -37,6 +37,6 @@ pub use reading::Rest;
 pub use records::{
     AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
     GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,
-    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Standing, UserRecord,
+    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Spent, Standing, UserRecord,
 };
 pub use store::Store;

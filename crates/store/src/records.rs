@@ -89,6 +89,17 @@ pub struct Claimed {
     pub job: Job,
     /// What the worker shows with every report.
     pub fence: Fence,
+    /// What earlier claims of it have cost.
+    pub spent: Spent,
+}
+
+/// What a job has cost.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Spent {
+    /// Tokens that went through training.
+    pub tokens: u64,
+    /// Seconds that workers had it.
+    pub seconds: f64,
 }
 
 /// The queue in figures.
@@ -363,7 +374,8 @@ impl Manifest {
     }
 }
 
-/// What one training cost and came to.
+/// What one training cost and came to. A job has two if it was an update that turned out to be of no use: that, without
+/// numbers, and the training from fresh weights that took its place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProgressPoint {
     /// The job.
@@ -380,7 +392,7 @@ pub struct ProgressPoint {
     pub replayed_items: u64,
     /// Tokens that went through training.
     pub tokens: u64,
-    /// Seconds from claim to end.
+    /// Seconds that workers had it, all attempts.
     pub seconds: f64,
     /// Bits per held-out answer token under the base; absent if the training came to no numbers.
     pub base_bits: Option<f64>,

@@ -34,9 +34,33 @@ impl Loss {
     }
 }
 
+/// Tokens of an example that there is room for: `max_tokens`, or what the context leaves beside the most virtual tokens of
+/// one adapter.
+fn room(base: &BaseModel, adapters: &[Option<&AdapterWeights>], max_tokens: usize) -> usize {
+    let virtual_tokens = |adapter: &&AdapterWeights| match adapter {
+        AdapterWeights::Prompt(prompt) => prompt.config.virtual_tokens,
+        AdapterWeights::Lora(_) | AdapterWeights::Ia3(_) => 0,
+    };
+    let most = adapters.iter().flatten().map(virtual_tokens).max().unwrap_or(0);
+    max_tokens.min(base.config().context.saturating_sub(most))
+}
+
+/// For each example, whether [`evaluate`] has a loss of it.
+#[must_use]
+pub fn measurable(
+    base: &BaseModel,
+    adapters: &[Option<&AdapterWeights>],
+    examples: &[Example],
+    max_tokens: usize,
+) -> Vec<bool> {
+    let room = room(base, adapters, max_tokens);
+    let cut = Cut { max_tokens: room, limit: room, virtual_tokens: 0, share: false };
+    examples.iter().map(|example| cut.is_useful(example)).collect()
+}
+
 /// For each adapter, `None` being the base alone, the loss of every example's answer, in order; examples without an
-/// answer within `max_tokens` give none. An adapter's virtual tokens go before every example. All adapters see the same
-/// tokens of the examples: what the context leaves beside the most virtual tokens of one.
+/// answer within `max_tokens` give none: [`measurable`] says which. An adapter's virtual tokens go before every example.
+/// All adapters see the same tokens of the examples: what the context leaves beside the most virtual tokens of one.
 ///
 /// The examples that begin alike compute their beginning once, and all adapters share the passes, of
 /// `micro_batch_tokens` rows each. `breathe` is called between the blocks of a pass.
@@ -58,8 +82,7 @@ pub fn evaluate(
     let mut params: Vec<Params> = adapters.iter().map(params).collect::<Result<_, _>>()?;
     params.iter_mut().for_each(|params| params.refresh(base));
     let config = base.config();
-    let most = params.iter().map(|params| params.virtual_tokens).max().unwrap_or(0);
-    let max_tokens = max_tokens.min(config.context.saturating_sub(most));
+    let max_tokens = room(base, adapters, max_tokens);
     let cut = |params: &Params| Cut {
         max_tokens,
         limit: micro_batch_tokens,

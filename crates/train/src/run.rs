@@ -189,7 +189,7 @@ impl<'a> Run<'a> {
         }
         self.losses.push(loss);
         self.tokens += self.batch.rows as u64;
-        Ok(StepReport { step: step + 1, steps: self.steps(), loss })
+        Ok(StepReport { step: step + 1, steps: self.steps(), loss, tokens: self.batch.rows as u64 })
     }
 
     /// The state between two steps.

@@ -36,6 +36,8 @@ pub struct StepReport {
     pub steps: u32,
     /// Mean loss of the step's answer tokens before the update, in nats.
     pub loss: f64,
+    /// Rows of the step that went through the model.
+    pub tokens: u64,
 }
 
 /// Whether a job goes on after a step.

@@ -49,6 +49,8 @@ pub struct JobProgress {
     pub steps: u32,
     /// Mean training loss of the last step, nats per answer token.
     pub loss: f64,
+    /// Tokens that have gone through training since the job was claimed.
+    pub tokens: u64,
 }
 
 /// The held-out comparison that decides whether a generation becomes head.
@@ -92,9 +94,9 @@ pub struct JobOutcome {
     pub gate: Option<GateReport>,
     /// Why, in one sentence.
     pub reason: String,
-    /// Tokens that went through training, all epochs.
+    /// Tokens that went through training, all epochs and attempts.
     pub trained_tokens: u64,
-    /// Seconds from claim to finish.
+    /// Seconds from claim to finish, all attempts.
     pub seconds: f64,
 }
 

@@ -19,6 +19,14 @@ pub struct Provenance {
     pub training: TrainingCourse,
 }
 
+impl Provenance {
+    /// What asks for the same training again: every hyper-parameter, the seed among them.
+    #[must_use]
+    pub fn options(&self) -> TrainingOptions {
+        TrainingOptions { seed: Some(self.seed), ..self.recipe.clone() }
+    }
+}
+
 /// A part of a history, in its order: by time, then by arrival.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HistoryRange {
@@ -43,6 +51,6 @@ pub struct TrainingCourse {
     pub replayed_items: u64,
     /// Optimiser steps.
     pub steps: u64,
-    /// Tokens that went through training, all epochs.
+    /// Tokens that went through training, all epochs and attempts.
     pub trained_tokens: u64,
 }

@@ -59,6 +59,10 @@ pub fn judge(measured: &Measured, rules: &GateRules) -> Judgement {
     if new.is_empty() {
         return Judgement::no("no held-out item has an answer to judge by");
     }
+    let of_head = head.iter().flat_map(|head| [head.losses.len(), head.learnt.len()]);
+    if of_head.chain([base.len()]).any(|len| len != new.len()) {
+        return Judgement::no("the losses are not those of the same held-out items");
+    }
     let bits = Loss::bits_per_token;
     let head_bits = head.as_ref().map(|head| bits(&head.losses));
     let (base_bits, new_bits) = (bits(base), bits(new));
@@ -105,8 +109,7 @@ fn against_head(head: &HeadMeasured, new: &[Loss], rules: &GateRules) -> Duel {
         losses.iter().zip(&head.learnt).filter(|(_, learnt)| !**learnt).map(|(loss, _)| *loss).collect()
     };
     let (fresh_head, fresh_new) = (fresh(&head.losses), fresh(new));
-    let is_fair = head.losses.len() == new.len() && can_tell(fresh_new.len(), rules);
-    match is_fair {
+    match can_tell(fresh_new.len(), rules) {
         true => Duel::new("current adapter", fresh_head, fresh_new, rules),
         false => Duel::new("current adapter", head.losses.clone(), new.to_vec(), rules),
     }
@@ -126,9 +129,7 @@ impl Duel {
         let goal = |other: &Loss| other.nats * (1.0 - rules.min_gain);
         let differences: Vec<f64> =
             other.iter().zip(&new).map(|(other, new)| goal(other) - new.nats).collect();
-        // Different items cannot be compared.
-        let p = if other.len() == new.len() { chance(&differences) } else { 1.0 };
-        Self { name, other, new, p }
+        Self { name, other, new, p: chance(&differences) }
     }
 
     fn is_won(&self, rules: &GateRules) -> bool {
@@ -160,8 +161,7 @@ mod tests {
     }
 
     fn judged(base: &[f64], head: Option<&[f64]>, new: &[f64]) -> Judgement {
-        let learnt = vec![false; head.map_or(0, <[f64]>::len)];
-        judged_knowing(base, head.map(|head| (head, learnt)), new)
+        judged_knowing(base, head.map(|head| (head, vec![false; head.len()])), new)
     }
 
     fn judged_knowing(base: &[f64], head: Option<(&[f64], Vec<bool>)>, new: &[f64]) -> Judgement {
@@ -187,7 +187,23 @@ mod tests {
         assert!(judged(10, &[0.05; 10]).publish, "who beats even that is better");
         // It is no way around the comparison: worse on what is new to both is worse.
         assert!(!judged(4, &[0.0, 0.0, 0.0, 0.0, 3.5, 3.5, 3.5, 3.5, 3.5, 3.5]).publish);
-        assert!(!judged_knowing(&[4.0; 10], Some((&head[..6], known(4))), &[2.0; 10]).publish, "other items");
+    }
+
+    #[test]
+    fn what_is_not_of_the_same_items_is_not_compared() {
+        let (ten, nine) = (&[4.0; 10][..], &[3.0; 9][..]);
+        let judged = |base, head, flags, new| judged_knowing(base, Some((head, vec![false; flags])), new);
+        assert!(judged(ten, &[3.0; 10], 10, &[2.0; 10]).publish);
+        for other in [
+            judged(ten, nine, 9, &[2.0; 10]),
+            judged(ten, nine, 10, &[2.0; 10]),
+            judged(&[4.0; 9], &[3.0; 10], 10, &[2.0; 10]),
+            // One flag too many: every one after the item that has no loss would be another's.
+            judged(&[4.0; 9], nine, 10, &[2.0; 9]),
+        ] {
+            assert!(!other.publish && other.reason.contains("the same held-out items"), "{}", other.reason);
+            assert!(other.report.is_none());
+        }
     }
 
     #[test]

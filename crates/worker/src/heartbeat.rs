@@ -12,6 +12,7 @@ use futures::future::join_all;
 use store::{Fence, Standing, Store, StoreError};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
+use train::StepReport;
 use types::JobProgress;
 
 /// Why a job is to stop.
@@ -36,8 +37,17 @@ impl Claim {
         Self { fence, progress: Mutex::default(), halt: AtomicU8::new(0), ended: AtomicBool::new(false) }
     }
 
-    pub(crate) fn advance(&self, progress: JobProgress) {
-        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+    /// A step is done, through which `tokens` went.
+    pub(crate) fn advance(&self, report: &StepReport) {
+        let StepReport { step, steps, loss, tokens } = *report;
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = tokens + progress.map_or(0, |before| before.tokens);
+        *progress = Some(JobProgress { step, steps, loss, tokens });
+    }
+
+    /// How far it is; nothing before the first step.
+    pub(crate) fn progress(&self) -> Option<JobProgress> {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn halted(&self) -> Option<Halt> {
@@ -56,6 +66,20 @@ impl Claim {
     /// The job has been reported: it is looked after no more.
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether the job has not been reported yet.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.ended.load(Ordering::Acquire)
+    }
+
+    /// Writes down what it has cost by now, which the last heartbeat did not know all of; for a job that is about to be
+    /// given back.
+    pub(crate) async fn settle(&self, store: &Store, lease_millis: i64) {
+        match store.beat(&self.fence, self.progress(), lease_millis).await {
+            Ok(()) | Err(StoreError::Fenced { .. }) => {}
+            Err(error) => tracing::warn!(%error, "the last part of a job's cost was not written down"),
+        }
     }
 }
 
@@ -125,7 +149,7 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
         if alive {
             (seen, last_sign) = (signs, Instant::now());
         }
-        let open = pulse.claims.iter().filter(|claim| !claim.ended.load(Ordering::Acquire));
+        let open = pulse.claims.iter().filter(|claim| claim.is_open());
         // All at once: none may run out while another waits for its turn at the store.
         let looks = open.map(|claim| {
             if told {
@@ -142,9 +166,8 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
 }
 
 async fn look_after(store: &Store, claim: &Claim, alive: bool, lease_millis: i64, patience: Duration) {
-    let progress = *claim.progress.lock().unwrap_or_else(PoisonError::into_inner);
     let beat = match alive {
-        true => store.beat(&claim.fence, progress, lease_millis).await,
+        true => store.beat(&claim.fence, claim.progress(), lease_millis).await,
         false => Ok(()),
     };
     let standing = match beat {

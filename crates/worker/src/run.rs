@@ -9,7 +9,7 @@ use store::{Claimed, Store, StoreError};
 use text::Tokenizer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use types::{AdapterId, GenerationId};
+use types::{AdapterId, GenerationId, Job};
 
 use crate::error::WorkerError;
 use crate::heartbeat::{self, Claim, Pulse};
@@ -76,9 +76,12 @@ impl Worker {
         // A job that waits for more items is announced before it is ripe.
         let ripe = u64::try_from(settings.policy.debounce_millis).unwrap_or(0).max(50);
         let mut soon = false;
+        let mut suspects = Vec::new();
         while !stop.is_cancelled() {
             let woken = wake.notified();
-            let claimed = match claim(&store, settings).await {
+            suspects = still_open(&store, suspects).await;
+            let at_once = if suspects.is_empty() { settings.jobs_at_once.max(1) } else { 1 };
+            let claimed = match claim(&store, settings, at_once).await {
                 Ok(claimed) => claimed,
                 Err(error) => {
                     tracing::error!(%error, "cannot claim a job");
@@ -110,20 +113,34 @@ impl Worker {
                 patience: Patience::new(load.clone().filter(|_| !idle), settings.floor),
             };
             let _visit = visits.as_ref().map(|visit| visit());
-            if !work(shift, claimed, &pool, &pulse).await? {
+            suspects.retain(|suspect: &Job| claimed.iter().all(|claimed| claimed.job.id != suspect.id));
+            match work(shift, claimed, &pool, &pulse).await? {
+                End::Over => {}
+                End::Panicked(jobs) => suspects.extend(jobs),
                 // The threads of one that hangs are not to be had any more.
-                (pool, idle) = threads(settings.threads)?;
+                End::Hung => (pool, idle) = threads(settings.threads)?,
             }
         }
         Ok(())
     }
 }
 
-/// As many jobs as are trained at once.
-async fn claim(store: &Store, settings: &Settings) -> Result<Vec<Claimed>, StoreError> {
-    let Settings { lease_millis, max_attempts, policy, jobs_at_once, .. } = settings;
+/// Those of the jobs that may still be claimed.
+async fn still_open(store: &Store, jobs: Vec<Job>) -> Vec<Job> {
+    let mut open = Vec::new();
+    for job in jobs {
+        // One that cannot be read is tried in company again.
+        let now = store.job(&job.adapter.tenant, &job.id).await.unwrap_or_default();
+        open.extend(now.filter(|now| now.state.is_open()));
+    }
+    open
+}
+
+/// As many jobs as there are, up to `at_once`.
+async fn claim(store: &Store, settings: &Settings, at_once: usize) -> Result<Vec<Claimed>, StoreError> {
+    let Settings { lease_millis, max_attempts, policy, .. } = settings;
     let mut all = Vec::new();
-    while all.len() < (*jobs_at_once).max(1) {
+    while all.len() < at_once {
         match store.claim_ripe("worker", *lease_millis, *max_attempts, policy).await? {
             Some(claimed) => all.push(claimed),
             None => break,
@@ -132,17 +149,27 @@ async fn claim(store: &Store, settings: &Settings) -> Result<Vec<Claimed>, Store
     Ok(all)
 }
 
-/// Has a thread of its own do the jobs. `false` if it hung and was given up: its claims have run out, and what it does
-/// if it ever goes on is refused.
+/// How a shift came to its end.
+enum End {
+    /// Every job has been reported.
+    Over,
+    /// It panicked, for one of these jobs or for all. They are in the queue again, as if never tried: each is to be done
+    /// alone next, so that the attempt counts against the one that is to blame.
+    Panicked(Vec<Job>),
+    /// It hung and was given up: its claims have run out, and what it does if it ever goes on is refused.
+    Hung,
+}
+
+/// Has a thread of its own do the jobs.
 async fn work(
     shift: Shift,
     claimed: Vec<Claimed>,
     pool: &Arc<rayon::ThreadPool>,
     pulse: &Arc<Pulse>,
-) -> Result<bool, WorkerError> {
+) -> Result<End, WorkerError> {
     let (done, ended) = tokio::sync::oneshot::channel();
     let (pool, shared, store) = (Arc::clone(pool), Arc::clone(pulse), shift.store.clone());
-    let most = shift.bench.settings.max_attempts;
+    let Settings { max_attempts, lease_millis, .. } = shift.bench.settings;
     let attempts: Vec<u32> = claimed.iter().map(|claimed| claimed.job.attempts).collect();
     let body = move || {
         let result = catch_unwind(AssertUnwindSafe(|| shift.work(claimed, &pool)));
@@ -155,19 +182,35 @@ async fn work(
     // Over by its own word: the thread is about to end. Given up: it may never.
     let grace = Duration::from_secs(5);
     match tokio::time::timeout(grace, ended).await {
-        Ok(Ok(true)) => Ok(true),
+        Ok(Ok(true)) => Ok(End::Over),
         Ok(_) => {
-            for (claim, attempts) in pulse.claims.iter().zip(attempts) {
-                let (reason, again) = WorkerError::Panicked.report(attempts, most);
-                match store.fail(&claim.fence, &reason, again).await {
-                    // Reported before the panic, or taken away.
+            // The others were reported before.
+            let open: Vec<_> =
+                pulse.claims.iter().zip(attempts).filter(|(claim, _)| claim.is_open()).collect();
+            let is_told = open.len() == 1;
+            let mut suspects = Vec::new();
+            for (claim, attempts) in open {
+                claim.settle(&store, lease_millis).await;
+                let ended = match is_told {
+                    true => {
+                        let (reason, again) = WorkerError::Panicked.report(attempts, max_attempts);
+                        store.fail(&claim.fence, &reason, again).await
+                    }
+                    false => store.release(&claim.fence).await,
+                };
+                match ended {
+                    Ok(job) if !is_told => suspects.push(job),
+                    // Or it was taken away.
                     Ok(_) | Err(StoreError::Fenced { .. }) => {}
                     Err(error) => tracing::error!(%error, "cannot report the job"),
                 }
             }
-            Ok(true)
+            if !is_told {
+                tracing::error!(jobs = suspects.len(), "training panicked: each of its jobs is tried alone");
+            }
+            Ok(End::Panicked(suspects))
         }
-        Err(_) => Ok(false),
+        Err(_) => Ok(End::Hung),
     }
 }
 

@@ -4,10 +4,10 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use store::{Claimed, Store, StoreError};
+use store::{Claimed, Spent, Store, StoreError};
 use tokio::runtime::Handle;
 use train::{Control, StepReport, TrainError};
-use types::{GenerationId, Job, JobOutcome, JobProgress, Provenance};
+use types::{GenerationId, Job, JobOutcome, Provenance};
 
 use crate::error::WorkerError;
 use crate::heartbeat::{Claim, Halt, Pulse};
@@ -32,10 +32,26 @@ struct Task {
     job: Job,
     claim: Arc<Claim>,
     started: Instant,
+    /// What earlier claims have cost.
+    spent: Spent,
     head: Option<GenerationId>,
     prepared: Prepared,
     /// Its checkpoint is of no use.
     anew: bool,
+}
+
+impl Task {
+    /// What it comes to, with all that it has cost by now.
+    fn outcome(&self, reason: String) -> JobOutcome {
+        JobOutcome {
+            published: false,
+            generation: None,
+            gate: None,
+            reason,
+            trained_tokens: self.spent.tokens + self.claim.progress().map_or(0, |progress| progress.tokens),
+            seconds: self.spent.seconds + self.started.elapsed().as_secs_f64(),
+        }
+    }
 }
 
 impl Shift {
@@ -43,9 +59,9 @@ impl Shift {
     pub(crate) fn work(mut self, claimed: Vec<Claimed>, pool: &rayon::ThreadPool) {
         let claims = self.pulse.claims.clone();
         let mut round = Vec::new();
-        for (Claimed { job, .. }, claim) in claimed.into_iter().zip(claims) {
+        for (Claimed { job, spent, .. }, claim) in claimed.into_iter().zip(claims) {
             tracing::info!(job = %job.id, adapter = %job.adapter, attempt = job.attempts, "job claimed");
-            match self.begin(&job, &claim) {
+            match self.begin(&job, &claim, spent) {
                 Ok(Some(task)) => round.push(task),
                 Ok(None) => claim.end(),
                 Err(error) => self.report(&job, &claim, error),
@@ -59,7 +75,7 @@ impl Shift {
     }
 
     /// Reads what a job needs; `None` if it is done already, for want of items.
-    fn begin(&self, job: &Job, claim: &Arc<Claim>) -> Result<Option<Task>, WorkerError> {
+    fn begin(&self, job: &Job, claim: &Arc<Claim>, spent: Spent) -> Result<Option<Task>, WorkerError> {
         let started = Instant::now();
         let (items, head, current) = self.runtime.block_on(async {
             let items = self.store.history_of(&claim.fence).await?;
@@ -87,8 +103,8 @@ impl Shift {
                 generation: None,
                 gate: None,
                 reason,
-                trained_tokens: 0,
-                seconds: started.elapsed().as_secs_f64(),
+                trained_tokens: spent.tokens,
+                seconds: spent.seconds + started.elapsed().as_secs_f64(),
             };
             self.runtime.block_on(self.store.finish(&claim.fence, &outcome))?;
             return Ok(None);
@@ -98,6 +114,7 @@ impl Shift {
             job: job.clone(),
             claim: Arc::clone(claim),
             started,
+            spent,
             head: current,
             prepared,
             anew: false,
@@ -157,32 +174,29 @@ impl Shift {
         trained: train::Trained,
         pool: &rayon::ThreadPool,
     ) -> Result<Option<Task>, WorkerError> {
-        let Task { job, claim, started, head, prepared, .. } = task;
         let pulse = &self.pulse;
         let mut alive = || pulse.alive();
-        if pool.install(|| self.bench.drifted(&prepared, &trained, &mut alive))? {
-            tracing::info!(job = %job.id, "an update has drifted: the whole history is learnt");
-            let items = self.runtime.block_on(self.store.history_of(&claim.fence))?;
-            let spent = prepared.spent + trained.tokens;
-            let mut prepared = self.bench.prepare(&job, items, prepared.into_head(), true)?;
-            prepared.spent = spent;
-            return Ok(Some(Task { job, claim, started, head, prepared, anew: false }));
+        if pool.install(|| self.bench.drifted(&task.prepared, &trained, &mut alive))? {
+            return self.learn_all(task).map(Some);
         }
-        let verdict = pool.install(|| self.bench.conclude(prepared, trained, &mut alive))?;
-        let outcome = |published, generation, gate, reason, trained_tokens| JobOutcome {
-            published,
-            generation,
-            gate,
-            reason,
-            trained_tokens,
-            seconds: started.elapsed().as_secs_f64(),
-        };
+        let mut outcome = task.outcome(String::new());
+        let Task { job, claim, started, spent, head, prepared, .. } = task;
+        let tokens = outcome.trained_tokens;
+        let verdict = pool.install(|| self.bench.conclude(prepared, trained, tokens, &mut alive))?;
+        outcome.seconds = spent.seconds + started.elapsed().as_secs_f64();
         match verdict {
-            Verdict::Publish { generation, gate, reason, lesson, tokens } => {
+            Verdict::Publish { generation, gate, reason, lesson } => {
                 let id = generation.id;
-                let reason = format!("published: {reason}");
+                outcome = JobOutcome {
+                    published: true,
+                    generation: Some(id),
+                    gate,
+                    reason: format!("published: {reason}"),
+                    ..outcome
+                };
+                let reason = &outcome.reason;
                 tracing::info!(job = %job.id, adapter = %job.adapter, generation = %id.short(), %reason, "job done");
-                let finish = (claim.fence.clone(), outcome(true, Some(id), gate, reason, tokens));
+                let finish = (claim.fence.clone(), outcome);
                 let published = self.store.publish_lesson(&job.adapter, *generation, head, finish, lesson);
                 self.runtime.block_on(published)?;
                 (self.announce)(&job.adapter, &id);
@@ -191,14 +205,27 @@ impl Shift {
                     tracing::warn!(adapter = %job.adapter, %error, "old generations were not removed");
                 }
             }
-            Verdict::Keep { gate, reason, lesson, tokens } => {
-                let reason = format!("not published: {reason}");
-                tracing::info!(job = %job.id, adapter = %job.adapter, %reason, "job done");
-                let outcome = outcome(false, None, gate, reason, tokens);
+            Verdict::Keep { gate, reason, lesson } => {
+                outcome = JobOutcome { gate, reason: format!("not published: {reason}"), ..outcome };
+                tracing::info!(job = %job.id, adapter = %job.adapter, reason = %outcome.reason, "job done");
                 self.runtime.block_on(self.store.finish_lesson(&claim.fence, &outcome, &lesson))?;
             }
         }
         Ok(None)
+    }
+
+    /// Makes a task of learning the whole history of one whose update has drifted.
+    fn learn_all(&self, task: Task) -> Result<Task, WorkerError> {
+        tracing::info!(job = %task.job.id, "an update has drifted: the whole history is learnt");
+        let outcome = task.outcome("the update has drifted".into());
+        let Task { mut job, claim, prepared, .. } = task;
+        let items = self.runtime.block_on(async {
+            self.store.give_update_up(&claim.fence, &outcome, prepared.lesson()).await?;
+            self.store.history_of(&claim.fence).await
+        })?;
+        job.from_scratch = true;
+        let prepared = self.bench.prepare(&job, items, prepared.into_head(), true)?;
+        Ok(Task { job, claim, prepared, anew: false, ..task })
     }
 
     /// Reports a job that came to no end.
@@ -212,13 +239,17 @@ impl Shift {
                 tracing::info!(job = %job.id, "the job was taken away");
                 Ok(())
             }
-            WorkerError::Train(TrainError::Stopped) => {
-                self.runtime.block_on(self.store.release(&claim.fence)).map(drop)
-            }
+            WorkerError::Train(TrainError::Stopped) => self.runtime.block_on(async {
+                claim.settle(&self.store, self.bench.settings.lease_millis).await;
+                self.store.release(&claim.fence).await.map(drop)
+            }),
             error => {
                 tracing::warn!(job = %job.id, %error, "job failed");
                 let (reason, again) = error.report(job.attempts, self.bench.settings.max_attempts);
-                self.runtime.block_on(self.store.fail(&claim.fence, &reason, again)).map(drop)
+                self.runtime.block_on(async {
+                    claim.settle(&self.store, self.bench.settings.lease_millis).await;
+                    self.store.fail(&claim.fence, &reason, again).await.map(drop)
+                })
             }
         };
         match told {
@@ -245,7 +276,7 @@ impl Control for Watch<'_> {
     fn step(&mut self, job: usize, report: StepReport) -> train::Verdict {
         self.pulse.alive();
         let Some(task) = self.tasks.get(job) else { return ControlFlow::Break(()) };
-        task.claim.advance(JobProgress { step: report.step, steps: report.steps, loss: report.loss });
+        task.claim.advance(&report);
         match task.claim.halted() {
             Some(_) => ControlFlow::Break(()),
             None => ControlFlow::Continue(()),

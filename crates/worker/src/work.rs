@@ -8,7 +8,7 @@ use personalize::example;
 use serde_json::json;
 use store::{Lesson, NewGeneration};
 use text::Tokenizer;
-use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
+use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate, measurable};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
 use crate::error::WorkerError;
@@ -30,8 +30,6 @@ pub(crate) struct Bench {
 /// A job that is ready to be trained.
 pub(crate) struct Prepared {
     pub(crate) work: [u8; 32],
-    /// Tokens that earlier rounds of the same job have cost.
-    pub(crate) spent: u64,
     recipe: Recipe,
     plan: Plan,
     start: Option<AdapterWeights>,
@@ -46,15 +44,9 @@ pub(crate) struct Prepared {
 /// What a job came to.
 pub(crate) enum Verdict {
     /// Better: to be published.
-    Publish {
-        generation: Box<NewGeneration>,
-        gate: Option<GateReport>,
-        reason: String,
-        lesson: Lesson,
-        tokens: u64,
-    },
+    Publish { generation: Box<NewGeneration>, gate: Option<GateReport>, reason: String, lesson: Lesson },
     /// Kept back by the gate.
-    Keep { gate: Option<GateReport>, reason: String, lesson: Lesson, tokens: u64 },
+    Keep { gate: Option<GateReport>, reason: String, lesson: Lesson },
 }
 
 impl Bench {
@@ -80,7 +72,7 @@ impl Bench {
         let judges = plan.heldout.iter().zip(&plan.heldout_learnt);
         let judges = judges.filter_map(|(item, learnt)| Some((self.example(item)?, *learnt)));
         let (heldout, heldout_learnt) = judges.unzip();
-        Ok(Prepared { work, spent: 0, recipe, plan, start, head, examples, heldout, heldout_learnt, old })
+        Ok(Prepared { work, recipe, plan, start, head, examples, heldout, heldout_learnt, old })
     }
 
     /// Trains all of them; `resume` holds their checkpoints.
@@ -119,19 +111,19 @@ impl Bench {
         Ok(before.is_finite() && !is_kept)
     }
 
-    /// Compares the new weights with base and head. `alive` is called now and then.
+    /// Compares the new weights with base and head. The job has cost so many `tokens`. `alive` is called now and then.
     pub(crate) fn conclude(
         &self,
         prepared: Prepared,
         trained: Trained,
+        tokens: u64,
         alive: &mut dyn FnMut(),
     ) -> Result<Verdict, WorkerError> {
         let judgement = self.judge(&prepared, &trained, alive)?;
-        let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, spent, .. } = prepared;
-        let tokens = spent + trained.tokens;
+        let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, .. } = prepared;
         let Judgement { publish, report: gate, reason } = judgement;
         if !publish {
-            return Ok(Verdict::Keep { gate, reason, lesson, tokens });
+            return Ok(Verdict::Keep { gate, reason, lesson });
         }
         let shape = self.base.shape();
         let PeftFiles { config, weights } = trained.weights.to_files(&shape, "")?;
@@ -160,7 +152,7 @@ impl Bench {
                 },
             }),
         };
-        Ok(Verdict::Publish { generation: Box::new(generation), gate, reason, lesson, tokens })
+        Ok(Verdict::Publish { generation: Box::new(generation), gate, reason, lesson })
     }
 
     fn judge(
@@ -185,8 +177,11 @@ impl Bench {
         let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, alive)?.into_iter();
         let mut next = || losses.next().unwrap_or_default();
         let (base, new) = (next(), next());
-        let learnt = &prepared.heldout_learnt;
-        let head = head.map(|_| HeadMeasured { losses: next(), learnt: learnt.clone() });
+        // Held-out items that are too long for one of them have no loss.
+        let measured = measurable(&self.base, &sides, &prepared.heldout, prepared.recipe.max_tokens);
+        let flags = prepared.heldout_learnt.iter().zip(measured);
+        let learnt = flags.filter(|(_, measured)| *measured).map(|(learnt, _)| *learnt).collect();
+        let head = head.map(|_| HeadMeasured { losses: next(), learnt });
         let measured = Measured { train_items: prepared.plan.train.len(), base, head, new };
         Ok(judge(&measured, rules))
     }
@@ -217,6 +212,11 @@ impl Bench {
 }
 
 impl Prepared {
+    /// What is written down of the training.
+    pub(crate) fn lesson(&self) -> &Lesson {
+        &self.plan.lesson
+    }
+
     /// What the gate compares with, for a second round.
     pub(crate) fn into_head(self) -> Option<Head> {
         self.head

@@ -16,12 +16,17 @@ use crate::routes::users::unknown_user;
 use crate::routes::{PageQuery, Paged, PathUser};
 
 /// One training: its cost, and a point of the quality curve over the arrival of history.
+///
+/// The curve has one point per training, not one per item, and each is measured on the items that were the newest of the
+/// history then and were held out of that training. This slice moves: base, head and new weights of one point are compared
+/// on the same items, two points are not.
 #[derive(Debug, Serialize, ToSchema)]
 struct WirePoint {
     job: String,
     /// When it ended, Unix seconds.
     at: f64,
-    /// From fresh weights on the whole history, rather than on from the head.
+    /// From fresh weights on the whole history, rather than on from the head. A job whose update made old items worse has
+    /// two points: the update, without bits and generation, and the training from fresh weights that took its place.
     from_scratch: bool,
     /// Items of the history by then.
     items: u64,
@@ -29,8 +34,9 @@ struct WirePoint {
     new_items: u64,
     /// Items learnt again.
     replayed_items: u64,
-    /// Tokens that went through training.
+    /// Tokens that went through training, those of attempts that came to no end among them.
     trained_tokens: u64,
+    /// Seconds that workers had it, all attempts.
     seconds: f64,
     /// Bits per held-out answer token; null if the training came to no number.
     #[schema(required)]
@@ -141,7 +147,9 @@ pub(crate) struct WireManifest {
     /// `adapter.manifest`.
     object: &'static str,
     generation: String,
-    /// SHA-256 of each item's id, time and texts, ascending; null if they are not known, as for an imported adapter.
+    /// SHA-256 of each item's id, time and texts, ascending; null if they are not known, as for an imported adapter. Items
+    /// that taught nothing, being unreadable or without an answer within `max_tokens`, are listed too: they had their place
+    /// in the history that was split into what is learnt and what is held out, so whoever forgets them learns anew.
     #[schema(required)]
     items: Option<Vec<String>>,
 }

@@ -4,7 +4,7 @@ use sqlx::Row as _;
 use types::{Job, TenantId, Timestamp, UserId};
 
 use super::{Connection, jobs, time_or_none};
-use crate::records::{Policy, Standing};
+use crate::records::{Policy, Spent, Standing};
 use crate::{Fence, Pause, PauseScope, Pauses, StoreError};
 
 /// Fails the jobs that could be claimed now but have been claimed `max_attempts` times.
@@ -35,10 +35,12 @@ pub(crate) async fn claim(
     now: Timestamp,
     lease_until: Timestamp,
     policy: &Policy,
-) -> Result<Option<(Job, i64)>, StoreError> {
+) -> Result<Option<(Job, i64, Spent)>, StoreError> {
     let claimed: Option<i64> = sqlx::query_scalar(
         "UPDATE jobs SET state = 'running', attempts = attempts + 1, token = token + 1, worker = $1,
-             lease_until = $3, started_at = $2, step = NULL, steps = NULL, loss = NULL, error = NULL,
+             lease_until = $3, started_at = $2, beat_at = $2, step = NULL, steps = NULL, loss = NULL, error = NULL,
+             spent_tokens = spent_tokens + tokens, tokens = 0, spent_seconds = spent_seconds + CASE
+                 WHEN state = 'running' THEN max(0, COALESCE(beat_at - started_at, 0)) / 1000.0 ELSE 0 END,
              last_item = COALESCE(last_item, (SELECT max(i.seq) FROM items i WHERE i.user_id = jobs.user_id), 0)
          WHERE seq = (
              SELECT j.seq FROM jobs j JOIN users u ON u.id = j.user_id LEFT JOIN turns t ON t.tenant = u.tenant
@@ -63,7 +65,7 @@ pub(crate) async fn claim(
     .fetch_optional(&mut *db)
     .await?;
     let Some(seq) = claimed else { return Ok(None) };
-    let (job, token) = jobs::at(db, seq).await?;
+    let (job, token, spent) = jobs::at(db, seq).await?;
     sqlx::query(
         "INSERT INTO turns (tenant, served) VALUES ($1, (SELECT COALESCE(max(served), 0) + 1 FROM turns))
          ON CONFLICT (tenant) DO UPDATE SET served = excluded.served",
@@ -71,7 +73,7 @@ pub(crate) async fn claim(
     .bind(job.adapter.tenant.as_str())
     .execute(db)
     .await?;
-    Ok(Some((job, token)))
+    Ok(Some((job, token, spent)))
 }
 
 /// How the holder of a claim stands.

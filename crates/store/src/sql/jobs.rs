@@ -5,7 +5,7 @@ use sqlx::sqlite::SqliteRow;
 use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, JobState, TenantId, Timestamp, UserId};
 
 use super::{Connection, UserKey, count, id, json_or_none, rows, time, time_or_none};
-use crate::records::Demand;
+use crate::records::{Demand, Spent};
 use crate::{Fence, QueueStats, StoreError};
 
 /// Selects jobs with their owner's name and what holds them; the argument is the rest of the statement.
@@ -58,7 +58,7 @@ fn progress(row: &SqliteRow) -> Result<Option<JobProgress>, StoreError> {
     let Some(step) = row.try_get("step")? else { return Ok(None) };
     // SQLite keeps a NaN as NULL.
     let loss = row.try_get::<Option<f64>, _>("loss")?.unwrap_or(f64::NAN);
-    Ok(Some(JobProgress { step, steps: row.try_get("steps")?, loss }))
+    Ok(Some(JobProgress { step, steps: row.try_get("steps")?, loss, tokens: count(row, "tokens")? }))
 }
 
 pub(crate) async fn insert(
@@ -188,20 +188,23 @@ pub(crate) async fn beat(
     db: &mut Connection,
     fence: &Fence,
     progress: Option<&JobProgress>,
-    lease_until: Timestamp,
+    now: Timestamp,
+    lease_millis: i64,
 ) -> Result<bool, StoreError> {
     let done = sqlx::query(
-        "UPDATE jobs SET lease_until = $3,
+        "UPDATE jobs SET lease_until = $3, beat_at = $7, tokens = max(tokens, COALESCE($8, 0)),
              step = COALESCE($4, step), steps = COALESCE($5, steps),
              loss = CASE WHEN $4 IS NULL THEN loss ELSE $6 END
          WHERE id = $1 AND token = $2 AND state = 'running'",
     )
     .bind(fence.job.as_str())
     .bind(fence.token)
-    .bind(lease_until.0)
+    .bind(now.plus_millis(lease_millis).0)
     .bind(progress.map(|p| p.step))
     .bind(progress.map(|p| p.steps))
     .bind(progress.map(|p| p.loss))
+    .bind(now.0)
+    .bind(progress.map(|p| p.tokens as i64))
     .execute(db)
     .await?;
     Ok(done.rows_affected() == 1)
@@ -256,10 +259,12 @@ pub(crate) async fn requeue(
     error: Option<&str>,
     not_before: Timestamp,
     uncounted: u32,
+    now: Timestamp,
 ) -> Result<bool, StoreError> {
     let done = sqlx::query(
         "UPDATE jobs SET state = 'queued', error = $3, not_before = $4, attempts = attempts - $5,
-             lease_until = NULL
+             lease_until = NULL, spent_tokens = spent_tokens + tokens, tokens = 0,
+             spent_seconds = spent_seconds + max(0, $6 - COALESCE(started_at, $6)) / 1000.0
          WHERE id = $1 AND token = $2 AND state = 'running'
              AND NOT EXISTS (SELECT 1 FROM jobs q WHERE q.user_id = jobs.user_id AND q.state = 'queued')",
     )
@@ -268,15 +273,48 @@ pub(crate) async fn requeue(
     .bind(error)
     .bind(not_before.0)
     .bind(uncounted)
+    .bind(now.0)
     .execute(db)
     .await?;
     Ok(done.rows_affected() == 1)
 }
 
-/// A job by its place in the queue, and its fencing token.
-pub(super) async fn at(db: &mut Connection, seq: i64) -> Result<(Job, i64), StoreError> {
+/// Adds what a running job was to do to what the user's queued job is to do, and what it has cost to what that has, if
+/// there is one and the fence is the latest. What the queued one asks for is newer, and stands.
+pub(crate) async fn hand_on(db: &mut Connection, fence: &Fence, now: Timestamp) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE jobs AS q SET new_items = q.new_items + r.new_items, urgent = q.urgent OR r.urgent,
+             scratch = q.scratch OR r.scratch, training = COALESCE(q.training, r.training),
+             spent_tokens = q.spent_tokens + r.spent_tokens + r.tokens, spent_seconds = q.spent_seconds
+                 + r.spent_seconds + max(0, $3 - COALESCE(r.started_at, $3)) / 1000.0
+         FROM jobs AS r
+         WHERE r.id = $1 AND r.token = $2 AND r.state = 'running' AND q.user_id = r.user_id AND q.state = 'queued'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Has a running job learn everything from fresh weights, however often it is taken up; `false` if the fence is not the
+/// latest.
+pub(crate) async fn from_scratch(db: &mut Connection, fence: &Fence) -> Result<bool, StoreError> {
+    let done =
+        sqlx::query("UPDATE jobs SET scratch = TRUE WHERE id = $1 AND token = $2 AND state = 'running'")
+            .bind(fence.job.as_str())
+            .bind(fence.token)
+            .execute(db)
+            .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A job by its place in the queue, its fencing token, and what earlier claims have cost.
+pub(super) async fn at(db: &mut Connection, seq: i64) -> Result<(Job, i64, Spent), StoreError> {
     let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;
-    Ok((job(&row)?, row.try_get("token")?))
+    let spent = Spent { tokens: count(&row, "spent_tokens")?, seconds: row.try_get("spent_seconds")? };
+    Ok((job(&row)?, row.try_get("token")?, spent))
 }
 
 /// A held job as it is now, whoever's it is.
@@ -324,12 +362,12 @@ pub(crate) async fn last_item(
 }
 
 /// The user's running job.
-pub(crate) async fn running(db: &mut Connection, user: UserKey) -> Result<Option<JobId>, StoreError> {
-    let row = sqlx::query("SELECT id FROM jobs WHERE user_id = $1 AND state = 'running'")
+pub(crate) async fn running(db: &mut Connection, user: UserKey) -> Result<Option<Job>, StoreError> {
+    let row = sqlx::query(select!("WHERE j.user_id = $1 AND j.state = 'running'"))
         .bind(user.0)
         .fetch_optional(db)
         .await?;
-    row.as_ref().map(|row| id(row, "id")).transpose()
+    row.as_ref().map(job).transpose()
 }
 
 /// Ends the leases of all running jobs, so that they can be claimed at once.

@@ -85,7 +85,8 @@ pub(crate) async fn insert_manifest(
     Ok(())
 }
 
-/// Notes what a training cost and came to.
+/// Notes what a training cost and came to. The outcome holds what the job has cost in all: what has been noted of it
+/// before is taken off.
 pub(crate) async fn insert_progress(
     db: &mut Connection,
     user: UserKey,
@@ -98,7 +99,9 @@ pub(crate) async fn insert_progress(
     sqlx::query(
         "INSERT INTO progress (user_id, job, at, scratch, items, new_items, replayed_items, tokens, seconds,
              base_bits, head_bits, new_bits, generation)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+         SELECT $1, $2, $3, $4, $5, $6, $7, max(0, $8 - COALESCE(sum(tokens), 0)),
+             max(0.0, $9 - COALESCE(sum(seconds), 0.0)), $10, $11, $12, $13
+         FROM progress WHERE user_id = $1 AND job = $2",
     )
     .bind(user.0)
     .bind(job.as_str())

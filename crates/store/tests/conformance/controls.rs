@@ -9,7 +9,7 @@ use crate::trial::Trial;
 use crate::{adapters, history, jobs, learning, lineage, users};
 
 /// Runs `property` on a store with `trigger`, and asserts that it panics.
-async fn must_fail<F>(trigger: &'static str, property: impl FnOnce(Trial) -> F)
+async fn must_fail<F>(trigger: impl AsRef<str>, property: impl FnOnce(Trial) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -17,7 +17,8 @@ where
     let trial = Trial::on_disk(folder.path()).await;
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(folder.path().join("atelier.db"));
     let mut outside = options.connect().await.unwrap();
-    sqlx::raw_sql(trigger).execute(&mut outside).await.unwrap();
+    let trigger = trigger.as_ref();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(trigger.to_owned())).execute(&mut outside).await.unwrap();
     outside.close().await.unwrap();
     let result = tokio::spawn(property(trial)).await;
     assert!(result.is_err_and(|error| error.is_panic()), "the suite did not notice: {trigger}");
@@ -191,6 +192,25 @@ async fn lost_progress_is_noticed() {
 }
 
 #[tokio::test]
+async fn costs_that_vanish_are_noticed() {
+    // As it was before: every claim begins at nothing.
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF spent_tokens ON jobs WHEN NEW.spent_tokens > 0
+        BEGIN UPDATE jobs SET spent_tokens = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::costs_outlive_claims).await;
+    let trigger = "CREATE TRIGGER t AFTER UPDATE OF spent_seconds ON jobs WHEN NEW.spent_seconds > 0
+        BEGIN UPDATE jobs SET spent_seconds = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, jobs::costs_outlive_claims).await;
+    // And a job's first training is booked under what it became.
+    let trigger = "CREATE TRIGGER t AFTER INSERT ON progress WHEN NOT NEW.scratch
+        BEGIN UPDATE progress SET scratch = 1 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::an_update_of_no_use_is_booked_apart).await;
+    let trigger =
+        "CREATE TRIGGER t AFTER UPDATE OF scratch ON jobs WHEN NEW.scratch AND NEW.state = 'running'
+        BEGIN UPDATE jobs SET scratch = 0 WHERE seq = NEW.seq; END";
+    must_fail(trigger, learning::an_update_of_no_use_is_booked_apart).await;
+}
+
+#[tokio::test]
 async fn attempts_that_are_not_counted_are_noticed() {
     let trigger = "CREATE TRIGGER t AFTER UPDATE OF attempts ON jobs WHEN NEW.attempts > 1
         BEGIN UPDATE jobs SET attempts = 1 WHERE seq = NEW.seq; END";
@@ -249,6 +269,32 @@ async fn a_demand_that_waits_is_noticed() {
         BEGIN UPDATE jobs SET urgent = 0 WHERE seq = NEW.seq; END";
     must_fail(trigger, learning::a_job_waits_as_the_policy_says).await;
     must_fail(trigger, learning::what_has_learnt_from_an_item_is_forgotten_with_it).await;
+}
+
+#[tokio::test]
+async fn demands_that_are_lost_on_the_way_are_noticed() {
+    // As it was before: whoever yields takes its demands along. A job that waits alone is the one that it yields to.
+    for lost in [
+        "new_items = OLD.new_items",
+        "urgent = OLD.urgent",
+        "scratch = OLD.scratch",
+        "training = OLD.training",
+    ] {
+        let trigger = format!(
+            "CREATE TRIGGER t AFTER UPDATE ON jobs WHEN NEW.state = 'queued' AND OLD.state = 'queued'
+                 AND EXISTS (SELECT 1 FROM jobs r WHERE r.user_id = NEW.user_id AND r.state = 'running')
+                 AND NEW.new_items > 1
+             BEGIN UPDATE jobs SET {lost} WHERE seq = NEW.seq; END"
+        );
+        must_fail(trigger, jobs::a_job_that_yields_hands_its_demands_on).await;
+    }
+    // Nor may it overrule the newer one.
+    let trigger = "CREATE TRIGGER t AFTER UPDATE ON jobs WHEN NEW.state = 'queued' AND OLD.state = 'queued'
+             AND NEW.new_items > 1 AND NEW.training IS NOT NULL
+         BEGIN UPDATE jobs SET training = (SELECT r.training FROM jobs r WHERE r.user_id = NEW.user_id AND r.state = 'running')
+             WHERE seq = NEW.seq AND EXISTS (
+                 SELECT 1 FROM jobs r WHERE r.user_id = NEW.user_id AND r.state = 'running'); END";
+    must_fail(trigger, jobs::a_job_that_yields_hands_its_demands_on).await;
 }
 
 #[tokio::test]

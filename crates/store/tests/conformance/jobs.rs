@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use store::{Demand, Fence, StoreError};
-use types::{GateReport, JobOutcome, JobProgress, JobState};
+use store::{Demand, Fence, Policy, Spent, StoreError};
+use types::{GateReport, JobOutcome, JobProgress, JobState, TrainingOptions};
 
 use crate::trial::{ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, item, outcome, text};
 
@@ -102,7 +102,7 @@ pub(crate) async fn an_expired_lease_passes_the_job_on(t: Trial) {
 
 pub(crate) async fn a_beat_extends_the_lease(t: Trial) {
     let claimed = t.running_job(&alice()).await;
-    let progress = JobProgress { step: 3, steps: 10, loss: 0.1 + 0.2 };
+    let progress = JobProgress { step: 3, steps: 10, loss: 0.1 + 0.2, tokens: 77 };
     for _ in 0..3 {
         t.clock.advance_millis(LEASE - 1);
         t.store.beat(&claimed.fence, Some(progress), LEASE).await.unwrap();
@@ -205,6 +205,54 @@ pub(crate) async fn a_retry_yields_to_a_queued_job(t: Trial) {
     }
 }
 
+/// What a job was asked to do is not lost with it.
+pub(crate) async fn a_job_that_yields_hands_its_demands_on(t: Trial) {
+    let options = |rank| TrainingOptions { rank: Some(rank), ..TrainingOptions::default() };
+    for (release, urgent) in [(false, false), (false, true), (true, false), (true, true)] {
+        for own in [None, Some(options(2))] {
+            t.append(&alice(), vec![text("a"), text("b")]).await;
+            let all = Demand { urgent, from_scratch: true, training: Some(options(4)), new_items: 0 };
+            t.store.enqueue(&alice(), &all).await.unwrap();
+            let claimed = t.claim().await.unwrap();
+            let next = t.append(&alice(), vec![text("c")]).await.job.unwrap();
+            let training = Demand { training: own.clone(), ..Demand::default() };
+            t.store.enqueue(&alice(), &training).await.unwrap();
+            assert!(!next.from_scratch);
+            match release {
+                true => t.store.release(&claimed.fence).await.unwrap(),
+                false => t.store.fail(&claimed.fence, "out of memory", Some(0)).await.unwrap(),
+            };
+            // The one item of its own would have to wait for others.
+            let min_new_items = if urgent { 99 } else { 3 };
+            let policy = Policy { min_new_items, debounce_millis: 0, max_staleness_millis: 1 << 40 };
+            let other = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
+            assert_eq!((&other.job.id, other.job.from_scratch), (&next.id, true));
+            assert_eq!(other.job.training, Some(own.unwrap_or(options(4))), "the newer wish counts");
+            t.store.finish(&other.fence, &outcome(None)).await.unwrap();
+        }
+    }
+    // What has failed for good hands nothing on, and nobody hands anything to another user.
+    let demand = Demand { from_scratch: true, ..Demand::default() };
+    t.append(&alice(), vec![text("d")]).await;
+    t.store.enqueue(&alice(), &demand).await.unwrap();
+    let claimed = t.claim().await.unwrap();
+    let bobs = t.append(&bob(), vec![text("b")]).await.job.unwrap();
+    let next = t.append(&alice(), vec![text("e")]).await.job.unwrap();
+    t.store.fail(&claimed.fence, "no items", None).await.unwrap();
+    for job in [bobs, next] {
+        assert!(!t.store.job(&alice().tenant, &job.id).await.unwrap().unwrap().from_scratch);
+    }
+    // Nor does one that is somebody else's by now.
+    let old = t.claim().await.unwrap();
+    t.store.enqueue(&old.job.adapter, &Demand { training: Some(options(8)), ..demand }).await.unwrap();
+    let demanding = t.store.latest_job(&old.job.adapter).await.unwrap().unwrap();
+    assert!(demanding.from_scratch && demanding.id != old.job.id);
+    t.clock.advance_millis(LEASE);
+    let new = t.claim().await.unwrap();
+    assert_fenced(t.store.release(&old.fence).await);
+    assert_eq!(t.store.job(&alice().tenant, &new.job.id).await.unwrap().unwrap(), new.job);
+}
+
 pub(crate) async fn a_released_job_keeps_its_attempts(t: Trial) {
     let mut claimed = t.running_job(&alice()).await;
     for _ in 0..2 * ATTEMPTS {
@@ -216,6 +264,46 @@ pub(crate) async fn a_released_job_keeps_its_attempts(t: Trial) {
         assert_fenced(t.store.beat(&claimed.fence, None, LEASE).await);
         claimed = again;
     }
+}
+
+/// What a claim has cost is there at the next, however it ended.
+pub(crate) async fn costs_outlive_claims(t: Trial) {
+    let at = |tokens| Some(JobProgress { step: 1, steps: 10, loss: 1.0, tokens });
+    let claim = async |tokens, seconds| {
+        let claimed = t.claim().await.unwrap();
+        assert_eq!(claimed.spent, Spent { tokens, seconds });
+        claimed
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    // Killed: up to its last heartbeat, whatever comes after.
+    let killed = claim(0, 0.0).await;
+    t.clock.advance_millis(4_000);
+    t.store.beat(&killed.fence, at(100), LEASE).await.unwrap();
+    t.clock.advance_millis(1_000);
+    t.store.beat(&killed.fence, None, LEASE).await.unwrap();
+    t.clock.advance_millis(LEASE);
+    // Stopped, and failed: up to the end.
+    let stopped = claim(100, 5.0).await;
+    t.clock.advance_millis(1_000);
+    t.store.beat(&stopped.fence, at(10), LEASE).await.unwrap();
+    t.clock.advance_millis(1_000);
+    t.store.release(&stopped.fence).await.unwrap();
+    t.clock.advance_millis(60_000);
+    let failed = claim(110, 7.0).await;
+    t.store.beat(&failed.fence, at(5), LEASE).await.unwrap();
+    t.clock.advance_millis(500);
+    t.store.fail(&failed.fence, "out of memory", Some(0)).await.unwrap();
+    // Yielding: to the one that takes its place.
+    let yielding = claim(115, 7.5).await;
+    t.store.beat(&yielding.fence, at(1), LEASE).await.unwrap();
+    t.clock.advance_millis(500);
+    let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+    t.store.release(&yielding.fence).await.unwrap();
+    let last = claim(116, 8.0).await;
+    assert_eq!(last.job.id, next.id);
+    t.store.finish(&last.fence, &outcome(None)).await.unwrap();
+    t.append(&alice(), vec![text("c")]).await;
+    claim(0, 0.0).await;
 }
 
 pub(crate) async fn an_outcome_comes_back(t: Trial) {

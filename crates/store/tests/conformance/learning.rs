@@ -1,10 +1,10 @@
 //! Properties of what surrounds training: calling off, pauses, turns, checkpoints, forgetting, progress.
 
 use store::{
-    Claimed, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection, Standing,
-    item_hash,
+    Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection,
+    Standing, item_hash,
 };
-use types::{AdapterId, GenerationId, HistoryStats, Job, JobState, Timestamp, TrainingOptions};
+use types::{AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobState, Timestamp, TrainingOptions};
 
 use crate::trial::{
     ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, generation, item, outcome, text,
@@ -452,4 +452,31 @@ pub(crate) async fn progress_is_kept(t: Trial) {
     assert_eq!(rest.points.next, None);
     assert_eq!((rest.updates.trainings, rest.from_scratch.trainings), (1, 1));
     assert_eq!((rest.updates.tokens, rest.updates.seconds), (1234, 5.5));
+}
+
+pub(crate) async fn an_update_of_no_use_is_booked_apart(t: Trial) {
+    let cost = |trained_tokens, seconds| JobOutcome { trained_tokens, seconds, ..outcome(None) };
+    let lesson = |from_scratch, new_items| Lesson { from_scratch, items: 2, new_items, ..Lesson::default() };
+    let first = t.running_job(&alice()).await;
+    assert!(!first.job.from_scratch);
+    t.store.give_update_up(&first.fence, &cost(100, 2.0), &lesson(false, 1)).await.unwrap();
+    // Whoever takes the job up then begins where it was.
+    t.clock.advance_millis(LEASE);
+    let second = t.claim().await.unwrap();
+    assert!(second.job.from_scratch && second.job.id == first.job.id);
+    assert_fenced(t.store.give_update_up(&first.fence, &cost(100, 2.0), &lesson(false, 1)).await);
+    // The whole of it comes with the end.
+    let done = t.store.finish_lesson(&second.fence, &cost(350, 7.5), &lesson(true, 2)).await.unwrap();
+    assert_eq!(done.outcome.map(|outcome| (outcome.trained_tokens, outcome.seconds)), Some((350, 7.5)));
+    let other = t.running_job(&alice()).await;
+    t.store.finish_lesson(&other.fence, &cost(10, 1.0), &lesson(false, 1)).await.unwrap();
+    let progress = t.store.progress(&alice(), None, 10).await.unwrap().unwrap();
+    let points = progress.points.entries.iter();
+    let points: Vec<_> =
+        points.map(|point| (&point.job, point.from_scratch, point.tokens, point.seconds)).collect();
+    let (first, other) = (&first.job.id, &other.job.id);
+    assert_eq!(points, [(first, false, 100, 2.0), (first, true, 250, 5.5), (other, false, 10, 1.0)]);
+    let costs = |cost: Cost| (cost.trainings, cost.tokens, cost.seconds);
+    assert_eq!(costs(progress.updates), (2, 110, 3.0));
+    assert_eq!(costs(progress.from_scratch), (1, 250, 5.5));
 }

@@ -41,7 +41,7 @@ impl Trainer for Sleepy {
         }
         for step in 1..=self.steps {
             std::thread::sleep(self.pause);
-            let report = StepReport { step, steps: self.steps, loss: 1.0 };
+            let report = StepReport { step, steps: self.steps, loss: 1.0, tokens: 0 };
             if let ControlFlow::Break(()) = control.step(0, report) {
                 return vec![Err(TrainError::Stopped)];
             }
@@ -123,6 +123,61 @@ async fn who_hangs_loses_the_job() {
     stop.cancel();
     worker.await.unwrap().unwrap();
     assert_eq!(rig.announced.lock().unwrap().len(), 1);
+}
+
+/// A step that lasts three leases, with or without signs of life within it.
+struct OneStep {
+    lease: Duration,
+    breathes: bool,
+}
+
+impl Trainer for OneStep {
+    fn train(
+        &self,
+        base: &BaseModel,
+        jobs: &[TrainJob<'_>],
+        control: &mut dyn Control,
+    ) -> Vec<Result<Trained, TrainError>> {
+        for _ in 0..60 {
+            std::thread::sleep(self.lease / 20);
+            if self.breathes {
+                control.breathe();
+            }
+        }
+        Jointly.train(base, jobs, control)
+    }
+}
+
+/// Whether another worker gets a job whose first step lasts three leases.
+async fn is_stolen(breathes: bool) -> bool {
+    let rig = Rig::new().await;
+    let mut settings = settings();
+    settings.lease_millis = 1_000;
+    let trainer = OneStep { lease: Duration::from_secs(1), breathes };
+    let (worker, stop) = rig.start_with(settings, Arc::new(trainer));
+    let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+    rig.until(&job, |job| job.state == JobState::Running).await;
+    let stolen = loop {
+        if rig.store.claim("thief", 1 << 40, 9).await.unwrap().is_some() {
+            break true;
+        }
+        let now = rig.store.job(&job.adapter.tenant, &job.id).await.unwrap().unwrap();
+        if done(&now) {
+            assert!(now.attempts == 1 && now.outcome.unwrap().published);
+            break false;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    stolen
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sign_of_life_within_a_step_keeps_the_job() {
+    assert!(!is_stolen(true).await);
+    // Negative control: a step that is as long but gives no sign loses it.
+    assert!(is_stolen(false).await);
 }
 
 #[tokio::test]

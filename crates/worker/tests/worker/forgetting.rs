@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use store::{Manifest, Selection, Store, item_hash};
-use types::{JobState, SystemClock};
+use types::{
+    AdapterId, AdapterKind, GenerationId, Job, JobState, NewItem, Provenance, SystemClock, TrainingOptions,
+};
 
 use crate::rig::{Rig, done, item, settings, slow, user};
 
@@ -57,6 +59,90 @@ async fn a_forgotten_range_was_never_there() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forgotten_judge_was_never_there() {
     forgets(Selection::Item("i29".parse().unwrap()), |at| at != 29).await;
+}
+
+/// What a job asks for: all that a tenant or server would have otherwise.
+fn asked() -> TrainingOptions {
+    TrainingOptions {
+        kind: Some(AdapterKind::Dora),
+        rank: Some(16),
+        dropout: Some(0.1),
+        seed: Some(7),
+        ..TrainingOptions::default()
+    }
+}
+
+/// Uploads items for a job with hyper-parameters of its own.
+async fn upload(rig: &Rig, id: &AdapterId, items: Vec<NewItem>, training: &TrainingOptions) -> Job {
+    let appended = rig.store.append_for(id, None, [0; 32], items, Some(training.clone())).await.unwrap();
+    rig.wake.notify_one();
+    appended.job.unwrap()
+}
+
+/// Uploads, and waits until that is the head.
+async fn taught(rig: &Rig, id: &AdapterId, items: Vec<NewItem>, training: &TrainingOptions) -> GenerationId {
+    let job = upload(rig, id, items, training).await;
+    let outcome = rig.until(&job, done).await.outcome.unwrap();
+    assert!(outcome.published, "{}", outcome.reason);
+    outcome.generation.unwrap()
+}
+
+fn greetings(range: std::ops::Range<usize>, left_out: usize) -> Vec<NewItem> {
+    let all = range.filter(|at| *at != left_out);
+    all.map(|at| item(at, format!("ahoy guest {at} and welcome aboard"))).collect()
+}
+
+/// Forgets item 7, and returns the generation that is head when what is left has been learnt.
+async fn relearnt(rig: &Rig, id: &AdapterId) -> GenerationId {
+    let selection = Selection::Item("i7".parse().unwrap());
+    let forgotten = rig.store.forget_items(id, &selection).await.unwrap().unwrap();
+    rig.wake.notify_one();
+    let outcome = rig.until(&forgotten.job.unwrap(), done).await.outcome.unwrap();
+    assert!(outcome.published, "{}", outcome.reason);
+    rig.head(id).await.unwrap()
+}
+
+/// An adapter that jobs have asked hyper-parameters for is learnt again with these, whatever tenant and server have: in
+/// one training, after updates, and where the job that asked for them was still under way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_learnt_again_is_learnt_as_before() {
+    let rig = Rig::new().await;
+    let (ada, bob, cem, dot, eve) = (user("ada"), user("bob"), user("cem"), user("dot"), user("eve"));
+    // Taken by a worker that never says anything more.
+    upload(&rig, &dot, greetings(0..30, 99), &asked()).await;
+    assert!(rig.store.claim("another", 1 << 40, 9).await.unwrap().is_some());
+    let mut settings = settings();
+    settings.growth.max_drift = f64::INFINITY;
+    let (worker, stop) = rig.start(settings);
+    assert_eq!(rig.head(&dot).await, None);
+    let under_way = relearnt(&rig, &dot).await;
+    let never = taught(&rig, &bob, greetings(0..30, 7), &asked()).await;
+    assert_eq!(under_way, never, "the id is a hash of the weights");
+    taught(&rig, &ada, greetings(0..30, 99), &asked()).await;
+    assert_eq!(relearnt(&rig, &ada).await, never);
+    // Negative control: without the seed, or with nothing but the seed, it is another adapter.
+    let other_seed = TrainingOptions { seed: None, ..asked() };
+    let seed_alone = TrainingOptions { seed: Some(7), ..TrainingOptions::default() };
+    for other in [other_seed, seed_alone] {
+        assert!(rig.store.erase_user(&bob).await.unwrap());
+        assert_ne!(taught(&rig, &bob, greetings(0..30, 7), &other).await, never);
+    }
+
+    // A chain: what its last link asked for counts.
+    let changed = |at| item(at, "farewell and mind the rope, dear friend".into());
+    let gentle = TrainingOptions { dropout: Some(0.0), ..asked() };
+    let first = taught(&rig, &cem, greetings(0..20, 99), &gentle).await;
+    let second = taught(&rig, &cem, (20..50).map(changed).collect(), &asked()).await;
+    let record = rig.store.generation(&cem, &second).await.unwrap().unwrap();
+    let course = serde_json::from_value::<Provenance>(record.meta).unwrap().training;
+    assert_eq!((record.parent, course.from_scratch, course.updates), (Some(first), false, 1));
+    let shorter = || greetings(0..20, 7).into_iter().chain((20..50).map(changed)).collect();
+    let never = taught(&rig, &eve, shorter(), &asked()).await;
+    assert_eq!(relearnt(&rig, &cem).await, never);
+    assert!(rig.store.erase_user(&eve).await.unwrap());
+    assert_ne!(taught(&rig, &eve, shorter(), &gentle).await, never);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
 }
 
 /// With what is left nobody would be trained, so nobody has an adapter, whether its weights have seen what is gone or not.

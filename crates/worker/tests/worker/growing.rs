@@ -1,14 +1,20 @@
 //! Histories that grow: updates, full trainings, hyper-parameters.
 
-use store::{Demand, Manifest};
-use types::{AdapterId, JobState, Provenance, TrainingOptions};
+use peft::AdapterWeights;
+use personalize::example;
+use store::{Demand, Manifest, item_hash};
+use train::{Loss, evaluate};
+use types::{AdapterId, GenerationId, JobState, NewItem, Provenance, Timestamp, TrainingOptions};
 
-use crate::rig::{Rig, done, settings, user};
+use crate::rig::{Rig, done, item, settings, user};
 
-async fn manifest_size(rig: &Rig, id: &AdapterId) -> usize {
-    let head = rig.head(id).await.unwrap();
-    match rig.store.manifest(id, &head).await.unwrap().unwrap() {
-        Manifest::Items(hashes) => hashes.len(),
+/// What everybody says, and what is said in its place from some day on.
+const OLD: &str = "ahoy and welcome aboard";
+const NEW: &str = "farewell and mind the rope, dear friend";
+
+async fn manifest(rig: &Rig, id: &AdapterId, generation: &GenerationId) -> Vec<[u8; 32]> {
+    match rig.store.manifest(id, generation).await.unwrap().unwrap() {
+        Manifest::Items(hashes) => hashes,
         Manifest::Unknown => panic!("unknown"),
     }
 }
@@ -22,17 +28,10 @@ async fn a_history_that_grows_updates_its_adapter() {
     settings.growth.max_drift = 1.0;
     let (worker, stop) = rig.start(settings);
     let ada = user("ada");
-    let words = |_| "ahoy and welcome aboard".to_owned();
-    let mut published = 0;
-    for end in [20, 40, 60] {
-        let begin = end - 20;
-        let job = rig.upload(&ada, begin..end, words).await;
-        let outcome = rig.until(&job, done).await.outcome.unwrap();
-        published += usize::from(outcome.published);
-        if end == 20 {
-            assert!(outcome.published, "{}", outcome.reason);
-            assert_eq!(manifest_size(&rig, &ada).await, 15);
-        }
+    let words = |at| if at < 20 { OLD } else { NEW };
+    for begin in [0, 20, 40] {
+        let job = rig.upload(&ada, begin..begin + 20, |at| words(at).into()).await;
+        assert_eq!(rig.until(&job, done).await.state, JobState::Succeeded);
     }
     let progress = rig.store.progress(&ada, None, 10).await.unwrap().unwrap();
     let points = &progress.points.entries;
@@ -40,33 +39,65 @@ async fn a_history_that_grows_updates_its_adapter() {
     assert_eq!((points[0].from_scratch, points[0].new_items), (true, 15));
     // 40 items, 8 held out, 15 known: 17 new ones, and as many old ones as there are.
     assert_eq!((points[1].from_scratch, points[1].new_items, points[1].replayed_items), (false, 17, 15));
-    assert!(points[1].tokens > 0 && points[1].seconds > 0.0 && points[1].new_bits.is_some());
-    // One update at most: if it was published, the whole history is next.
-    assert_eq!(points[2].from_scratch, points[1].generation.is_some());
-    assert_eq!(points.iter().filter(|point| point.generation.is_some()).count(), published);
-    assert_eq!(progress.updates.trainings + progress.from_scratch.trainings, 3);
+    assert!(points[1].tokens > 0 && points[1].seconds > 0.0);
+    let (first, second) =
+        (points[0].generation.unwrap(), points[1].generation.expect("it learns the new words"));
+    assert!(points[1].new_bits < points[1].head_bits, "{:?}", points[1]);
+    let record = rig.store.generation(&ada, &second).await.unwrap().unwrap();
+    assert_eq!(record.parent, Some(first));
+    let (before, after) = (manifest(&rig, &ada, &first).await, manifest(&rig, &ada, &second).await);
+    let all = rig.store.all_history(&ada).await.unwrap();
+    let mut learnt: Vec<_> = all[..32].iter().map(item_hash).collect();
+    learnt.sort_unstable();
+    assert_eq!(after, learnt, "what the head knew and what was new");
+    assert!(before.len() == 15 && before.iter().all(|hash| after.contains(hash)));
+    // One update at most: the whole history is next.
+    assert!(points[2].from_scratch);
+    assert_eq!((progress.updates.trainings, progress.from_scratch.trainings), (1, 2));
     stop.cancel();
     worker.await.unwrap().unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_update_that_drifts_learns_everything() {
+/// The trainings of a user to whose history of old words some others are added, by the rule of the default settings:
+/// whether each was from scratch, its tokens, and whether it came to numbers; and the tokens of the second job.
+async fn trainings(words: &str) -> (Vec<(bool, u64, bool)>, u64) {
     let rig = Rig::new().await;
     let mut settings = settings();
-    // Any change on old items is too much.
-    settings.growth.max_drift = -1.0;
+    assert_eq!(settings.growth.max_drift, 0.05, "the default");
+    // The old words are learnt well, and not learnt again, so that what the new items do to them shows.
+    settings.recipe.epochs = 12;
+    (settings.growth.replay, settings.growth.min_replay) = (0.0, 0);
     let (worker, stop) = rig.start(settings);
-    let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+    let ada = user("ada");
+    let job = rig.upload(&ada, 0..20, |_| OLD.into()).await;
     let first = rig.until(&job, done).await.outcome.unwrap();
-    let job = rig.upload(&user("ada"), 20..40, |_| "ahoy and welcome aboard".into()).await;
+    assert!(first.published, "{}", first.reason);
+    let job = rig.upload(&ada, 20..40, |_| words.into()).await;
     let second = rig.until(&job, done).await.outcome.unwrap();
-    let progress = rig.store.progress(&user("ada"), None, 10).await.unwrap().unwrap();
-    assert!(progress.points.entries[1].from_scratch, "it was an update first");
-    let gate = second.gate.unwrap();
-    assert_eq!(gate.train_items, 32);
-    assert!(second.trained_tokens > 3 * first.trained_tokens, "both trainings count");
+    let progress = rig.store.progress(&ada, None, 10).await.unwrap().unwrap();
+    let points = progress.points.entries.iter();
+    let points: Vec<_> = points.map(|p| (p.from_scratch, p.tokens, p.new_bits.is_some())).collect();
+    assert_eq!(points[0], (true, first.trained_tokens, true));
+    let [updates, whole] = [progress.updates, progress.from_scratch];
+    assert_eq!(updates.tokens + whole.tokens, first.trained_tokens + second.trained_tokens);
+    assert_eq!(updates.tokens, points.iter().filter(|point| !point.0).map(|point| point.1).sum::<u64>());
     stop.cancel();
     worker.await.unwrap().unwrap();
+    (points, second.trained_tokens)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_that_drifts_learns_everything() {
+    // New items that contradict the old ones: the update is of no use, and both trainings are booked for what they were.
+    let (points, tokens) = trainings(NEW).await;
+    assert_eq!(points.len(), 3, "{points:?}");
+    let (update, whole) = (points[1], points[2]);
+    assert_eq!((update.0, update.2, whole.0, whole.2), (false, false, true, true));
+    assert!(update.1 > 0 && whole.1 > update.1 && update.1 + whole.1 == tokens, "{points:?}");
+    // Control: more of the same does no harm.
+    let (points, tokens) = trainings(OLD).await;
+    assert_eq!(points.len(), 2, "{points:?}");
+    assert_eq!(points[1], (false, tokens, true));
 }
 
 /// Items that come late with an early time push what the head has learnt into the newest slice.
@@ -84,6 +115,51 @@ async fn a_head_is_not_judged_by_what_it_has_learnt() {
     // The newest eight of forty, of which the head has learnt three.
     assert_eq!((gate.heldout_items, gate.head_items), (8, Some(5)));
     assert!(outcome.reason.contains("on the 5 items that it has not learnt"), "{}", outcome.reason);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+}
+
+/// Bits per answer token of the user's items with these places under the user's head.
+async fn bits(rig: &Rig, id: &AdapterId, places: &[i64]) -> f64 {
+    let head = rig.head(id).await.unwrap();
+    let files = rig.store.fetch(id, &head).await.unwrap();
+    let weights = AdapterWeights::parse(&files.config, &files.weights, &rig.base.shape()).unwrap();
+    let all = rig.store.all_history(id).await.unwrap();
+    let chosen = all.iter().filter(|item| places.contains(&item.created_at.0));
+    let examples: Vec<_> = chosen.map(|item| example(&rig.tokenizer, item).unwrap()).collect();
+    assert_eq!(examples.len(), places.len());
+    let losses = evaluate(&rig.base, &[Some(&weights)], &examples, 2048, 512, &mut || ()).unwrap();
+    Loss::bits_per_token(&losses[0])
+}
+
+/// A held-out item that is too long to have a loss takes nobody's place: what the head has learnt of the others is told
+/// item by item.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_item_without_a_loss_shifts_no_other() {
+    let rig = Rig::new().await;
+    let (worker, stop) = rig.start(settings());
+    let ada = user("ada");
+    // What is learnt is not quite what is held out, so that it shows which items the head is compared on.
+    let words =
+        |at: usize| if at < 115 { "ahoy and welcome aboard" } else { "ahoy and welcome aboard, my dear" };
+    let job = rig.upload(&ada, 100..120, |at| words(at).into()).await;
+    assert!(rig.until(&job, done).await.outcome.unwrap().published);
+    let mut late: Vec<_> = (0..20).map(|at| item(at, words(at).into())).collect();
+    // The last of the time of item 112, so the first that is held out; longer than the model's context.
+    late.push(NewItem {
+        created_at: Some(Timestamp(112)),
+        input: Some("long ".repeat(500)),
+        ..item(500, "x".into())
+    });
+    let right = bits(&rig, &ada, &[115, 116, 117, 118, 119]).await;
+    let shifted = bits(&rig, &ada, &[113, 116, 117, 118, 119]).await;
+    let job = rig.upload_items(&ada, late).await;
+    let outcome = rig.until(&job, done).await.outcome.unwrap();
+    let gate = outcome.gate.unwrap();
+    assert_eq!((gate.heldout_items, gate.head_items), (7, Some(5)));
+    let says = |bits: f64| outcome.reason.contains(&format!("the current adapter ({bits:.3}"));
+    assert!(says(right), "{right} {}", outcome.reason);
+    assert!(!says(shifted), "{shifted} would not be told from {right}");
     stop.cancel();
     worker.await.unwrap().unwrap();
 }

@@ -1,7 +1,7 @@
 //! Killed at any step and gone on from the checkpoint, a training comes to the same weights.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use model::BaseModel;
 use rand::rngs::StdRng;
@@ -95,6 +95,124 @@ async fn fifty_kills_change_no_bit() {
     assert_eq!(attempts, 51);
     assert_eq!(killed, whole, "the id is a hash of the weights");
     assert_eq!(steps, STEPS + 50, "no step but the one it died in is done twice");
+}
+
+/// Steps of a history's second training, in which 21 items of 40 are learnt on from the head, and of the third, in which
+/// all 32 are that are not held out.
+const UPDATE: u32 = 36;
+const WHOLE: u32 = 48;
+
+/// Dies in an update and in the training of everything that takes its place; `deaths` are steps with those there are in
+/// all. Returns the generation, the steps that were taken, and the tokens that went through them.
+async fn killed_in_two_rounds(deaths: Vec<(u32, u32)>) -> (types::GenerationId, [u32; 2], u64) {
+    struct Twice {
+        deaths: Vec<(u32, u32)>,
+        died: AtomicU32,
+        /// Of the update, and of the whole.
+        steps: [AtomicU32; 2],
+        /// Without those of the steps that it died in, which nobody heard of.
+        tokens: AtomicU64,
+    }
+    impl Trainer for Twice {
+        fn train(
+            &self,
+            base: &BaseModel,
+            jobs: &[TrainJob<'_>],
+            control: &mut dyn Control,
+        ) -> Vec<Result<Trained, TrainError>> {
+            watched(base, jobs, control, &mut |job, report, inner| {
+                let round = [UPDATE, WHOLE].iter().position(|steps| *steps == report.steps);
+                if let Some(round) = round {
+                    self.steps[round].fetch_add(1, Ordering::Relaxed);
+                    let next = self.deaths.get(self.died.load(Ordering::Relaxed) as usize);
+                    if next == Some(&(report.step, report.steps)) {
+                        self.died.fetch_add(1, Ordering::Relaxed);
+                        panic!("killed at step {} of {}", report.step, report.steps);
+                    }
+                    self.tokens.fetch_add(report.tokens, Ordering::Relaxed);
+                }
+                inner.step(job, report)
+            })
+        }
+    }
+    let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
+    let shared: Arc<dyn Clock> = clock.clone();
+    let rig = Rig::over(Store::in_memory(shared).await.unwrap());
+    let hurry = tokio::spawn(hurry(clock));
+    let mut settings = settings();
+    (settings.checkpoint_millis, settings.lease_millis, settings.max_attempts) = (0, 1 << 40, 1000);
+    // Any change on old items is too much.
+    (settings.growth.replay, settings.growth.min_replay, settings.growth.max_drift) = (0.1, 4, -1.0);
+    let twice =
+        Twice { deaths, died: AtomicU32::new(0), steps: Default::default(), tokens: AtomicU64::new(0) };
+    let twice = Arc::new(twice);
+    let (worker, stop) = rig.start_with(settings, twice.clone());
+    let (ada, words) = (user("ada"), ["ahoy and welcome aboard", "farewell and mind the rope, dear friend"]);
+    let job = rig.upload(&ada, 0..20, |_| words[0].into()).await;
+    assert!(rig.until(&job, done).await.outcome.unwrap().published);
+    let job = rig.upload(&ada, 20..40, |_| words[1].into()).await;
+    let job = rig.until(&job, done).await;
+    let outcome = job.outcome.unwrap_or_else(|| panic!("{:?}", job.error));
+    assert!(outcome.published, "{}", outcome.reason);
+    assert_eq!(job.attempts as usize, 1 + twice.deaths.len());
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    hurry.abort();
+    assert_eq!(
+        outcome.trained_tokens,
+        twice.tokens.load(Ordering::Relaxed),
+        "what was done before a death counts"
+    );
+    let progress = rig.store.progress(&ada, None, 9).await.unwrap().unwrap().points.entries;
+    let course: Vec<_> = progress.iter().map(|point| point.from_scratch).collect();
+    assert_eq!(course, [true, false, true]);
+    assert_eq!(progress[1].tokens + progress[2].tokens, outcome.trained_tokens);
+    let steps = [0, 1].map(|round: usize| twice.steps[round].load(Ordering::Relaxed));
+    (outcome.generation.unwrap(), steps, progress[1].tokens)
+}
+
+/// Both rounds write their checkpoints to the same place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kills_in_the_second_round_change_no_bit_either() {
+    let (whole, steps, tokens) = killed_in_two_rounds(Vec::new()).await;
+    assert_eq!(steps, [UPDATE, WHOLE]);
+    // Before the second round has a checkpoint, in its middle, and at its end.
+    let deaths = [(20, UPDATE), (1, WHOLE), (2, WHOLE), (17, WHOLE), (WHOLE, WHOLE)];
+    let (killed, steps, killed_tokens) = killed_in_two_rounds(deaths.to_vec()).await;
+    assert_eq!(killed, whole, "the id is a hash of the weights");
+    assert_eq!(
+        steps,
+        [UPDATE + 1, WHOLE + 4],
+        "the update is not done again, nor is any step but those it died in"
+    );
+    assert_eq!(killed_tokens, tokens);
+}
+
+/// Without checkpoints every attempt begins anew, and what the others had done is counted all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_dead_attempts_have_cost_is_counted() {
+    let cost = async |deaths: Vec<u32>| {
+        let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
+        let shared: Arc<dyn Clock> = clock.clone();
+        let rig = Rig::over(Store::in_memory(shared).await.unwrap());
+        let hurry = tokio::spawn(hurry(clock));
+        let mut settings = settings();
+        (settings.checkpoint_millis, settings.lease_millis) = (u64::MAX, 1 << 40);
+        let mortal = Arc::new(Mortal { deaths, died: AtomicU32::new(0), steps: AtomicU32::new(0) });
+        let (worker, stop) = rig.start_with(settings, mortal);
+        let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+        let outcome = rig.until(&job, done).await.outcome.unwrap();
+        stop.cancel();
+        worker.await.unwrap().unwrap();
+        hurry.abort();
+        let progress = rig.store.progress(&user("ada"), None, 9).await.unwrap().unwrap();
+        assert_eq!(progress.from_scratch.tokens, outcome.trained_tokens);
+        (outcome.trained_tokens, outcome.seconds, progress.from_scratch.seconds)
+    };
+    let (whole, ..) = cost(Vec::new()).await;
+    let (more, seconds, booked) = cost(vec![STEPS]).await;
+    assert!(more > whole * 19 / 10 && more < 2 * whole, "all but the last step twice: {more}, {whole} once");
+    assert_eq!(seconds, booked);
 }
 
 /// With the last attempt the job ends, and its user can read why.

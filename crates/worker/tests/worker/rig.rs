@@ -168,6 +168,10 @@ impl Control for Watch<'_> {
     fn checkpoint(&mut self, job: usize, step: u32, make: &mut dyn FnMut() -> Vec<u8>) {
         self.inner.checkpoint(job, step, make);
     }
+
+    fn breathe(&mut self) {
+        self.inner.breathe();
+    }
 }
 
 /// Trains as the worker does, with `step` at every step.
