@@ -84,17 +84,18 @@ async fn who_is_slow_but_advances_keeps_the_job() {
     let folder = tempfile::tempdir().unwrap();
     let rig = Rig::over(Store::open(folder.path(), Arc::new(SystemClock)).await.unwrap());
     let mut settings = settings();
-    settings.lease_millis = 400;
-    let (worker, stop) = rig.start_with(settings, Arc::new(Sleepy::new(12, 150, false)));
+    // Long enough for a busy machine, and half of what the job takes.
+    settings.lease_millis = 1_500;
+    let (worker, stop) = rig.start_with(settings, Arc::new(Sleepy::new(12, 300, false)));
     let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
     rig.until(&job, |job| job.state == JobState::Running).await;
-    let blocked = tokio::spawn(async { std::thread::sleep(Duration::from_millis(900)) });
+    let blocked = tokio::spawn(async { std::thread::sleep(Duration::from_millis(2_500)) });
     // From another runtime, as another process would.
     let other = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (store, handle) = (rig.store.clone(), other.handle().clone());
     let thief = std::thread::spawn(move || {
         let mut stolen = 0;
-        for _ in 0..40 {
+        for _ in 0..80 {
             std::thread::sleep(Duration::from_millis(40));
             stolen += usize::from(handle.block_on(store.claim("thief", 1, 9)).unwrap().is_some());
         }
