@@ -200,7 +200,7 @@ impl Store {
     /// # Errors
     /// If the database fails.
     pub async fn head(&self, adapter: &AdapterId) -> Result<Option<GenerationRecord>, StoreError> {
-        let found = sql::generations::head_of(&mut *self.reader().await?, adapter).await?;
+        let found = sql::generations::find_of(&mut *self.reader().await?, adapter, None).await?;
         Ok(found.map(|head| {
             let id = head.id;
             head.into_record(Some(id))
@@ -268,7 +268,7 @@ impl Store {
     ) -> Result<[Vec<u8>; N], StoreError> {
         let mut seen = None;
         loop {
-            let generation = sql::generations::find_of(&mut *self.reader().await?, adapter, id).await?;
+            let generation = sql::generations::find_of(&mut *self.reader().await?, adapter, Some(id)).await?;
             let generation = generation.ok_or_else(|| StoreError::not_found("generation", id))?;
             match self.read_files(&generation, wanted, rest).await {
                 // The files may just have been deleted or replaced: then the row says so now.

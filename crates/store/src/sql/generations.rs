@@ -76,35 +76,19 @@ pub(crate) async fn find(
     row.as_ref().map(generation).transpose()
 }
 
-/// The head of an owner.
-pub(crate) async fn head_of(
-    db: &mut Connection,
-    adapter: &AdapterId,
-) -> Result<Option<Generation>, StoreError> {
-    let row = sqlx::query(
-        "SELECT generations.* FROM users JOIN generations ON user_id = users.id AND generations.id = head
-         WHERE tenant = $1 AND name = $2",
-    )
-    .bind(adapter.tenant.as_str())
-    .bind(adapter.owner.to_string())
-    .fetch_optional(db)
-    .await?;
-    row.as_ref().map(generation).transpose()
-}
-
-/// One generation of an owner.
+/// One generation of an owner; without an id, the head.
 pub(crate) async fn find_of(
     db: &mut Connection,
     adapter: &AdapterId,
-    id: &GenerationId,
+    id: Option<&GenerationId>,
 ) -> Result<Option<Generation>, StoreError> {
     let row = sqlx::query(
         "SELECT generations.* FROM users JOIN generations ON user_id = users.id
-         WHERE tenant = $1 AND name = $2 AND generations.id = $3",
+         WHERE tenant = $1 AND name = $2 AND generations.id = COALESCE($3, head)",
     )
     .bind(adapter.tenant.as_str())
     .bind(adapter.owner.to_string())
-    .bind(id.as_bytes().as_slice())
+    .bind(id.map(|id| id.as_bytes().as_slice()))
     .fetch_optional(db)
     .await?;
     row.as_ref().map(generation).transpose()
