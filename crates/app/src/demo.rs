@@ -134,7 +134,7 @@ async fn measure(context: &DemoContext, api: &Api, people: &[Person]) -> anyhow:
         let (mut by_base, mut by_adapters) = (Vec::new(), Vec::new());
         for examples in &kept {
             let losses = evaluate(&base, &sides, examples, 2048, 512, &mut || ())?;
-            let mut bits = losses.iter().map(|losses| Loss::bits_per_token(losses));
+            let mut bits = losses.iter().map(|losses| Loss::bits_per_token(losses.iter().flatten()));
             by_base.extend(bits.next());
             by_adapters.push(bits.collect());
         }

@@ -27,9 +27,9 @@ pub struct Loss {
 impl Loss {
     /// Bits per token over several examples; NaN if they have no token.
     #[must_use]
-    pub fn bits_per_token(losses: &[Self]) -> f64 {
-        let nats: f64 = losses.iter().map(|loss| loss.nats).sum();
-        let tokens: usize = losses.iter().map(|loss| loss.tokens).sum();
+    pub fn bits_per_token<'a>(losses: impl IntoIterator<Item = &'a Self>) -> f64 {
+        let add = |(nats, tokens): (f64, usize), loss: &Self| (nats + loss.nats, tokens + loss.tokens);
+        let (nats, tokens) = losses.into_iter().fold((0.0, 0), add);
         nats / tokens as f64 / std::f64::consts::LN_2
     }
 }
@@ -45,22 +45,9 @@ fn room(base: &BaseModel, adapters: &[Option<&AdapterWeights>], max_tokens: usiz
     max_tokens.min(base.config().context.saturating_sub(most))
 }
 
-/// For each example, whether [`evaluate`] has a loss of it.
-#[must_use]
-pub fn measurable(
-    base: &BaseModel,
-    adapters: &[Option<&AdapterWeights>],
-    examples: &[Example],
-    max_tokens: usize,
-) -> Vec<bool> {
-    let room = room(base, adapters, max_tokens);
-    let cut = Cut { max_tokens: room, limit: room, virtual_tokens: 0, share: false };
-    examples.iter().map(|example| cut.is_useful(example)).collect()
-}
-
-/// For each adapter, `None` being the base alone, the loss of every example's answer, in order; examples without an
-/// answer within `max_tokens` give none: [`measurable`] says which. An adapter's virtual tokens go before every example.
-/// All adapters see the same tokens of the examples: what the context leaves beside the most virtual tokens of one.
+/// For each adapter, `None` being the base alone, the loss of every example's answer; `None` for an example without an
+/// answer within `max_tokens`. An adapter's virtual tokens go before every example. All adapters see the same tokens of
+/// the examples, and so have a loss of the same: what the context leaves beside the most virtual tokens of one.
 ///
 /// The examples that begin alike compute their beginning once, and all adapters share the passes, of
 /// `micro_batch_tokens` rows each. `breathe` is called between the blocks of a pass.
@@ -74,7 +61,7 @@ pub fn evaluate(
     max_tokens: usize,
     micro_batch_tokens: usize,
     breathe: &mut dyn FnMut(),
-) -> Result<Vec<Vec<Loss>>, TrainError> {
+) -> Result<Vec<Vec<Option<Loss>>>, TrainError> {
     let params = |adapter: &Option<&AdapterWeights>| match adapter {
         Some(weights) => Params::of(weights, base),
         None => Ok(Params::none(base)),
@@ -101,8 +88,7 @@ pub fn evaluate(
         .map(|(params, loss)| Member { params, grads: &mut [], dropout: None, share: 0.0, loss })
         .collect();
     let mut pool = Pool::default();
-    // With each loss the index of its example: chunks have them in an order of their own.
-    let mut measured: Vec<Vec<(usize, Loss)>> = params.iter().map(|_| Vec::new()).collect();
+    let mut measured = vec![vec![None; examples.len()]; params.len()];
     while !waiting.is_empty() {
         let chunks = next_pass(&mut waiting, micro_batch_tokens);
         let mut pack = Pack::default();
@@ -115,11 +101,10 @@ pub fn evaluate(
             for &index in chunk.bundles.iter().flat_map(|bundle| &bundle.examples) {
                 let (own, others) = rest.split_at(cut(&params[*at]).answers(&examples[index]));
                 let nats = own.iter().map(|loss| f64::from(*loss)).sum();
-                measured[*at].push((index, Loss { nats, tokens: own.len() }));
+                measured[*at][index] = Some(Loss { nats, tokens: own.len() });
                 rest = others;
             }
         }
     }
-    measured.iter_mut().for_each(|losses| losses.sort_unstable_by_key(|(index, _)| *index));
-    Ok(measured.into_iter().map(|losses| losses.into_iter().map(|(_, loss)| loss).collect()).collect())
+    Ok(measured)
 }

@@ -25,7 +25,7 @@ mod site;
 mod trainer;
 
 pub use error::TrainError;
-pub use evaluate::{Loss, evaluate, measurable};
+pub use evaluate::{Loss, evaluate};
 pub use optimiser::Adam;
 pub use params::row_squares;
 pub use recipe::{Recipe, learning_rate};

@@ -211,11 +211,12 @@ fn fifty_steps_of_every_kind_equal_torch() {
         let difference = difference(&trained.weights, base, &last);
         assert!(difference < 1e-4, "weights after the last step: {difference}");
         let losses = evaluate(base, &[Some(&trained.weights)], &examples, 100, 1000, &mut || ()).unwrap();
-        let tokens = losses[0].iter().map(|loss| loss.tokens).sum::<usize>() as f64;
-        let nats = losses[0].iter().map(|loss| loss.nats).sum::<f64>() / tokens;
+        let losses: Vec<Loss> = losses.into_iter().flatten().flatten().collect();
+        let tokens = losses.iter().map(|loss| loss.tokens).sum::<usize>() as f64;
+        let nats = losses.iter().map(|loss| loss.nats).sum::<f64>() / tokens;
         let expected = json["loss_after_last_step"].as_f64().unwrap();
         assert!((nats - expected).abs() < 1e-4, "{nats} instead of {expected}");
-        assert!((Loss::bits_per_token(&losses[0]) - expected / std::f64::consts::LN_2).abs() < 2e-4);
+        assert!((Loss::bits_per_token(&losses) - expected / std::f64::consts::LN_2).abs() < 2e-4);
     });
 }
 
@@ -316,15 +317,29 @@ fn losses_are_those_of_serving() {
                 let adapter = weights.map(build);
                 assert_eq!(losses.len(), examples.len());
                 for (example, loss) in examples.iter().zip(losses) {
+                    let loss = loss.unwrap();
                     let served = served(&base, adapter.as_ref(), example);
                     assert!((loss.nats - served).abs() < 1e-4, "{name}: {} instead of {served}", loss.nats);
                     assert_eq!(loss.tokens, example.tokens.len() - example.answer_start);
                 }
             }
             // Negative control: adapters and examples are told apart.
-            let differ =
-                |a: &[Loss], b: &[Loss]| a.iter().zip(b).all(|(a, b)| (a.nats - b.nats).abs() > 1e-3);
+            let differ = |a: &[Option<Loss>], b: &[Option<Loss>]| {
+                let mut pairs = a.iter().flatten().zip(b.iter().flatten());
+                pairs.all(|(a, b)| (a.nats - b.nats).abs() > 1e-3)
+            };
             assert!(differ(&losses[0], &losses[1]) && differ(&losses[1], &losses[2]), "{name}");
+            // One whose answer begins too late has none; the others have theirs.
+            let shortest = examples.iter().map(|example| example.answer_start).min().unwrap();
+            let cut =
+                evaluate(&base, &weights, &examples, shortest + 1, micro_batch_tokens, &mut || ()).unwrap();
+            for losses in &cut {
+                let late = |(example, loss): (&Example, &Option<Loss>)| {
+                    loss.is_some() == (example.answer_start <= shortest)
+                };
+                assert!(examples.iter().zip(losses).all(late), "{name}: {losses:?}");
+                assert!(losses.contains(&None), "{name}: all begin alike");
+            }
         }
         let beyond = [Example { tokens: vec![1, 1 << 30, 2], answer_start: 1 }];
         assert!(evaluate(&base, &[None], &beyond, 100, 64, &mut || ()).is_err());

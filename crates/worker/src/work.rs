@@ -8,7 +8,7 @@ use personalize::example;
 use serde_json::json;
 use store::{Lesson, NewGeneration};
 use text::Tokenizer;
-use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate, measurable};
+use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
 use crate::error::WorkerError;
@@ -105,7 +105,8 @@ impl Bench {
         }
         let both = [Some(start), Some(&trained.weights)];
         let losses = self.measure(&both, &prepared.old, &prepared.recipe, alive)?;
-        let [before, after] = [&losses[0], &losses[1]].map(|losses| Loss::bits_per_token(losses));
+        let [before, after] =
+            [&losses[0], &losses[1]].map(|losses| Loss::bits_per_token(losses.iter().flatten()));
         // Nothing to measure on gives NaN on both sides, and no drift.
         let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
         Ok(before.is_finite() && !is_kept)
@@ -177,12 +178,13 @@ impl Bench {
         let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, alive)?.into_iter();
         let mut next = || losses.next().unwrap_or_default();
         let (base, new) = (next(), next());
-        // Held-out items that are too long for one of them have no loss.
-        let measured = measurable(&self.base, &sides, &prepared.heldout, prepared.recipe.max_tokens);
-        let flags = prepared.heldout_learnt.iter().zip(measured);
-        let learnt = flags.filter(|(_, measured)| *measured).map(|(learnt, _)| *learnt).collect();
-        let head = head.map(|_| HeadMeasured { losses: next(), learnt });
-        let measured = Measured { train_items: prepared.plan.train.len(), base, head, new };
+        let flags = prepared.heldout_learnt.iter().zip(&new);
+        let learnt = flags.filter(|(_, loss)| loss.is_some()).map(|(learnt, _)| *learnt).collect();
+        // Held-out items that are too long for one of them have no loss under any.
+        let known = |losses: Vec<Option<Loss>>| losses.into_iter().flatten().collect();
+        let head = head.map(|_| HeadMeasured { losses: known(next()), learnt });
+        let train_items = prepared.plan.train.len();
+        let measured = Measured { train_items, base: known(base), head, new: known(new) };
         Ok(judge(&measured, rules))
     }
 
@@ -205,7 +207,7 @@ impl Bench {
         examples: &[Example],
         recipe: &Recipe,
         alive: &mut dyn FnMut(),
-    ) -> Result<Vec<Vec<Loss>>, WorkerError> {
+    ) -> Result<Vec<Vec<Option<Loss>>>, WorkerError> {
         let Recipe { max_tokens, micro_batch_tokens, .. } = recipe;
         Ok(evaluate(&self.base, adapters, examples, *max_tokens, *micro_batch_tokens, alive)?)
     }

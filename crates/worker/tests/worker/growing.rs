@@ -129,7 +129,7 @@ async fn bits(rig: &Rig, id: &AdapterId, places: &[i64]) -> f64 {
     let examples: Vec<_> = chosen.map(|item| example(&rig.tokenizer, item).unwrap()).collect();
     assert_eq!(examples.len(), places.len());
     let losses = evaluate(&rig.base, &[Some(&weights)], &examples, 2048, 512, &mut || ()).unwrap();
-    Loss::bits_per_token(&losses[0])
+    Loss::bits_per_token(losses[0].iter().flatten())
 }
 
 /// A held-out item that is too long to have a loss takes nobody's place: what the head has learnt of the others is told
