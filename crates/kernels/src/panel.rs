@@ -108,6 +108,10 @@ macro_rules! tiles {
             $run::<$l, $f, $middle>($panel, $x, row, $sink);
             row += $middle;
         }
+        if row + 3 <= $x.rows {
+            $run::<$l, $f, 3>($panel, $x, row, $sink);
+            row += 3;
+        }
         if row + 2 <= $x.rows {
             $run::<$l, $f, 2>($panel, $x, row, $sink);
             row += 2;
