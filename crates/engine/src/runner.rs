@@ -11,7 +11,7 @@ use model::{BaseModel, BatchInput, KvPool, Logits, Runtime};
 use peft::AdapterBatch;
 
 use crate::blocks::BlockPool;
-use crate::guest::{Guest, Host};
+use crate::guest::{Guest, Host, Rows};
 use crate::request::{Event, Generate, TokenSink};
 use crate::sampler::Scratch;
 use crate::scheduler::{Blocks, Scheduler, Step, Work};
@@ -146,14 +146,17 @@ impl Runner {
         let mut held = Held { pool: &mut self.blocks, kv: &mut self.kv, sequences: &mut self.sequences };
         self.scheduler.plan(&mut held, &mut step);
         let guest = self.guest.is_there();
-        let rows = step.work.iter().map(|work| work.tokens).sum();
+        let rows = Rows {
+            all: step.work.iter().map(|work| work.tokens).sum(),
+            tokens: step.work.iter().filter(|work| work.sample).count(),
+        };
         let threads = if guest { self.host.threads(rows) } else { self.runtime.threads() };
         self.runtime.keep(threads);
         let begun = Instant::now();
         self.carry_out(&step);
         let seconds = begun.elapsed().as_secs_f64();
         self.host.measured(rows, threads, seconds);
-        let pause = if guest { self.host.pause(threads, seconds) } else { None };
+        let pause = if guest { self.host.pause(rows, threads, seconds) } else { None };
         self.step = step;
         pause
     }
@@ -161,7 +164,10 @@ impl Runner {
     /// Leaves all threads to the guest, until somebody arrives.
     fn pause(&mut self, pause: Duration) {
         self.runtime.keep(1);
-        if let Ok(arrival) = self.inbox.recv_timeout(pause) {
+        let begun = Instant::now();
+        let arrival = self.inbox.recv_timeout(pause);
+        self.host.paused(begun.elapsed().as_secs_f64());
+        if let Ok(arrival) = arrival {
             self.add(arrival);
         }
     }
