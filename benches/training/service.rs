@@ -251,7 +251,8 @@ impl Site {
             clients.spawn(async move {
                 let mut tokens = 0;
                 while start.elapsed() < time {
-                    site.ask("nobody", &format!("{client} and {tokens} are"), ANSWER).await?;
+                    site.ask(&format!("client-{client}"), &format!("{client} and {tokens} are"), ANSWER)
+                        .await?;
                     tokens += u64::from(ANSWER);
                 }
                 anyhow::Ok(tokens)
@@ -276,9 +277,11 @@ impl Site {
             let site = self.clone();
             let at = start + Duration::from_secs_f64(due);
             let prompt = format!("Of {} things, the", rng.random_range(0..1000));
+            // Somebody else each time: one user has few requests at once.
+            let visitor = format!("visitor-{}", asks.len());
             asks.spawn(async move {
                 tokio::time::sleep_until(at.into()).await;
-                site.ask("nobody", &prompt, ANSWER).await
+                site.ask(&visitor, &prompt, ANSWER).await
             });
         }
         let mut gaps = Vec::new();
