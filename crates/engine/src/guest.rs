@@ -8,7 +8,7 @@
 //! pauses between steps as long as that holds too; where it is less than the floor, in any case.
 //!
 //! What is given makes more requests run at once, and those make steps longer: a rule that took that for the measure
-//! would give ever more, the less there is. So steps count with the rows that they would have had ([`Host::undelayed`]).
+//! would give ever more, the less there is. So steps count with the rows that they would have had (`Host::undelayed`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
