@@ -108,7 +108,8 @@ impl Host {
         Self { threads, floor, times, longest, cost: GUESS, tokens, between, owed: 0.0, due: 0.0 }
     }
 
-    /// The times of steps of about so many rows: of each number up to sixteen, then four entries for each power of two.
+    /// Where the times of steps of about so many rows are: an entry for each number below sixteen, then four for each power
+    /// of two.
     fn at(&self, rows: usize) -> usize {
         let rows = rows.max(1);
         let power = rows.ilog2() as usize;
@@ -120,13 +121,16 @@ impl Host {
         &mut self.times[self.at(rows)]
     }
 
+    /// Seconds that a step of so many rows takes if it lends; `None` if what it takes on all threads is unknown.
+    fn lending(&self, rows: usize) -> Option<f64> {
+        let times = &self.times[self.at(rows)];
+        times.all.map(|all| times.lending.unwrap_or(all * self.cost))
+    }
+
     /// Seconds that a step of so many rows takes if it lends where it may.
-    fn expected(&mut self, rows: usize) -> Option<f64> {
-        let (most, cost) = (self.longest * COST, self.cost);
-        let times = self.of(rows);
-        let all = times.all?;
-        let lending = times.lending.unwrap_or(all * cost);
-        Some(if lending <= most { lending } else { all })
+    fn expected(&self, rows: usize) -> Option<f64> {
+        let lending = self.lending(rows).filter(|lending| *lending <= self.longest * COST);
+        lending.or(self.times[self.at(rows)].all)
     }
 
     /// Seconds that a step of so many rows takes on all threads, or one of less.
@@ -148,13 +152,12 @@ impl Host {
     /// Threads that a step runs on while a guest is there.
     pub(crate) fn threads(&mut self, rows: Rows) -> usize {
         let (most, cost) = (self.longest * COST, self.cost);
+        let lending = self.lending(rows.all);
         let times = self.of(rows.all);
         times.steps = times.steps.wrapping_add(1);
         let measure = times.steps.is_multiple_of(MEASURE);
-        let lends = times.all.is_some_and(|all| {
-            let expected = all * cost;
-            if times.lending.unwrap_or(expected) <= most { !measure } else { measure && expected <= most }
-        });
+        let may_measure = measure && times.all.is_some_and(|all| all * cost <= most);
+        let lends = lending.is_some_and(|lending| if lending <= most { !measure } else { may_measure });
         if lends { self.threads.div_ceil(2) } else { self.threads }
     }
 
@@ -393,7 +396,7 @@ mod tests {
         let mut host = Host::new(2, 0.2);
         host.idle(10.0);
         let until = (0..1000).position(|_| 0.01 + step(&mut host) > 0.01 * (COST + 0.02));
-        assert!(until.is_some_and(|steps| steps > 20), "{until:?}");
+        assert!(until.is_some_and(|steps| steps > 40), "{until:?}");
     }
 
     #[test]
