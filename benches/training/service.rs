@@ -155,7 +155,7 @@ async fn beside(site: &Site, items: &Items, seconds: u64, runs: usize) -> anyhow
 
 struct Answer {
     generation: String,
-    /// Milliseconds between pieces of text.
+    /// Milliseconds between tokens.
     gaps: Vec<f64>,
 }
 
@@ -220,7 +220,7 @@ impl Site {
     async fn ask(&self, user: &str, prompt: &str, answer: u32) -> anyhow::Result<Answer> {
         let body = json!({
             "model": self.model, "user": user, "prompt": prompt, "max_tokens": answer, "temperature": 0,
-            "ignore_eos": true, "stream": true,
+            "ignore_eos": true, "stream": true, "logprobs": 0,
         });
         let mut response = self
             .client
@@ -231,14 +231,27 @@ impl Site {
             .error_for_status()?;
         let generation = response.headers().get("x-atelier-generation").and_then(|value| value.to_str().ok());
         let generation = generation.unwrap_or_default().to_owned();
-        let mut pieces = Vec::new();
+        let (mut gaps, mut last, mut held) = (Vec::new(), None::<Instant>, Vec::new());
         while let Some(bytes) = response.chunk().await? {
-            // An event a token.
-            if bytes.starts_with(b"data: {") {
-                pieces.push(Instant::now());
+            let now = Instant::now();
+            held.extend_from_slice(&bytes);
+            let whole = held.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+            let mut tokens = 0;
+            for line in held.drain(..whole).as_slice().split(|byte| *byte == b'\n') {
+                let event = line.strip_prefix(b"data: ").filter(|event| event.starts_with(b"{"));
+                let Some(event) = event else { continue };
+                let event: Value = serde_json::from_slice(event)?;
+                tokens += event["choices"][0]["logprobs"]["tokens"].as_array().map_or(0, Vec::len);
+            }
+            // The tokens that make one character come together: they share the time.
+            if let (Some(last), 1..) = (last, tokens) {
+                let gap = (now - last).as_secs_f64() * 1e3 / tokens as f64;
+                gaps.extend(std::iter::repeat_n(gap, tokens));
+            }
+            if tokens > 0 {
+                last = Some(now);
             }
         }
-        let gaps = pieces.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
         Ok(Answer { generation, gaps })
     }
 
