@@ -28,6 +28,8 @@ const UPLOAD: usize = 50;
 const ALLOWED: f64 = 60.0;
 /// Passes over the history that keeps the trainer busy; it is cancelled in the end.
 const PASSES: u32 = 20;
+/// Items of an optimiser step of that training: short ones, as its rate is known at their ends.
+const BATCH: u32 = 4;
 /// How often training's progress is looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 
@@ -128,17 +130,18 @@ async fn beside(site: &Site, items: &Items, seconds: u64, runs: usize) -> anyhow
     let (mut with, mut without, mut kept, mut lone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for run in 0..runs as u64 {
         without.push(percentile(&load(run).await?, 0.99).context("no gaps")?);
-        let options = json!({ "epochs": PASSES });
+        let options = json!({ "epochs": PASSES, "batch": BATCH });
         let job = site.upload(&format!("learner-{run}"), items, options).await?;
-        while site.step(&job).await? < 2.0 {
+        let before = site.trained().await?;
+        while site.trained().await? == before {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let quiet = async {
             tokio::time::sleep(Duration::from_secs(seconds)).await;
             Ok(())
         };
-        lone.push(site.pace(&job, quiet).await?.1);
-        let (gaps, pace) = site.pace(&job, load(run)).await?;
+        lone.push(site.pace(quiet).await?.1);
+        let (gaps, pace) = site.pace(load(run)).await?;
         with.push(percentile(&gaps, 0.99).context("no gaps")?);
         kept.push(pace);
         ensure!(site.job(&job).await?["status"] == "running", "the training ended before the measurement");
@@ -148,8 +151,7 @@ async fn beside(site: &Site, items: &Items, seconds: u64, runs: usize) -> anyhow
     Ok(vec![
         Row::paired(format!("p99 between tokens {at}, training on / off, ms"), &with, &without)
             .goal(Goal::AtMost(1.25)),
-        Row::paired(format!("training, optimiser steps a second {at} / alone"), &kept, &lone)
-            .goal(Goal::AtLeast(0.5)),
+        Row::paired(format!("training, tokens a second {at} / alone"), &kept, &lone).goal(Goal::AtLeast(0.5)),
     ])
 }
 
@@ -181,17 +183,17 @@ impl Site {
         Ok(response.error_for_status()?.json().await?)
     }
 
-    async fn step(&self, job: &str) -> anyhow::Result<f64> {
-        Ok(self.job(job).await?["progress"]["step"].as_f64().unwrap_or(0.0))
+    /// Tokens that training has gone through.
+    async fn trained(&self) -> anyhow::Result<f64> {
+        let response = self.client.get(format!("{}/metrics", self.base)).send().await?;
+        let text = response.error_for_status()?.text().await?;
+        let value = text.lines().find_map(|line| line.strip_prefix("atelier_training_tokens_total "));
+        value.and_then(|value| value.parse().ok()).context("the metrics do not say what has been trained")
     }
 
-    /// What `beside` gives, and the optimiser steps a second of a job meanwhile: from the end of the first step to the end of
-    /// the last, as a step may take a good part of the time.
-    async fn pace<T>(
-        &self,
-        job: &str,
-        beside: impl Future<Output = anyhow::Result<T>>,
-    ) -> anyhow::Result<(T, f64)> {
+    /// What `beside` gives, and the tokens a second that training goes through meanwhile: from the end of its first
+    /// optimiser step to the end of the last.
+    async fn pace<T>(&self, beside: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<(T, f64)> {
         let (running, mut ended) = oneshot::channel::<()>();
         let beside = async {
             let result = beside.await;
@@ -199,20 +201,18 @@ impl Site {
             result
         };
         let watch = async {
-            let (start, first) = (Instant::now(), self.step(job).await?);
-            let mut ends = vec![(start, first)];
+            let mut last = self.trained().await?;
+            let mut ends = Vec::new();
             while ended.try_recv() == Err(TryRecvError::Empty) {
                 tokio::time::sleep(GLANCE).await;
-                let step = self.step(job).await?;
-                if ends.last().is_some_and(|(_, last)| *last < step) {
-                    ends.push((Instant::now(), step));
+                let now = self.trained().await?;
+                if now > last {
+                    ends.push((Instant::now(), now));
+                    last = now;
                 }
             }
-            let seconds = |from: Instant, to: Instant| (to - from).as_secs_f64();
-            Ok(match (&ends[..], ends.last()) {
-                ([_, (from, before), _, ..], Some((to, after))) => (after - before) / seconds(*from, *to),
-                (_, last) => last.map_or(0.0, |(_, after)| (after - first) / seconds(start, Instant::now())),
-            })
+            let [(from, before), .., (to, after)] = ends[..] else { bail!("no two optimiser steps ended") };
+            Ok((after - before) / (to - from).as_secs_f64())
         };
         tokio::try_join!(beside, watch)
     }

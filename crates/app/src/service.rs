@@ -118,6 +118,8 @@ impl Service {
                 let stats = serving.stats();
                 stats.running + stats.waiting > 0
             };
+            let counted = metrics.clone();
+            let worker = worker.reporting(Arc::new(move |step| counted.training_step(step.tokens)));
             let worker = worker.beside(Arc::new(load), Arc::new(move || Box::new(guest.visit())));
             Some(tokio::spawn(worker.run(Arc::clone(&on_upload), stop.clone())))
         };

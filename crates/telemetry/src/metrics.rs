@@ -51,6 +51,8 @@ struct Inner {
     adapter_load_seconds: Histogram,
     history_items: Counter,
     history_duplicates: Counter,
+    training_steps: Counter,
+    training_tokens: Counter,
 }
 
 impl Default for Metrics {
@@ -73,6 +75,8 @@ impl Metrics {
             adapter_load_seconds: Histogram::default(),
             history_items: Counter::default(),
             history_duplicates: Counter::default(),
+            training_steps: Counter::default(),
+            training_tokens: Counter::default(),
         };
         let registry = &mut inner.registry;
         registry.register(
@@ -106,6 +110,16 @@ impl Metrics {
             "atelier_history_duplicates",
             "History items that were there already",
             inner.history_duplicates.clone(),
+        );
+        registry.register(
+            "atelier_training_steps",
+            "Optimiser steps done, of all jobs",
+            inner.training_steps.clone(),
+        );
+        registry.register(
+            "atelier_training_tokens",
+            "Tokens that training has gone through",
+            inner.training_tokens.clone(),
         );
         Self(Arc::new(inner))
     }
@@ -142,6 +156,12 @@ impl Metrics {
     pub fn history(&self, accepted: u64, duplicates: u64) {
         self.0.history_items.inc_by(accepted);
         self.0.history_duplicates.inc_by(duplicates);
+    }
+
+    /// A training has done an optimiser step.
+    pub fn training_step(&self, tokens: u64) {
+        self.0.training_steps.inc();
+        self.0.training_tokens.inc_by(tokens);
     }
 
     /// Everything in OpenMetrics text, media type [`Metrics::MEDIA_TYPE`].

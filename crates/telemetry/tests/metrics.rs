@@ -47,6 +47,8 @@ fn names_and_values() {
     metrics.per_token(0.02);
     metrics.adapter_load(0.03);
     metrics.history(5, 2);
+    metrics.training_step(300);
+    metrics.training_step(200);
     let text = metrics.render(&snapshot()).expect("renders");
     for line in [
         "vllm:num_requests_waiting 3.0",
@@ -73,6 +75,8 @@ fn names_and_values() {
         r#"atelier_jobs{state="queued"} 4"#,
         r#"atelier_jobs{state="running"} 1"#,
         "atelier_oldest_queued_job_seconds 2.5",
+        "atelier_training_steps_total 2",
+        "atelier_training_tokens_total 500",
         r#"atelier_requests_total{method="GET",route="/v1/users/{user}",status="404"} 1"#,
         r#"atelier_request_seconds_bucket{le="0.005",method="GET",route="/v1/users/{user}"} 1"#,
         r#"atelier_request_seconds_bucket{le="+Inf",method="GET",route="/v1/users/{user}"} 2"#,

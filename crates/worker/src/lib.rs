@@ -20,6 +20,6 @@ pub use error::WorkerError;
 pub use gate::{HeadMeasured, Judgement, Measured, judge};
 pub use paired::chance;
 pub use patience::Load;
-pub use run::{Announce, Worker};
+pub use run::{Announce, OnStep, Worker};
 pub use settings::{GateRules, Growth, Settings};
 pub use trainer::{Jointly, Trainer};

@@ -9,6 +9,7 @@ use store::{Claimed, Store, StoreError};
 use text::Tokenizer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use train::StepReport;
 use types::{AdapterId, GenerationId, Job};
 
 use crate::error::WorkerError;
@@ -21,6 +22,9 @@ use crate::work::Bench;
 
 /// Called when a head has moved.
 pub type Announce = Arc<dyn Fn(&AdapterId, &GenerationId) + Send + Sync>;
+
+/// Called after each optimiser step.
+pub type OnStep = Arc<dyn Fn(&StepReport) + Send + Sync>;
 
 /// One worker: takes some jobs at a time.
 pub struct Worker {
@@ -41,7 +45,8 @@ impl Worker {
         settings: Settings,
         announce: Announce,
     ) -> Self {
-        let bench = Bench { base, tokenizer, settings, trainer: Arc::new(Jointly) };
+        let on_step: OnStep = Arc::new(|_| ());
+        let bench = Bench { base, tokenizer, settings, trainer: Arc::new(Jointly), on_step };
         Self { store, bench, announce, load: None, visits: None }
     }
 
@@ -49,6 +54,13 @@ impl Worker {
     #[must_use]
     pub fn with_trainer(mut self, trainer: Arc<dyn Trainer>) -> Self {
         self.bench.trainer = trainer;
+        self
+    }
+
+    /// The worker with somebody to tell of every optimiser step.
+    #[must_use]
+    pub fn reporting(mut self, on_step: OnStep) -> Self {
+        self.bench.on_step = on_step;
         self
     }
 

@@ -13,7 +13,7 @@ use crate::error::WorkerError;
 use crate::heartbeat::{Claim, Halt, Pulse};
 use crate::patience::Patience;
 use crate::plan::Head;
-use crate::run::Announce;
+use crate::run::{Announce, OnStep};
 use crate::work::{Bench, Prepared, Verdict};
 
 /// What the training thread works with.
@@ -141,6 +141,7 @@ impl Shift {
                 store: &self.store,
                 runtime: &self.runtime,
                 pulse: &self.pulse,
+                on_step: &self.bench.on_step,
                 patience: &mut self.patience,
                 every: Duration::from_millis(self.bench.settings.checkpoint_millis),
                 saved: vec![Instant::now(); tasks.len()],
@@ -266,6 +267,7 @@ struct Watch<'a> {
     store: &'a Store,
     runtime: &'a Handle,
     pulse: &'a Pulse,
+    on_step: &'a OnStep,
     patience: &'a mut Patience,
     tasks: &'a [Task],
     every: Duration,
@@ -277,6 +279,7 @@ impl Control for Watch<'_> {
         self.pulse.alive();
         let Some(task) = self.tasks.get(job) else { return ControlFlow::Break(()) };
         task.claim.advance(&report);
+        (self.on_step)(&report);
         match task.claim.halted() {
             Some(_) => ControlFlow::Break(()),
             None => ControlFlow::Continue(()),

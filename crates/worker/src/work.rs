@@ -16,6 +16,7 @@ use crate::gate::{HeadMeasured, Judgement, Measured, judge};
 use crate::norm::insane;
 use crate::options;
 use crate::plan::{Head, Plan, plan, work_hash};
+use crate::run::OnStep;
 use crate::settings::Settings;
 use crate::trainer::Trainer;
 
@@ -25,6 +26,7 @@ pub(crate) struct Bench {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) settings: Settings,
     pub(crate) trainer: Arc<dyn Trainer>,
+    pub(crate) on_step: OnStep,
 }
 
 /// A job that is ready to be trained.
