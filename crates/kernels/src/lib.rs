@@ -9,6 +9,7 @@
 #![expect(clippy::needless_range_loop, reason = "rows and lanes run through several arrays at once")]
 
 mod ahead;
+mod apart;
 mod attention;
 mod buffer;
 mod format;

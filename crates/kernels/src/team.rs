@@ -8,6 +8,8 @@ use std::thread::{JoinHandle, Thread};
 
 use rayon::prelude::*;
 
+use crate::apart::Apart;
+
 /// Runs independent tasks on several threads.
 pub trait Workers: Sync {
     /// Threads that may work at once.
@@ -50,6 +52,7 @@ pub struct Team {
 
 #[derive(Debug, Default)]
 struct Shared {
+    apart: Apart,
     state: AtomicU64,
     /// Threads that have left the round they joined.
     left: AtomicUsize,
@@ -79,6 +82,7 @@ impl Shared {
 
     /// A helper's life: join a round, work, leave, wait for the next.
     fn serve(&self, index: usize) {
+        self.apart.register(index);
         let mut seen = 0;
         let mut idle = 0u32;
         while !self.stop.load(Ordering::Acquire) {
@@ -143,13 +147,16 @@ impl Team {
     /// # Errors
     /// When a thread cannot be started.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let helpers = threads.max(1) - 1;
-        let shared = Arc::new(Shared { helpers: AtomicUsize::new(helpers), ..Shared::default() });
+        let threads = threads.max(1);
+        let helpers = threads - 1;
+        let shared =
+            Shared { apart: Apart::new(threads), helpers: AtomicUsize::new(helpers), ..Shared::default() };
+        let shared = Arc::new(shared);
         let start = |index| {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new().name(format!("team-{index}")).spawn(move || shared.serve(index - 1))
         };
-        let threads = (1..threads.max(1)).map(start).collect::<Result<Vec<_>, _>>()?;
+        let threads = (1..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let handles = threads.iter().map(|thread| thread.thread().clone()).collect();
         Ok(Self { shared, threads, handles })
     }
@@ -158,6 +165,9 @@ impl Team {
     /// turn of the waiting loop, and leave their cores to somebody else. What is computed does not depend on it.
     pub fn keep(&self, threads: usize) {
         let helpers = (threads.max(1) - 1).min(self.threads.len());
+        if helpers > 0 {
+            self.shared.apart.keep();
+        }
         let before = self.shared.helpers.swap(helpers, Ordering::AcqRel);
         // Those who sleep between rounds and now sit out are no longer among the sleepers.
         self.handles[before.min(helpers)..before.max(helpers)].iter().for_each(Thread::unpark);
@@ -167,6 +177,11 @@ impl Team {
     #[must_use]
     pub fn size(&self) -> usize {
         self.threads.len() + 1
+    }
+
+    #[cfg(all(test, target_os = "linux"))]
+    pub(crate) fn apart(&self) -> &Apart {
+        &self.shared.apart
     }
 
     fn wake(&self) {
@@ -188,6 +203,7 @@ impl Workers for Team {
             return;
         }
         let shared = &*self.shared;
+        shared.apart.keep();
         let state = shared.state.load(Ordering::Relaxed);
         assert!(state & OPEN == 0, "a team's round within a round");
         shared.next.store(0, Ordering::Relaxed);
