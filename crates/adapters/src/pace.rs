@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// While requests run, work takes one part in so many of one core. What it takes is at most added to the time of a step.
-const PARTS: u32 = 10;
+const PARTS: u32 = 20;
 /// Work at a stretch.
 const STRETCH: Duration = Duration::from_micros(250);
 /// Work that goes at once when there was none for a while.
-const SAVED: Duration = Duration::from_micros(2_000);
+const SAVED: Duration = Duration::from_micros(500);
 /// What a piece counts for at most: one that took longer waited for a core itself, which must not make it wait again.
 const MOST: Duration = Duration::from_millis(5);
 

@@ -3,7 +3,7 @@
 //!
 //! A step with few rows waits for memory more than for arithmetic: half of the threads do it in less than twice the time.
 //! The engine measures in how much, and while a guest is there it leaves half of the threads' cores to it in every step
-//! that then takes hardly longer than the longest steps of late would take if nothing were given: whoever is served gets
+//! that then takes no longer than the longest steps of late would take if nothing were given: whoever is served gets
 //! most tokens later, but hardly waits longer for any than before. Where that is less than a fair share, the engine
 //! pauses between steps as long as that holds too; where it is less than the floor, in any case.
 //!
@@ -18,8 +18,6 @@ use std::time::Duration;
 const LONGEST: f64 = 0.99;
 /// The last so many tokens are those of late.
 const LATE: f64 = 2000.0;
-/// What a step that lends may take, and a pause with the step after it, beside the longest of late.
-const COST: f64 = 1.1;
 /// What lending costs a step, where it has never been measured.
 const GUESS: f64 = 1.6;
 /// Of the steps that could lend, one in so many does not, so that what they take on all threads stays known; and of
@@ -33,8 +31,9 @@ const SLOW: f64 = 1.0 / 64.0;
 const FAIR: f64 = 0.5;
 /// A pause shorter than this is saved up.
 const LEAST_PAUSE: f64 = 1e-3;
-/// Seconds of all threads that are remembered as given too much or too little.
+/// Seconds of all threads that are remembered as given too much or too little, of a fair share and of the floor.
 const MEMORY: f64 = 0.1;
+const FLOOR_MEMORY: f64 = 2.0;
 
 /// Says to the engine whether a guest is there. Clones speak of the same.
 #[derive(Debug, Clone, Default)]
@@ -131,7 +130,7 @@ impl Host {
 
     /// Seconds that a step of so many rows takes if it lends where it may.
     fn expected(&self, rows: usize) -> Option<f64> {
-        let lending = self.lending(rows).filter(|lending| *lending <= self.longest * COST);
+        let lending = self.lending(rows).filter(|lending| *lending <= self.longest);
         lending.or(self.times[self.at(rows)].all)
     }
 
@@ -178,7 +177,7 @@ impl Host {
 
     /// Threads that a step runs on while a guest is there.
     pub(crate) fn threads(&mut self, rows: Rows) -> usize {
-        let (most, cost) = (self.longest * COST, self.cost);
+        let (most, cost) = (self.longest, self.cost);
         let lending = self.lending(rows.all);
         let times = self.of(rows.all);
         times.steps = times.steps.wrapping_add(1);
@@ -214,9 +213,9 @@ impl Host {
         // A pause gives all threads, and its own time counts. It is one after which the next tokens come as late as others
         // do; a longer one when what is due can be put off no more.
         let next = self.expected(rows.tokens).unwrap_or(seconds);
-        let mut pause = f64::min(self.owed / (all * (1.0 - fair)), self.longest * COST - next);
+        let mut pause = f64::min(self.owed / (all * (1.0 - fair)), self.longest - next);
         // Half of what is remembered is for what comes in between.
-        if self.due >= MEMORY * all / 2.0 {
+        if self.due >= FLOOR_MEMORY * all / 2.0 {
             pause = pause.max(2.0 * seconds * self.floor / (1.0 - self.floor));
         }
         Some(pause).filter(|pause| *pause >= LEAST_PAUSE).map(Duration::from_secs_f64)
@@ -241,9 +240,9 @@ impl Host {
 
     /// So many seconds of a thread were given beyond a fair share, and beyond the floor.
     fn give(&mut self, fair: f64, floor: f64) {
-        let most = MEMORY * self.threads as f64;
-        self.owed = (self.owed - fair).clamp(-most, most);
-        self.due = (self.due - floor).clamp(-most, most);
+        let [fair_most, floor_most] = [MEMORY, FLOOR_MEMORY].map(|seconds| seconds * self.threads as f64);
+        self.owed = (self.owed - fair).clamp(-fair_most, fair_most);
+        self.due = (self.due - floor).clamp(-floor_most, floor_most);
     }
 }
 
@@ -251,9 +250,13 @@ impl Host {
 mod tests {
     use super::*;
 
-    /// Seconds of a step on all of two threads, or on one: as measured with the default model.
-    fn takes(rows: usize, threads: usize) -> f64 {
-        (7.0 + rows as f64) * 1e-3 * if threads > 1 { 1.0 } else { 1.45 }
+    /// What a guest costs by being there: it leaves its own in the caches.
+    const TRACES: f64 = 1.1;
+
+    /// Seconds of a step on all of two threads, without and with a guest, or on one: as measured with the default model.
+    fn takes(rows: usize, threads: usize, guest: bool) -> f64 {
+        let slower = if threads < 2 { 1.5 } else { f64::max(1.0, TRACES * f64::from(u8::from(guest))) };
+        (7.0 + rows as f64) * 1e-3 * slower
     }
 
     /// What the guest got, and what it cost.
@@ -283,7 +286,7 @@ mod tests {
         /// One step.
         fn step(&mut self, host: &mut Host, rows: Rows, visit: bool, arrival: f64) {
             let threads = if visit { host.threads(rows) } else { 2 };
-            let seconds = takes(rows.all, threads);
+            let seconds = takes(rows.all, threads, visit);
             host.measured(rows, threads, seconds);
             let pause = if visit { host.pause(rows, threads, seconds) } else { None };
             let pause = pause.unwrap_or_default().as_secs_f64();
@@ -350,7 +353,7 @@ mod tests {
             let quiet = serve(&mut Host::new(2, 0.2), rate, false);
             let shared = serve(&mut Host::new(2, 0.2), rate, true);
             let ratio = shared.p99() / quiet.p99();
-            assert!(ratio < 1.2, "{rate}: {ratio}");
+            assert!(ratio < 1.3, "{rate}: {ratio}");
             assert!(shared.share() > 0.42, "{rate}: {}", shared.share());
             // Negative control: a guest who is given more than that costs more.
             let greedy = serve(&mut Host::new(2, 0.6), rate, true).p99() / quiet.p99();
@@ -360,11 +363,12 @@ mod tests {
 
     #[test]
     fn near_the_limit_requests_do_not_pile_up_by_what_is_given() {
-        for rate in [7.0, 9.0, 12.0] {
+        // The last is near the limit with a guest who is given nothing, as what it leaves in the caches slows all steps.
+        for (rate, most) in [(7.0, 1.5), (9.0, 1.6), (12.0, 2.3)] {
             let quiet = serve(&mut Host::new(2, 0.05), rate, false);
             let shared = serve(&mut Host::new(2, 0.05), rate, true);
             let ratio = shared.p99() / quiet.p99();
-            assert!(ratio < 1.6, "{rate}: {ratio}");
+            assert!(ratio < most, "{rate}: {ratio}");
             assert!(shared.share() > 0.05, "{rate}: the floor is kept: {}", shared.share());
             let tokens = shared.gaps.len() as f64 / quiet.gaps.len() as f64;
             assert!(tokens > 0.99, "{rate}: all are served: {tokens}");
@@ -398,12 +402,13 @@ mod tests {
     fn one_thread_is_shared_by_pauses() {
         let mut host = Host::new(1, 0.2);
         let (mut paused, row) = (0.0, Rows { all: 1, tokens: 1 });
-        for _ in 0..1000 {
+        for step in 0..4000 {
             assert_eq!(host.threads(row), 1);
             host.measured(row, 1, 5e-3);
             let pause = host.pause(row, 1, 5e-3).unwrap_or_default().as_secs_f64();
             host.paused(pause);
-            paused += pause;
+            // What is due is put off for some seconds.
+            paused += if step < 3000 { 0.0 } else { pause };
         }
         assert!((paused / (paused + 5.0) - 0.2).abs() < 0.02, "{paused}");
     }
@@ -418,11 +423,11 @@ mod tests {
             pause
         };
         let mut host = Host::new(2, 0.0);
-        assert!((0..1000).all(|_| 0.01 + step(&mut host) < 0.01 * (COST + 0.02)));
+        assert!((0..1000).all(|_| 0.01 + step(&mut host) < 0.01 * 1.02));
         let mut host = Host::new(2, 0.2);
         host.idle(10.0);
-        let until = (0..1000).position(|_| 0.01 + step(&mut host) > 0.01 * (COST + 0.02));
-        assert!(until.is_some_and(|steps| steps > 40), "{until:?}");
+        let until = (0..3000).position(|_| 0.01 + step(&mut host) > 0.01 * 1.02);
+        assert!(until.is_some_and(|steps| steps > 1000), "{until:?}");
     }
 
     #[test]
