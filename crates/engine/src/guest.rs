@@ -31,8 +31,9 @@ const SLOW: f64 = 1.0 / 64.0;
 const FAIR: f64 = 0.5;
 /// A pause shorter than this is saved up.
 const LEAST_PAUSE: f64 = 1e-3;
-/// Seconds of all threads that are remembered as given too much or too little, of a fair share and of the floor.
+/// Seconds of all threads that are remembered as given too much or too little of a fair share.
 const MEMORY: f64 = 0.1;
+/// And of the floor: in dense moments it can be put off.
 const FLOOR_MEMORY: f64 = 2.0;
 
 /// Says to the engine whether a guest is there. Clones speak of the same.
