@@ -13,6 +13,7 @@ use text::{Special, Tokenizer};
 use tokio::task::JoinSet;
 
 use crate::adapters::user;
+use crate::events::Events;
 use crate::row::percentile;
 use crate::server::MODEL;
 
@@ -280,14 +281,10 @@ async fn ask(
     if !response.status().is_success() {
         bail!("the server answered {}: {}", response.status(), response.text().await.unwrap_or_default());
     }
-    let (mut pending, mut pieces, mut tokens) = (Vec::new(), Vec::new(), None);
+    let (mut events, mut pieces, mut tokens) = (Events::default(), Vec::new(), None);
     while let Some(bytes) = response.chunk().await? {
         let now = Instant::now();
-        pending.extend_from_slice(&bytes);
-        while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = pending.drain(..=end).collect();
-            let Some(data) = line.strip_prefix(b"data: ") else { continue };
-            let Ok(event) = serde_json::from_slice::<Value>(data) else { continue };
+        for event in events.push(&bytes)? {
             let (text, total) = target.read(&event)?;
             pieces.extend(text.then_some(now));
             tokens = total.or(tokens);

@@ -9,6 +9,7 @@
 
 mod adapters;
 mod batches;
+mod events;
 mod load;
 mod ours;
 mod peer;

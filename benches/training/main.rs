@@ -6,6 +6,8 @@
 //! prints one section alone: `rate`, `joint`, `users` or `service`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
 
+#[path = "../engine/events.rs"]
+mod events;
 mod histories;
 mod peer;
 #[path = "../engine/progress.rs"]

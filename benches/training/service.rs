@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::task::JoinSet;
 
+use crate::events::Events;
 use crate::histories::Items;
 use crate::row::{Goal, Row, percentile};
 
@@ -231,18 +232,11 @@ impl Site {
             .error_for_status()?;
         let generation = response.headers().get("x-atelier-generation").and_then(|value| value.to_str().ok());
         let generation = generation.unwrap_or_default().to_owned();
-        let (mut gaps, mut last, mut held) = (Vec::new(), None::<Instant>, Vec::new());
+        let (mut gaps, mut last, mut events) = (Vec::new(), None::<Instant>, Events::default());
         while let Some(bytes) = response.chunk().await? {
             let now = Instant::now();
-            held.extend_from_slice(&bytes);
-            let whole = held.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-            let mut tokens = 0;
-            for line in held.drain(..whole).as_slice().split(|byte| *byte == b'\n') {
-                let event = line.strip_prefix(b"data: ").filter(|event| event.starts_with(b"{"));
-                let Some(event) = event else { continue };
-                let event: Value = serde_json::from_slice(event)?;
-                tokens += event["choices"][0]["logprobs"]["tokens"].as_array().map_or(0, Vec::len);
-            }
+            let of = |event: &Value| event["choices"][0]["logprobs"]["tokens"].as_array().map_or(0, Vec::len);
+            let tokens: usize = events.push(&bytes)?.iter().map(of).sum();
             // The tokens that make one character come together: they share the time.
             if let (Some(last), 1..) = (last, tokens) {
                 let gap = (now - last).as_secs_f64() * 1e3 / tokens as f64;
