@@ -136,14 +136,14 @@ impl Host {
     }
 
     /// The fewest rows of an entry.
-    fn rows(at: usize) -> f64 {
+    fn fewest(at: usize) -> f64 {
         if at < 16 { at as f64 } else { ((4 + at % 4) << (at / 4 - 2)) as f64 }
     }
 
     /// Seconds that a step of so many rows takes on all threads: on the line between the next that are known.
     fn alone(&self, rows: f64) -> Option<f64> {
         let split = self.at(rows as usize) + 1;
-        let known = |(at, times): (usize, &Times)| Some((Self::rows(at), times.all?));
+        let known = |(at, times): (usize, &Times)| Some((Self::fewest(at), times.all?));
         let mut times = self.times.iter().enumerate();
         let below = times.by_ref().take(split).filter_map(known).last();
         let above = times.find_map(known);
@@ -173,7 +173,7 @@ impl Host {
             longer += times.tokens;
             longer > all * (1.0 - LONGEST)
         });
-        self.alone(Self::rows(at?))
+        self.alone(Self::fewest(at?))
     }
 
     /// Threads that a step runs on while a guest is there.
@@ -256,7 +256,11 @@ mod tests {
 
     /// Seconds of a step on all of two threads, without and with a guest, or on one: as measured with the default model.
     fn takes(rows: usize, threads: usize, guest: bool) -> f64 {
-        let slower = if threads < 2 { 1.5 } else { f64::max(1.0, TRACES * f64::from(u8::from(guest))) };
+        let slower = match (threads, guest) {
+            (1, _) => 1.5,
+            (_, true) => TRACES,
+            (_, false) => 1.0,
+        };
         (7.0 + rows as f64) * 1e-3 * slower
     }
 
