@@ -5,9 +5,7 @@ use std::sync::Arc;
 use adapters::{AdapterCache, Answer, CacheSettings, Head, Source};
 use anyhow::Context;
 use kernels::Weight;
-use peft::{
-    AdapterWeights, BaseShape, FrozenBase, LoraConfig, LoraTensors, LoraWeights, PeftFiles, Precision,
-};
+use peft::{AdapterWeights, BaseShape, FrozenBase, LoraConfig, LoraTensors, LoraWeights, Precision};
 use store::{AdapterFiles, Rest};
 use types::{AdapterId, GenerationId, SiteId};
 
@@ -35,7 +33,7 @@ impl FrozenBase for Small {
 }
 
 /// Every user has the same adapter of rank 8 on q and v.
-struct Everyone(PeftFiles);
+struct Everyone(AdapterFiles);
 
 impl Source for Everyone {
     fn moves(&self, _: &AdapterId) -> u64 {
@@ -48,8 +46,8 @@ impl Source for Everyone {
     }
 
     fn files<'a>(&'a self, _: &'a AdapterId, _: GenerationId, _: Arc<Rest>) -> Answer<'a, AdapterFiles> {
-        let PeftFiles { config, weights } = self.0.clone();
-        Box::pin(async move { Ok(AdapterFiles { config, weights }) })
+        let files = self.0.clone();
+        Box::pin(async move { Ok(files) })
     }
 }
 
@@ -71,6 +69,7 @@ pub(crate) async fn row(users: usize) -> anyhow::Result<Row> {
         sites[id.index()] = Some(LoraTensors { rank, scale, a, b, ..LoraTensors::default() });
     }
     let files = AdapterWeights::from(LoraWeights { config, sites }).to_files(&shape, "small")?;
+    let files = AdapterFiles { config: files.config.into(), weights: files.weights.into() };
     let settings = CacheSettings { page_bytes: Some(4096), ..CacheSettings::new(Precision::Fast, BUDGET) };
     let before = resident()?;
     let cache = AdapterCache::over(Arc::new(Everyone(files)), Arc::new(base), settings);

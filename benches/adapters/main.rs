@@ -187,9 +187,10 @@ impl Bench {
             empty.acquire(&ada).await?;
             let upload = start.elapsed().as_secs_f64() * 1e3;
             let new = weights(&self.base, RANK, at as u64);
-            head = users::replace(&self.store, &self.base, &ada, &new, head).await?;
+            let (new, files) = users::replace(&self.store, &self.base, &ada, &new, head).await?;
+            head = new;
             let start = Instant::now();
-            cache.announce(&ada, &head);
+            cache.announce(&ada, &head, Some(files));
             ours.push(traffic.first_token_of(&ada, start).await?);
             other.push(step + upload);
         }

@@ -6,7 +6,7 @@ use peft::{Adapter, AdapterWeights, LoraConfig, LoraTensors, LoraWeights, Precis
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
-use store::{NewGeneration, Store};
+use store::{AdapterFiles, NewGeneration, Store};
 use types::{AdapterId, GenerationId};
 
 /// A user of a group.
@@ -42,7 +42,7 @@ pub(crate) async fn publish(
     weights: &LoraWeights,
 ) -> anyhow::Result<GenerationId> {
     let head = store.head(id).await?.map(|head| head.id);
-    publish_after(store, base, id, weights, head).await
+    Ok(publish_after(store, base, id, weights, head).await?.0)
 }
 
 /// Makes it the head after `head`.
@@ -52,7 +52,7 @@ pub(crate) async fn replace(
     id: &AdapterId,
     weights: &LoraWeights,
     head: GenerationId,
-) -> anyhow::Result<GenerationId> {
+) -> anyhow::Result<(GenerationId, AdapterFiles)> {
     publish_after(store, base, id, weights, Some(head)).await
 }
 
@@ -62,16 +62,17 @@ async fn publish_after(
     id: &AdapterId,
     weights: &LoraWeights,
     head: Option<GenerationId>,
-) -> anyhow::Result<GenerationId> {
+) -> anyhow::Result<(GenerationId, AdapterFiles)> {
     let files = AdapterWeights::from(weights.clone()).to_files(&base.shape(), "bench")?;
     let generation = NewGeneration {
         id: generation_id(base.hash(), &files.config, &files.weights),
         parent: head,
         base: *base.hash(),
-        config: files.config,
-        weights: files.weights,
+        config: files.config.into(),
+        weights: files.weights.into(),
         meta: json!({}),
     };
+    let files = generation.files();
     let record = store.publish(id, generation, head, None).await;
-    Ok(record.with_context(|| format!("cannot publish {}", id.owner))?.id)
+    Ok((record.with_context(|| format!("cannot publish {}", id.owner))?.id, files))
 }

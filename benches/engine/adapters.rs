@@ -70,8 +70,8 @@ pub(crate) async fn publish(
         id: peft::generation_id(base.hash(), &config, &weights),
         parent: None,
         base: *base.hash(),
-        config,
-        weights,
+        config: config.into(),
+        weights: weights.into(),
         meta: json!({}),
     };
     store.publish(&adapter_id(number)?, generation, None, None).await?;

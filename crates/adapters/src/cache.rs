@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use peft::{Adapter, FrozenBase, Lease, PagePool};
-use store::Store;
+use store::{AdapterFiles, Store};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::spawn_blocking;
@@ -33,6 +33,8 @@ struct Inner {
     source: Arc<dyn Source>,
     base: Arc<dyn FrozenBase>,
     pool: PagePool,
+    /// Where loads and placements run, whoever causes them.
+    runtime: Handle,
     settings: CacheSettings,
     state: Mutex<State>,
     /// A lease is gone while requests wait: one of them looks for room.
@@ -75,12 +77,18 @@ enum Step {
 
 impl AdapterCache {
     /// An empty cache over a store, for adapters of a base. Reserves the device pool.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime: adapters are loaded on the one that it is made on.
     #[must_use]
     pub fn new(store: Store, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
         Self::over(Arc::new(store), base, settings)
     }
 
     /// As [`AdapterCache::new`], over any source.
+    ///
+    /// # Panics
+    /// As [`AdapterCache::new`].
     #[must_use]
     pub fn over(source: Arc<dyn Source>, base: Arc<dyn FrozenBase>, settings: CacheSettings) -> Self {
         let enough = || PagePool::page_bytes_for(&base.shape(), settings.storage, settings.max_rank);
@@ -97,6 +105,7 @@ impl AdapterCache {
             source,
             base,
             pool,
+            runtime: Handle::current(),
             state: Mutex::new(state),
             room: Notify::new(),
             turns: Semaphore::new(settings.parallel_loads.max(1)),
@@ -138,12 +147,11 @@ impl AdapterCache {
     /// goes wrong is for the request to see.
     pub fn prefetch(&self, id: &AdapterId) {
         let inner = &self.0;
-        if !matches!(inner.fetch_ahead(id), Some(Request::Ask)) {
+        if !matches!(inner.fetch_ahead(id), Request::Ask) {
             return;
         }
-        let Ok(runtime) = Handle::try_current() else { return };
         let (inner, id) = (Arc::clone(inner), id.clone());
-        runtime.spawn(async move {
+        self.0.runtime.spawn(async move {
             let stamp = inner.source.moves(&id);
             if let Ok(head) = inner.source.head(&id).await
                 && inner.learn(&id, head, stamp).is_ok()
@@ -153,17 +161,21 @@ impl AdapterCache {
         });
     }
 
-    /// Tells that a user's head has moved: what is resident of the user is stale and makes room, and the new head is
-    /// fetched if the old one was in use. Running sequences keep their generation.
-    pub fn announce(&self, id: &AdapterId, head: &GenerationId) {
-        let mut was_used = false;
+    /// Tells that a user's head has moved: what is resident of the user is stale and makes room, and if it was in use
+    /// the new head comes into host memory, from its `files` if the caller has them. Running sequences keep their
+    /// generation.
+    pub fn announce(&self, id: &AdapterId, head: &GenerationId, files: Option<AdapterFiles>) {
+        let mut load = None;
         self.0.tell(|state| {
-            was_used = state.tiers.has_slot(id);
+            let was_used = state.tiers.has_slot(id);
             let tickets = state.tiers.invalidate(id, Some(*head));
+            if was_used {
+                load = state.tiers.fetch(id, *head, self.0.source.moves(id));
+            }
             state.address(&tickets, |_| Wake::Again)
         });
-        if was_used {
-            self.prefetch(id);
+        if let Some(load) = load {
+            self.0.start(load, files);
         }
     }
 
@@ -262,7 +274,7 @@ impl Inner {
             Request::Wait { ticket, load } => {
                 let (sender, reader) = oneshot::channel();
                 state.readers.insert(ticket, sender);
-                load.into_iter().for_each(|load| self.start(load));
+                load.into_iter().for_each(|load| self.start(load, None));
                 self.pump(&mut state);
                 Ok(Step::Wait(ticket, reader))
             }
@@ -270,15 +282,13 @@ impl Inner {
     }
 
     /// Starts the load of a prefetch, if one is needed.
-    fn fetch_ahead(self: &Arc<Self>, id: &AdapterId) -> Option<Request<AdapterId, GenerationId>> {
-        // Without a runtime there is nobody to load it.
-        Handle::try_current().ok()?;
+    fn fetch_ahead(self: &Arc<Self>, id: &AdapterId) -> Request<AdapterId, GenerationId> {
         let mut state = self.lock();
         let mut request = state.tiers.prefetch(id, self.source.moves(id));
         if let Request::Wait { load, .. } = &mut request {
-            load.take().into_iter().for_each(|load| self.start(load));
+            load.take().into_iter().for_each(|load| self.start(load, None));
         }
-        Some(request)
+        request
     }
 
     fn learn(self: &Arc<Self>, id: &AdapterId, head: Option<Head>, stamp: u64) -> Result<(), AcquireError> {
@@ -335,18 +345,9 @@ impl Inner {
     fn pump(self: &Arc<Self>, state: &mut State) {
         for placement in state.tiers.pump() {
             let inner = Arc::clone(self);
-            let place = move || inner.place(placement);
-            match Handle::try_current() {
-                Ok(runtime) => drop(runtime.spawn_blocking(place)),
-                Err(_) => drop(std::thread::spawn(place)),
-            }
+            self.runtime.spawn_blocking(move || inner.place(placement));
         }
-        if Handle::try_current().is_ok() {
-            state.tiers.returns().into_iter().for_each(|load| self.start(load));
-        } else {
-            // Who waits does so on the runtime, and looks again there.
-            self.room.notify_one();
-        }
+        state.tiers.returns().into_iter().for_each(|load| self.start(load, None));
     }
 
     fn place(self: &Arc<Self>, placement: Placement<AdapterId, Arc<Adapter>>) {
@@ -359,12 +360,12 @@ impl Inner {
         self.land(&key, land, || AcquireError::Full { waiting: 0 });
     }
 
-    /// Runs a load in the background; nobody's leaving ends it.
-    fn start(self: &Arc<Self>, load: Load<AdapterId, GenerationId>) {
+    /// Runs a load in the background, from the store if the `files` are not given; nobody's leaving ends it.
+    fn start(self: &Arc<Self>, load: Load<AdapterId, GenerationId>, files: Option<AdapterFiles>) {
         let inner = Arc::clone(self);
-        tokio::spawn(async move {
+        self.runtime.spawn(async move {
             let Load { number, key, generation } = load;
-            let (hosted, error) = match inner.load(&key, generation).await {
+            let (hosted, error) = match inner.load(&key, generation, files).await {
                 Ok(hosted) => (Some(hosted), AcquireError::Stopped),
                 Err(error) => (None, error),
             };
@@ -377,11 +378,24 @@ impl Inner {
         &self,
         id: &AdapterId,
         generation: GenerationId,
+        files: Option<AdapterFiles>,
     ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
-        let _turn = self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?;
+        let (_turn, files) = match self.turns.try_acquire() {
+            Ok(turn) => (turn, files),
+            // Files that wait would be memory that nobody counts.
+            Err(_) => {
+                drop(files);
+                (self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?, None)
+            }
+        };
         let start = Instant::now();
-        let pace = Arc::clone(&self.pace);
-        let files = self.source.files(id, generation, Arc::new(move |time| pace.worked(time))).await?;
+        let files = match files {
+            Some(files) => files,
+            None => {
+                let pace = Arc::clone(&self.pace);
+                self.source.files(id, generation, Arc::new(move |time| pace.worked(time))).await?
+            }
+        };
         let (base, storage) = (Arc::clone(&self.base), self.settings.storage);
         let pace = Arc::clone(&self.pace);
         let make = move || Adapter::load(&files.config, &files.weights, &*base, storage, &mut pace.rests());

@@ -129,14 +129,20 @@ impl<K: Clone + Eq + Hash, G: Copy + Eq, H: Clone, D> Tiers<K, G, H, D> {
     pub(crate) fn prefetch(&mut self, key: &K, stamp: u64) -> Request<K, G> {
         let Some(head) = self.head(key, stamp) else { return Request::Ask };
         let Some(generation) = head else { return Request::Base };
+        match self.fetch(key, generation, stamp) {
+            None => Request::Busy,
+            load => Request::Wait { ticket: self.number(), load },
+        }
+    }
+
+    /// Brings a generation into host memory that is said to be the head; who asks for the adapter still asks for its
+    /// head first. `None` if there is nothing to do or no room.
+    pub(crate) fn fetch(&mut self, key: &K, generation: G, stamp: u64) -> Option<Load<K, G>> {
         let on_its_way = self.flights.get(key).is_some_and(|flight| flight.generation == generation);
         let there = self.slots.peek(key).is_some_and(|slot| slot.generation == generation);
-        if on_its_way || there || self.is_hosted(key, generation) || self.flights.len() >= self.sizes.waiting
-        {
-            return Request::Busy;
-        }
-        let ticket = self.number();
-        Request::Wait { ticket, load: self.fly(key, generation, stamp) }
+        let is_full = self.flights.len() >= self.sizes.waiting;
+        let is_idle = !on_its_way && !there && !self.is_hosted(key, generation) && !is_full;
+        if is_idle { self.fly(key, generation, stamp) } else { None }
     }
 
     /// Remembers a head that was read after `stamp`; the tickets must ask again.

@@ -46,7 +46,8 @@ enum Op {
     Request(u8),
     Prefetch(u8),
     Publish(u8),
-    Announce(u8),
+    /// In time or not: then the head has moved since.
+    Announce(u8, bool),
     Forget(u8),
     Load(u8, bool),
     Place(u8),
@@ -60,7 +61,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => key().prop_map(Op::Request),
         1 => key().prop_map(Op::Prefetch),
         2 => key().prop_map(Op::Publish),
-        2 => key().prop_map(Op::Announce),
+        2 => (key(), prop::bool::weighted(0.2)).prop_map(|(key, late)| Op::Announce(key, late)),
         1 => key().prop_map(Op::Forget),
         6 => (any::<u8>(), prop::bool::weighted(0.9)).prop_map(|(at, works)| Op::Load(at, works)),
         6 => any::<u8>().prop_map(Op::Place),
@@ -141,12 +142,19 @@ impl World {
                 let (generation, stamp) = &mut self.heads[key as usize];
                 (*generation, *stamp) = (*stamp + 2, *stamp + 1);
             }
-            Op::Announce(key) => {
-                let again = self.tiers.invalidate(&key, Some(self.head(key).0));
+            Op::Announce(key, late) => {
+                let (head, stamp) = self.head(key);
+                let head = head.saturating_sub(u64::from(late));
+                let was_used = self.tiers.has_slot(&key);
+                self.drop_loads(key, Some(head));
+                let again = self.tiers.invalidate(&key, Some(head));
+                if was_used && let Some(load) = self.tiers.fetch(&key, head, stamp) {
+                    self.load(load)?;
+                }
                 self.again(key, again)?;
             }
             Op::Forget(key) => {
-                self.drop_loads(key);
+                self.drop_loads(key, None);
                 let again = self.tiers.invalidate(&key, None);
                 self.again(key, again)?;
             }
@@ -183,6 +191,7 @@ impl World {
 
     fn request(&mut self, key: u8, ticket: Option<u64>) -> Result<(), String> {
         let (generation, stamp) = self.head(key);
+        self.drop_loads(key, Some(generation));
         let mut answer = self.tiers.request(&key, stamp, ticket);
         if answer == Request::Ask {
             let again = self.tiers.learn(&key, (generation > 0).then_some(generation), stamp);
@@ -213,9 +222,10 @@ impl World {
         Ok(())
     }
 
-    /// Loads under way are no longer waited for.
-    fn drop_loads(&mut self, key: u8) {
-        self.loads.iter_mut().filter(|(load, _)| load.key == key).for_each(|(_, wanted)| *wanted = false);
+    /// Loads under way of other generations are no longer waited for.
+    fn drop_loads(&mut self, key: u8, keep: Option<u64>) {
+        let others = |load: &Load<u8, u64>| load.key == key && Some(load.generation) != keep;
+        self.loads.iter_mut().filter(|(load, _)| others(load)).for_each(|(_, wanted)| *wanted = false);
     }
 
     fn lease(&mut self, key: u8, slot: u64, generation: u64) -> Result<(), String> {

@@ -111,7 +111,7 @@ impl Service {
                 Arc::clone(&base),
                 tokenizer.clone(),
                 worker_settings,
-                Arc::new(move |id, head| announced.announce(id, head)),
+                Arc::new(move |id, head, files| announced.announce(id, head, Some(files))),
             );
             let serving = Arc::clone(&engine);
             let load = move || {

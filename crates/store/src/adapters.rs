@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use types::{AdapterId, GenerationId, JobOutcome};
 
 use crate::AdapterFile::{Config, Weights};
@@ -255,7 +256,7 @@ impl Store {
         adapter: &AdapterId,
         id: &GenerationId,
         file: AdapterFile,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Bytes, StoreError> {
         self.fetch_files(adapter, id, [file], &at_once()).await.map(|[content]| content)
     }
 
@@ -265,7 +266,7 @@ impl Store {
         id: &GenerationId,
         wanted: [AdapterFile; N],
         rest: &Arc<Rest>,
-    ) -> Result<[Vec<u8>; N], StoreError> {
+    ) -> Result<[Bytes; N], StoreError> {
         let mut seen = None;
         loop {
             let generation = sql::generations::find_of(&mut *self.reader().await?, adapter, Some(id)).await?;
@@ -284,8 +285,8 @@ impl Store {
         generation: &Generation,
         wanted: [AdapterFile; N],
         rest: &Arc<Rest>,
-    ) -> Result<[Vec<u8>; N], StoreError> {
-        let mut contents = [const { Vec::new() }; N];
+    ) -> Result<[Bytes; N], StoreError> {
+        let mut contents = [const { Bytes::new() }; N];
         for (content, file) in contents.iter_mut().zip(wanted) {
             *content = self.read_file(generation, file, rest).await?;
         }
@@ -297,7 +298,7 @@ impl Store {
         generation: &Generation,
         file: AdapterFile,
         rest: &Arc<Rest>,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Bytes, StoreError> {
         let (name, expected) = match file {
             Config => (file.name(), generation.config),
             Weights => (file.name(), generation.weights),

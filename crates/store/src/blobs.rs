@@ -4,6 +4,7 @@ use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::{fs, io};
 
+use bytes::Bytes;
 use futures::TryStreamExt as _;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -62,7 +63,7 @@ impl Blobs {
     pub(crate) async fn write<const N: usize>(
         &self,
         folder: &str,
-        files: [(&str, Vec<u8>); N],
+        files: [(&str, Bytes); N],
     ) -> Result<(), StoreError> {
         let _turn = self.turn.lock().await;
         for (name, bytes) in files {
@@ -85,7 +86,7 @@ impl Blobs {
         name: &str,
         bytes: u64,
         rest: Arc<Rest>,
-    ) -> Result<Option<(Fingerprint, Vec<u8>)>, StoreError> {
+    ) -> Result<Option<(Fingerprint, Bytes)>, StoreError> {
         let found = match self.store.get(&parse(folder)?.join(name)).await {
             Ok(found) => found,
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
@@ -101,7 +102,7 @@ impl Blobs {
             }
             payload @ GetResultPayload::Stream(_) => {
                 let bytes = GetResult { payload, ..found }.bytes().await?;
-                reading::fingerprint(bytes.into(), rest).await.map(Some)
+                reading::fingerprint(bytes, rest).await.map(Some)
             }
         }
     }

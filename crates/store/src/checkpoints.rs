@@ -56,7 +56,7 @@ impl Store {
         }
         sql::garbage::insert_pending(&mut tx, adapter, folder).await?;
         tx.commit().await?;
-        let (file, bytes) = fingerprint(bytes, at_once()).await?;
+        let (file, bytes) = fingerprint(bytes.into(), at_once()).await?;
         self.blobs().write(folder, [(FILE, bytes)]).await?;
         let mut tx = self.write().await?;
         if !holds(&mut tx, adapter, fence).await? {
@@ -83,7 +83,7 @@ impl Store {
             tracing::warn!(job = %fence.job, "a checkpoint is damaged: the job begins anew");
             return Ok(None);
         }
-        Ok(Some(bytes))
+        Ok(Some(bytes.into()))
     }
 
     /// Deletes files of the user that nothing needs any more; what cannot be deleted now is when the store is opened.

@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use crate::{Fingerprint, StoreError};
@@ -21,10 +22,7 @@ pub(crate) fn at_once() -> Arc<Rest> {
 }
 
 /// Length and hash of `bytes`, worked out where it may take a while.
-pub(crate) async fn fingerprint(
-    bytes: Vec<u8>,
-    rest: Arc<Rest>,
-) -> Result<(Fingerprint, Vec<u8>), StoreError> {
+pub(crate) async fn fingerprint(bytes: Bytes, rest: Arc<Rest>) -> Result<(Fingerprint, Bytes), StoreError> {
     blocking(move || {
         let mut hash = Sha256::new();
         for piece in bytes.chunks(PIECE) {
@@ -42,7 +40,7 @@ pub(crate) async fn read(
     file: File,
     bytes: u64,
     rest: Arc<Rest>,
-) -> Result<io::Result<(Fingerprint, Vec<u8>)>, StoreError> {
+) -> Result<io::Result<(Fingerprint, Bytes)>, StoreError> {
     blocking(move || {
         let mut file = file.take(bytes.saturating_add(1));
         let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
@@ -52,7 +50,7 @@ pub(crate) async fn read(
             file.by_ref().take(PIECE as u64).read_to_end(&mut content)?;
             let piece = &content[before..];
             if piece.is_empty() {
-                return Ok((found(content.len(), hash), content));
+                return Ok((found(content.len(), hash), content.into()));
             }
             hash.update(piece);
             rest(start.elapsed());
@@ -100,7 +98,7 @@ mod tests {
                 read(file(), len as u64, rest).await.expect("it runs").expect("it is read");
             assert_eq!(rests.load(Ordering::Relaxed), len.div_ceil(PIECE), "{len} bytes");
             assert!(content == bytes, "{len} bytes");
-            let (expected, bytes) = fingerprint(bytes, at_once()).await.expect("it runs");
+            let (expected, bytes) = fingerprint(bytes.into(), at_once()).await.expect("it runs");
             assert_eq!(found, expected);
             assert_eq!(found.sha256, <[u8; 32]>::from(Sha256::digest(&bytes)), "in pieces as at once");
             // One that was cut or has grown is another.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bytes::Bytes;
 use types::{
     AdapterId, AdapterName, GenerationId, HistoryStats, ItemId, Job, JobId, Timestamp, TrainingOptions,
 };
@@ -123,11 +124,19 @@ pub struct NewGeneration {
     /// Hash of the base model it belongs to.
     pub base: [u8; 32],
     /// Content of `adapter_config.json`.
-    pub config: Vec<u8>,
+    pub config: Bytes,
     /// Content of `adapter_model.safetensors`.
-    pub weights: Vec<u8>,
+    pub weights: Bytes,
     /// Hyper-parameters, gate report, item count: kept and returned as given.
     pub meta: serde_json::Value,
+}
+
+impl NewGeneration {
+    /// Its files, not copied.
+    #[must_use]
+    pub fn files(&self) -> AdapterFiles {
+        AdapterFiles { config: self.config.clone(), weights: self.weights.clone() }
+    }
 }
 
 /// Which head a change may replace.
@@ -255,12 +264,12 @@ pub enum AdapterFile {
 }
 
 /// The files of a generation, length and SHA-256 checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AdapterFiles {
     /// Content of `adapter_config.json`.
-    pub config: Vec<u8>,
+    pub config: Bytes,
     /// Content of `adapter_model.safetensors`.
-    pub weights: Vec<u8>,
+    pub weights: Bytes,
 }
 
 /// A user at a glance.

@@ -48,8 +48,8 @@ fn generation(parent: Option<GenerationId>) -> NewGeneration {
         id: GenerationId::from_bytes(id),
         parent,
         base: [0; 32],
-        config: b"{}".to_vec(),
-        weights: id.repeat(2000),
+        config: b"{}".to_vec().into(),
+        weights: id.repeat(2000).into(),
         meta: serde_json::json!({}),
     }
 }

@@ -31,8 +31,8 @@ fn generation(seed: u8) -> NewGeneration {
         id: GenerationId::from_bytes([seed; 32]),
         parent: None,
         base: [7; 32],
-        config: b"{}".to_vec(),
-        weights: vec![seed; 5000],
+        config: b"{}".to_vec().into(),
+        weights: vec![seed; 5000].into(),
         meta: serde_json::json!({}),
     }
 }
@@ -262,7 +262,7 @@ async fn erased_content_leaves_the_disk() {
     assert_eq!(holding(folder, secret.as_bytes()), [""; 0].map(PathBuf::from));
 
     upload().await;
-    let new = NewGeneration { weights: weights.clone(), ..generation(1) };
+    let new = NewGeneration { weights: weights.clone().into(), ..generation(1) };
     store.publish(&alice, new, None, None).await.unwrap();
     store.publish(&bob, generation(2), None, None).await.unwrap();
     assert_eq!(holding(folder, &weights).len(), 1);
@@ -360,7 +360,7 @@ async fn a_refused_publish_leaves_no_files() {
         publisher.await.unwrap();
     }
     let head = store.head(&user("alice")).await.unwrap().unwrap().id;
-    let other = NewGeneration { weights: b"other".to_vec(), id: head, ..generation(1) };
+    let other = NewGeneration { weights: b"other".to_vec().into(), id: head, ..generation(1) };
     let refused = store.publish(&user("alice"), other, Some(head), None).await;
     assert!(matches!(refused, Err(StoreError::GenerationConflict { .. })));
     let left = files(&folder.path().join("adapters"));

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use personalize::{Split, split};
 use sha2::{Digest as _, Sha256};
-use store::{Lesson, Manifest, item_hash};
+use store::{AdapterFiles, Lesson, Manifest, item_hash};
 use train::Recipe;
 use types::{GenerationId, HistoryItem, HistoryRange};
 
@@ -13,8 +13,7 @@ use crate::settings::{Growth, Settings};
 /// The generation that is head when the job begins.
 pub(crate) struct Head {
     pub(crate) id: GenerationId,
-    pub(crate) config: Vec<u8>,
-    pub(crate) weights: Vec<u8>,
+    pub(crate) files: AdapterFiles,
     /// What has gone into it, if that is known.
     pub(crate) manifest: Option<Manifest>,
     /// Updates since it was last trained from fresh weights.
@@ -161,8 +160,7 @@ mod tests {
         hashes.sort_unstable();
         Head {
             id: GenerationId::from_bytes([1; 32]),
-            config: Vec::new(),
-            weights: Vec::new(),
+            files: AdapterFiles::default(),
             manifest: Some(Manifest::Items(hashes)),
             updates,
         }

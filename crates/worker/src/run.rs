@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::BaseModel;
-use store::{Claimed, Store, StoreError};
+use store::{AdapterFiles, Claimed, Store, StoreError};
 use text::Tokenizer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -20,8 +20,8 @@ use crate::shift::Shift;
 use crate::trainer::{Jointly, Trainer};
 use crate::work::Bench;
 
-/// Called when a head has moved.
-pub type Announce = Arc<dyn Fn(&AdapterId, &GenerationId) + Send + Sync>;
+/// Called when a head has moved, with the new one and its files.
+pub type Announce = Arc<dyn Fn(&AdapterId, &GenerationId, AdapterFiles) + Send + Sync>;
 
 /// Called after each optimiser step.
 pub type OnStep = Arc<dyn Fn(&StepReport) + Send + Sync>;

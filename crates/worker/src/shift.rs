@@ -84,11 +84,9 @@ impl Shift {
             // A head for another base is no measure; it is replaced.
             let record = record.filter(|record| record.base == *self.bench.base.hash());
             let Some(record) = record else { return Ok((items, None, current)) };
-            let files = self.store.fetch(&job.adapter, &record.id).await?;
             let head = Head {
                 id: record.id,
-                config: files.config,
-                weights: files.weights,
+                files: self.store.fetch(&job.adapter, &record.id).await?,
                 manifest: self.store.manifest(&job.adapter, &record.id).await?,
                 updates: serde_json::from_value::<Provenance>(record.meta)
                     .map_or(0, |provenance| provenance.training.updates),
@@ -187,7 +185,7 @@ impl Shift {
         outcome.seconds = spent.seconds + started.elapsed().as_secs_f64();
         match verdict {
             Verdict::Publish { generation, gate, reason, lesson } => {
-                let id = generation.id;
+                let (id, files) = (generation.id, generation.files());
                 outcome = JobOutcome {
                     published: true,
                     generation: Some(id),
@@ -200,7 +198,7 @@ impl Shift {
                 let finish = (claim.fence.clone(), outcome);
                 let published = self.store.publish_lesson(&job.adapter, *generation, head, finish, lesson);
                 self.runtime.block_on(published)?;
-                (self.announce)(&job.adapter, &id);
+                (self.announce)(&job.adapter, &id, files);
                 let keep = self.bench.settings.keep_generations;
                 if let Err(error) = self.runtime.block_on(self.store.prune_generations(&job.adapter, keep)) {
                     tracing::warn!(adapter = %job.adapter, %error, "old generations were not removed");

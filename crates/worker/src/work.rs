@@ -62,7 +62,7 @@ impl Bench {
     ) -> Result<Prepared, WorkerError> {
         let recipe = options::recipe(&self.settings, &job.adapter.tenant, job.training.as_ref())?;
         let shape = self.base.shape();
-        let parse = |head: &Head| AdapterWeights::parse(&head.config, &head.weights, &shape);
+        let parse = |Head { files, .. }: &Head| AdapterWeights::parse(&files.config, &files.weights, &shape);
         let weights = head.as_ref().map(parse).transpose()?;
         let fits = weights.as_ref().is_some_and(|weights| is_alike(weights, &recipe));
         let plan = plan(items, head.as_ref(), fits, from_scratch, &self.settings, recipe.seed);
@@ -138,8 +138,8 @@ impl Bench {
             id: generation_id(self.base.hash(), &config, &weights),
             parent: head.map(|head| head.id),
             base: *self.base.hash(),
-            config,
-            weights,
+            config: config.into(),
+            weights: weights.into(),
             meta: json!(Provenance {
                 history: learnt,
                 recipe: options::in_full(&recipe),
@@ -169,8 +169,8 @@ impl Bench {
             return Ok(Judgement::no(problem));
         }
         let parsed = match (&prepared.start, &prepared.head) {
-            (None, Some(head)) => {
-                Some(AdapterWeights::parse(&head.config, &head.weights, &self.base.shape())?)
+            (None, Some(Head { files, .. })) => {
+                Some(AdapterWeights::parse(&files.config, &files.weights, &self.base.shape())?)
             }
             _ => None,
         };

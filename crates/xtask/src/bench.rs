@@ -61,7 +61,8 @@ pub(crate) fn run(area: Area, options: &[&str], json: bool) -> anyhow::Result<()
 
 /// The JSON lines that the bench target prints; all others go to standard error.
 fn measure(target: &str, options: &[&str]) -> anyhow::Result<Vec<Value>> {
-    let mut command = workspace::command("cargo", &["bench", "--bench", target, "--"]);
+    // The whole workspace, or cargo takes other features than the tests do and compiles everything once more.
+    let mut command = workspace::command("cargo", &["bench", "--workspace", "--bench", target, "--"]);
     let mut child = command.args(options).stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
     let output = child.stdout.take().context("no standard output")?;
     let mut rows = Vec::new();

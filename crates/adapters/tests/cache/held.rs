@@ -88,7 +88,7 @@ pub(crate) async fn ask(cache: &AdapterCache, id: &AdapterId) -> Request {
     request
 }
 
-async fn got(request: Request) -> Lease {
+pub(crate) async fn got(request: Request) -> Lease {
     request.await.unwrap().unwrap().unwrap()
 }
 
@@ -184,7 +184,7 @@ async fn a_head_that_moves_during_a_load_is_the_one_that_is_served() {
         let second = publish(&store, &ada, if announced { 2.0 } else { 3.0 }, Some(head)).await;
         assert_ne!(second, first);
         if announced {
-            cache.announce(&ada, &second);
+            cache.announce(&ada, &second, None);
         }
         source.free(&ada);
         assert_eq!(got(request).await.generation, second, "announced: {announced}");

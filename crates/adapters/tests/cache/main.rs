@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod failures;
+mod handed;
 mod held;
 mod markers;
 mod same_bits;
@@ -55,8 +56,8 @@ fn generation_of(config: LoraConfig, mark: f32, base: [u8; 32]) -> NewGeneration
         id: generation_id(&base, &config, &weights),
         parent: None,
         base,
-        config,
-        weights,
+        config: config.into(),
+        weights: weights.into(),
         meta: json!({}),
     }
 }
@@ -157,7 +158,7 @@ async fn a_lease_outlives_eviction_and_swap() {
     let cache = AdapterCache::new(store.clone(), base(), settings(0, 2).await);
     let old = cache.acquire(&ada).await.unwrap().unwrap();
     let second = publish(&store, &ada, 3.0, Some(first)).await;
-    cache.announce(&ada, &second);
+    cache.announce(&ada, &second, None);
     let new = cache.acquire(&ada).await.unwrap().unwrap();
     assert_eq!((mark(&old), mark(&new)), (1.0, 3.0));
     assert_eq!((old.generation, new.generation), (first, second));

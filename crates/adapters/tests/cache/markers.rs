@@ -227,11 +227,12 @@ impl World {
             let token = targets()[target(number, swaps)].0;
             self.tokens.lock().unwrap().insert((number, new.id), (token, swaps));
             let expected = self.heads.lock().unwrap()[number];
+            let files = new.files();
             let head = self.store.publish(&id(number), new, Some(expected), None).await.unwrap().id;
             self.heads.lock().unwrap()[number] = head;
             self.swaps[number].store(swaps, Ordering::SeqCst);
             if rng.random_bool(0.5) {
-                self.cache.announce(&id(number), &head);
+                self.cache.announce(&id(number), &head, rng.random_bool(0.5).then_some(files));
             }
         }
     }

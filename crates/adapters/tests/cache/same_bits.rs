@@ -38,6 +38,7 @@ fn fixture_of(kind: &str, storage: Storage) -> (NewGeneration, usize) {
     let parsed = AdapterWeights::parse(&config, &weights, &base.shape()).unwrap();
     let pages = Adapter::build(&parsed, &*base, storage).unwrap().pages(PAGE).unwrap();
     let id = generation_id(base.hash(), &config, &weights);
+    let (config, weights) = (config.into(), weights.into());
     (NewGeneration { id, parent: None, base: *base.hash(), config, weights, meta: json!({}) }, pages)
 }
 

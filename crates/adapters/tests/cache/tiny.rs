@@ -179,8 +179,8 @@ pub(crate) fn generation(weights: LoraWeights) -> NewGeneration {
         id: generation_id(base.hash(), &files.config, &files.weights),
         parent: None,
         base: *base.hash(),
-        config: files.config,
-        weights: files.weights,
+        config: files.config.into(),
+        weights: files.weights.into(),
         meta: json!({}),
     }
 }

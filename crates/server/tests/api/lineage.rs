@@ -114,8 +114,8 @@ async fn a_trained_generation_says_where_it_comes_from() {
         id: peft::generation_id(&server.base, &config, &weights),
         parent: Some(parent.parse().unwrap()),
         base: server.base,
-        config,
-        weights,
+        config: config.into(),
+        weights: weights.into(),
         meta: json!(provenance),
     };
     let upload = json!({ "items": [{ "id": "i0", "input": "a", "output": "b" }] });
@@ -206,8 +206,8 @@ async fn a_generation_of_another_base_does_not_become_head_again() {
         id: peft::generation_id(&[9; 32], &config, &weights),
         parent: None,
         base: [9; 32],
-        config,
-        weights,
+        config: config.into(),
+        weights: weights.into(),
         meta: json!({}),
     };
     let old = server

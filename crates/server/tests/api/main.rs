@@ -166,7 +166,14 @@ impl Server {
     fn fixture(&self) -> NewGeneration {
         let (config, weights) = form::files("tiny-llama/lora-all");
         let id = peft::generation_id(&self.base, &config, &weights);
-        NewGeneration { id, parent: None, base: self.base, config, weights, meta: json!({ "gate": null }) }
+        NewGeneration {
+            id,
+            parent: None,
+            base: self.base,
+            config: config.into(),
+            weights: weights.into(),
+            meta: json!({ "gate": null }),
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) async fn a_generation_comes_back(t: Trial) {
     }
 
     let second = t.publish(&alice(), generation(2), Some(new.id)).await;
-    let empty = NewGeneration { weights: Vec::new(), ..generation(3) };
+    let empty = NewGeneration { weights: Vec::new().into(), ..generation(3) };
     t.publish(&alice(), empty, Some(second)).await;
     let ids: Vec<_> = t.store.generations(&alice()).await.unwrap().iter().map(|g| g.id).collect();
     assert_eq!(ids, [generation(3).id, second, new.id]);
@@ -139,8 +139,8 @@ pub(crate) async fn an_id_means_its_bytes(t: Trial) {
     let first = generation(1);
     let head = t.publish(&alice(), first.clone(), None).await;
     let others = [
-        NewGeneration { weights: vec![0; first.weights.len()], ..first.clone() },
-        NewGeneration { config: b"{}".to_vec(), ..first.clone() },
+        NewGeneration { weights: vec![0; first.weights.len()].into(), ..first.clone() },
+        NewGeneration { config: b"{}".to_vec().into(), ..first.clone() },
         NewGeneration { base: [8; 32], ..first.clone() },
     ];
     for other in others {
@@ -149,9 +149,9 @@ pub(crate) async fn an_id_means_its_bytes(t: Trial) {
     }
     assert_eq!(t.store.fetch(&alice(), &head).await.unwrap().weights, first.weights);
     // Another user has bytes of its own.
-    let own = NewGeneration { config: b"{}".to_vec(), ..first };
+    let own = NewGeneration { config: b"{}".to_vec().into(), ..first };
     t.publish(&bob(), own, None).await;
-    assert_eq!(t.store.fetch(&bob(), &head).await.unwrap().config, b"{}");
+    assert_eq!(t.store.fetch(&bob(), &head).await.unwrap().config, b"{}"[..]);
 }
 
 pub(crate) async fn a_cancelled_publish_is_whole_or_absent(t: Trial) {

@@ -113,7 +113,7 @@ pub(crate) fn generation(seed: u8) -> NewGeneration {
         id: GenerationId::from_bytes([seed; 32]),
         parent: None,
         base: [7; 32],
-        config: format!("{{\"r\": {seed}}}").into_bytes(),
+        config: format!("{{\"r\": {seed}}}").into_bytes().into(),
         weights: (0..10_000u32).map(|i| (i as u8).wrapping_mul(seed)).collect(),
         meta: serde_json::json!({"items": seed, "gate": {"new_bits": 1.25}}),
     }

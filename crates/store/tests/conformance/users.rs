@@ -176,7 +176,7 @@ pub(crate) async fn an_upload_under_way_yields_to_an_erasure(t: Trial) {
         let upload = tokio::spawn({
             let (t, user) = (t.clone(), user.clone());
             // Large enough that its user can go and come back while it is written.
-            let new = NewGeneration { weights: vec![1; 4_000_000], ..generation(1) };
+            let new = NewGeneration { weights: vec![1; 4_000_000].into(), ..generation(1) };
             async move { t.store.publish(&user, new, None, None).await }
         });
         tokio::time::sleep(std::time::Duration::from_micros(round * 100)).await;

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::BaseModel;
-use peft::AdapterConfig;
+use peft::{AdapterConfig, generation_id};
 use personalize::Holdout;
-use store::{Policy, Store};
+use store::{AdapterFiles, Policy, Store};
 use testkit::tiny_model;
 use text::Tokenizer;
 use tokio::sync::Notify;
@@ -59,13 +59,18 @@ impl Rig {
     }
 
     pub(crate) fn start_with(&self, settings: Settings, trainer: Arc<dyn Trainer>) -> Running {
-        let announced = Arc::clone(&self.announced);
+        let (announced, base) = (Arc::clone(&self.announced), *self.base.hash());
+        let announce = move |id: &AdapterId, head: &GenerationId, files: AdapterFiles| {
+            // What is handed on is what was published.
+            assert_eq!(generation_id(&base, &files.config, &files.weights), *head);
+            announced.lock().unwrap().push((id.clone(), *head));
+        };
         let worker = Worker::new(
             self.store.clone(),
             Arc::clone(&self.base),
             self.tokenizer.clone(),
             settings,
-            Arc::new(move |id, generation| announced.lock().unwrap().push((id.clone(), *generation))),
+            Arc::new(announce),
         );
         let visits = Arc::clone(&self.visits);
         let visit = move || -> Box<dyn Send> {

@@ -91,10 +91,10 @@ pub(super) async fn import(
             let _turn = turn;
             let generation = at.blocking(|app| examine(app, form)).await?;
             let generation = generation.map_err(|error| invalid_adapter(&error))?;
-            let name = generation.id;
+            let (name, files) = (generation.id, generation.files());
             match at.store.publish(&adapter, generation, expected, None).await {
                 Ok(record) => {
-                    at.adapters.announce(&adapter, &record.id);
+                    at.adapters.announce(&adapter, &record.id, Some(files));
                     Ok(record)
                 }
                 // The answer to an earlier upload of the same files was lost on the way.
@@ -117,6 +117,7 @@ fn examine(app: &App, form: Form) -> Result<NewGeneration, PeftError> {
     Adapter::build(&parsed, &*app.base, Precision::Exact)?;
     let base = app.base.hash();
     let id = generation_id(&base, &config, &weights);
+    let (config, weights) = (config.into(), weights.into());
     Ok(NewGeneration { id, parent: None, base, config, weights, meta: json!({}) })
 }
 

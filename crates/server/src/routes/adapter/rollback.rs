@@ -83,7 +83,7 @@ pub(super) async fn rollback(
     app.to_the_end(async move {
         let moved = at.store.set_head(&id, to, expected).await;
         match &to {
-            Some(head) if moved.is_ok() => at.adapters.announce(&id, head),
+            Some(head) if moved.is_ok() => at.adapters.announce(&id, head, None),
             _ => at.adapters.forget(&id),
         }
         Ok(moved?)
