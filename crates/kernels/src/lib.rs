@@ -21,6 +21,7 @@ mod lanes_neon;
 mod lanes_x86;
 mod layout;
 mod linear;
+mod lines;
 mod low_rank;
 mod many_rows;
 mod matrices;

@@ -7,14 +7,10 @@
 
 use crate::format::{Format, WeightError};
 use crate::lanes::{brain_to_f32, half_to_f32};
+use crate::lines::{Line, Lines};
 
 /// Rows of a panel.
 pub(crate) const PANEL: usize = 16;
-
-/// A cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 /// A frozen matrix of shape (rows = output features, cols = input features).
 pub struct Weight {
@@ -23,7 +19,7 @@ pub struct Weight {
     cols: usize,
     header_lines: usize,
     panel_lines: usize,
-    lines: Box<[Line]>,
+    lines: Lines,
 }
 
 impl std::fmt::Debug for Weight {
@@ -87,7 +83,7 @@ impl Weight {
         }
         let (header_lines, code_lines) = panel_lines(format, cols);
         let panel_lines = header_lines + code_lines;
-        let mut lines = vec![Line([0; 64]); rows.div_ceil(PANEL) * panel_lines].into_boxed_slice();
+        let mut lines = Lines::zeroed(rows.div_ceil(PANEL) * panel_lines);
         for (index, panel) in lines.chunks_exact_mut(panel_lines).enumerate() {
             let panel = panel.as_flattened_bytes();
             for lane in 0..PANEL.min(rows - index * PANEL) {
