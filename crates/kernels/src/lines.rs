@@ -136,7 +136,7 @@ mod tests {
         // Twice, so that the second time the memory is one that was written to.
         for _ in 0..2 {
             let sizes =
-                [1, 3, 0, 700, HUGE_PAGE / LINE, BLOCK_LINES + 1, BLOCK_LINES / 2 + 1, BLOCK_LINES / 2, 5];
+                [1, 3, 700, HUGE_PAGE / LINE, BLOCK_LINES + 1, BLOCK_LINES / 2 + 1, BLOCK_LINES / 2, 5];
             let mut all: Vec<Lines> = sizes.into_iter().map(Lines::zeroed).collect();
             for (at, lines) in all.iter_mut().enumerate() {
                 assert!(lines.len() == sizes[at] && is_all(lines, 0), "{at}");
@@ -151,7 +151,8 @@ mod tests {
 
     #[test]
     fn a_block_goes_with_the_last_of_its_lines() {
-        let first = Lines::zeroed(BLOCK_LINES + 1);
+        // All of a block, which no block of another test has room for.
+        let first = Lines::zeroed(2 * BLOCK_LINES);
         let block = Arc::downgrade(&first.block);
         assert_eq!(first.block.start.as_ptr().addr() % HUGE_PAGE, 0);
         let second = Lines { block: Arc::clone(&first.block), first: 7, count: 1 };
@@ -159,5 +160,6 @@ mod tests {
         assert!(block.upgrade().is_some());
         drop(second);
         assert!(block.upgrade().is_none());
+        assert!(Lines::zeroed(0).is_empty());
     }
 }
