@@ -15,8 +15,11 @@ use crate::buffer::LINE;
 #[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u8; LINE]);
 
-/// Bytes of a huge page, at which blocks begin and end.
+/// Bytes of a huge page, at which shared blocks begin and end.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Lines from which on a matrix lies in a block with others: a smaller one costs no more than itself.
+const SHARED_LINES: usize = (64 << 10) / LINE;
 
 /// Lines of a block that several matrices share.
 const BLOCK_LINES: usize = (32 << 20) / LINE;
@@ -31,24 +34,31 @@ pub(crate) struct Lines {
 
 impl Lines {
     pub(crate) fn zeroed(count: usize) -> Self {
-        /// The block that is being filled, and how many of its lines are somebody's.
-        static CURRENT: Mutex<(Weak<Block>, usize)> = Mutex::new((Weak::new(), 0));
-        let lines = {
-            let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-            let (block, used) = &mut *current;
-            let there = block.upgrade().filter(|there| there.lines() - *used >= count);
-            let there = there.unwrap_or_else(|| {
-                let new = Arc::new(Block::of(count.max(BLOCK_LINES)));
-                (*block, *used) = (Arc::downgrade(&new), 0);
-                new
-            });
-            let first = *used;
-            *used += count;
-            Self { block: there, first, count }
-        };
+        let lines = if count < SHARED_LINES { Self::alone(count) } else { Self::shared(count) };
         // SAFETY: the lines lie in the block and are nobody else's.
         unsafe { lines.start().write_bytes(0, count) };
         lines
+    }
+
+    fn alone(count: usize) -> Self {
+        Self { block: Arc::new(Block::of(count.max(1), LINE)), first: 0, count }
+    }
+
+    fn shared(count: usize) -> Self {
+        /// The block that is being filled, and how many of its lines are somebody's.
+        static CURRENT: Mutex<(Weak<Block>, usize)> = Mutex::new((Weak::new(), 0));
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let (current, used) = &mut *current;
+        let there = current.upgrade().filter(|block| block.lines() - *used >= count);
+        let block = there.unwrap_or_else(|| {
+            let new = Arc::new(Block::of(count.max(BLOCK_LINES), HUGE_PAGE));
+            new.ask_for_huge_pages();
+            (*current, *used) = (Arc::downgrade(&new), 0);
+            new
+        });
+        let first = *used;
+        *used += count;
+        Self { block, first, count }
     }
 
     fn start(&self) -> *mut Line {
@@ -85,17 +95,15 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// At least this many lines.
-    fn of(lines: usize) -> Self {
-        let bytes = lines.checked_mul(LINE).and_then(|bytes| bytes.checked_next_multiple_of(HUGE_PAGE));
-        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, HUGE_PAGE).ok());
+    /// At least so many lines, above none; it begins and ends at multiples of `align`.
+    fn of(lines: usize, align: usize) -> Self {
+        let bytes = lines.checked_mul(LINE).and_then(|bytes| bytes.checked_next_multiple_of(align));
+        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, align).ok());
         let layout = layout.expect("matrices fit the address space");
         // SAFETY: the layout has a size.
         let start = unsafe { alloc(layout) };
         let Some(start) = NonNull::new(start.cast()) else { handle_alloc_error(layout) };
-        let block = Self { start, layout };
-        block.ask_for_huge_pages();
-        block
+        Self { start, layout }
     }
 
     fn lines(&self) -> usize {
@@ -136,7 +144,7 @@ mod tests {
         // Twice, so that the second time the memory is one that was written to.
         for _ in 0..2 {
             let sizes =
-                [1, 3, 700, HUGE_PAGE / LINE, BLOCK_LINES + 1, BLOCK_LINES / 2 + 1, BLOCK_LINES / 2, 5];
+                [1, 3, 0, 700, HUGE_PAGE / LINE, BLOCK_LINES + 1, BLOCK_LINES / 2 + 1, BLOCK_LINES / 2, 5];
             let mut all: Vec<Lines> = sizes.into_iter().map(Lines::zeroed).collect();
             for (at, lines) in all.iter_mut().enumerate() {
                 assert!(lines.len() == sizes[at] && is_all(lines, 0), "{at}");
@@ -160,6 +168,5 @@ mod tests {
         assert!(block.upgrade().is_some());
         drop(second);
         assert!(block.upgrade().is_none());
-        assert!(Lines::zeroed(0).is_empty());
     }
 }
