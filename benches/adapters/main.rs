@@ -187,8 +187,8 @@ impl Bench {
             empty.acquire(&ada).await?;
             let upload = start.elapsed().as_secs_f64() * 1e3;
             let new = weights(&self.base, RANK, at as u64);
-            let (new, files) = users::replace(&self.store, &self.base, &ada, &new, head).await?;
-            head = new;
+            let files;
+            (head, files) = users::replace(&self.store, &self.base, &ada, &new, head).await?;
             let start = Instant::now();
             cache.announce(&ada, &head, Some(files));
             ours.push(traffic.first_token_of(&ada, start).await?);

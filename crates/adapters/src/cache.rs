@@ -165,18 +165,14 @@ impl AdapterCache {
     /// the new head comes into host memory, from its `files` if the caller has them. Running sequences keep their
     /// generation.
     pub fn announce(&self, id: &AdapterId, head: &GenerationId, files: Option<AdapterFiles>) {
-        let mut load = None;
         self.0.tell(|state| {
             let was_used = state.tiers.has_slot(id);
             let tickets = state.tiers.invalidate(id, Some(*head));
-            if was_used {
-                load = state.tiers.fetch(id, *head, self.0.source.moves(id));
+            if was_used && let Some(load) = state.tiers.fetch(id, *head, self.0.source.moves(id)) {
+                self.0.start(load, files);
             }
             state.address(&tickets, |_| Wake::Again)
         });
-        if let Some(load) = load {
-            self.0.start(load, files);
-        }
     }
 
     /// Forgets an erased user.
@@ -380,13 +376,12 @@ impl Inner {
         generation: GenerationId,
         files: Option<AdapterFiles>,
     ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
-        let (_turn, files) = match self.turns.try_acquire() {
-            Ok(turn) => (turn, files),
-            // Files that wait would be memory that nobody counts.
-            Err(_) => {
-                drop(files);
-                (self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?, None)
-            }
+        let turn = self.turns.try_acquire().ok();
+        // Files that wait would be memory that nobody counts.
+        let files = files.filter(|_| turn.is_some());
+        let _turn = match turn {
+            Some(turn) => turn,
+            None => self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?,
         };
         let start = Instant::now();
         let files = match files {

@@ -113,11 +113,10 @@ impl Block {
     #[cfg(target_os = "linux")]
     fn ask_for_huge_pages(&self) {
         use rustix::mm::{Advice, madvise};
-        // SAFETY: the advice changes what the block's pages are, not what is in them.
-        let advised =
-            unsafe { madvise(self.start.as_ptr().cast(), self.layout.size(), Advice::LinuxHugepage) };
+        let (start, bytes) = (self.start.as_ptr().cast(), self.layout.size());
         // A system without huge pages serves as well, if slower.
-        let _refused = advised;
+        // SAFETY: the advice changes what the block's pages are, not what is in them.
+        let _refused = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
     }
 
     #[cfg(not(target_os = "linux"))]

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use peft::{AdapterWeights, BaseShape, PeftError};
 use personalize::{Split, split};
 use sha2::{Digest as _, Sha256};
 use store::{AdapterFiles, Lesson, Manifest, item_hash};
@@ -18,6 +19,13 @@ pub(crate) struct Head {
     pub(crate) manifest: Option<Manifest>,
     /// Updates since it was last trained from fresh weights.
     pub(crate) updates: u32,
+}
+
+impl Head {
+    /// Its weights, for a base of this shape.
+    pub(crate) fn weights(&self, shape: &BaseShape) -> Result<AdapterWeights, PeftError> {
+        AdapterWeights::parse(&self.files.config, &self.files.weights, shape)
+    }
 }
 
 /// Which items go where.

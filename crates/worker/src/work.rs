@@ -62,8 +62,7 @@ impl Bench {
     ) -> Result<Prepared, WorkerError> {
         let recipe = options::recipe(&self.settings, &job.adapter.tenant, job.training.as_ref())?;
         let shape = self.base.shape();
-        let parse = |Head { files, .. }: &Head| AdapterWeights::parse(&files.config, &files.weights, &shape);
-        let weights = head.as_ref().map(parse).transpose()?;
+        let weights = head.as_ref().map(|head| head.weights(&shape)).transpose()?;
         let fits = weights.as_ref().is_some_and(|weights| is_alike(weights, &recipe));
         let plan = plan(items, head.as_ref(), fits, from_scratch, &self.settings, recipe.seed);
         let start = weights.filter(|_| !plan.lesson.from_scratch);
@@ -169,9 +168,7 @@ impl Bench {
             return Ok(Judgement::no(problem));
         }
         let parsed = match (&prepared.start, &prepared.head) {
-            (None, Some(Head { files, .. })) => {
-                Some(AdapterWeights::parse(&files.config, &files.weights, &self.base.shape())?)
-            }
+            (None, Some(head)) => Some(head.weights(&self.base.shape())?),
             _ => None,
         };
         let head = prepared.start.as_ref().or(parsed.as_ref());

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 
 use adapters::{AdapterCache, CacheSettings, Tier};
 
-use crate::held::{HeldStore, ask, got};
-use crate::{BASE, base, generation, mark, publish, settings, store, user};
+use crate::held::{HeldStore, ask, got, in_host_memory};
+use crate::{base, mark, publish, publish_with_files, settings, store, user};
 
 #[tokio::test]
 async fn what_has_just_been_published_is_not_read_back() {
@@ -16,16 +16,13 @@ async fn what_has_just_been_published_is_not_read_back() {
     let cache = AdapterCache::over(Arc::clone(&source) as _, base(), settings(4, 2).await);
     cache.acquire(&ada).await.unwrap().unwrap();
     for (number, (mark_of, handed_on)) in [(2.0, true), (3.0, false), (4.0, true)].into_iter().enumerate() {
-        let new = generation(mark_of, BASE);
-        let files = new.files();
-        head = store.publish(&ada, new, Some(head), None).await.unwrap().id;
+        let files;
+        (head, files) = publish_with_files(&store, &ada, mark_of, Some(head)).await;
         // A training thread announces too, and is on no runtime.
         let (announced, ada_again) = (cache.clone(), ada.clone());
         let announce = move || announced.announce(&ada_again, &head, handed_on.then_some(files));
         std::thread::spawn(announce).join().unwrap();
-        while cache.tier(&ada) != Tier::Host {
-            tokio::task::yield_now().await;
-        }
+        in_host_memory(&cache, &ada).await;
         let lease = cache.acquire(&ada).await.unwrap().unwrap();
         assert_eq!((mark(&lease), lease.generation), (mark_of, head));
         // The first load, and the one without files.
@@ -33,9 +30,7 @@ async fn what_has_just_been_published_is_not_read_back() {
     }
     // Who has no slot gets none by that.
     let bob = user("bob");
-    let new = generation(5.0, BASE);
-    let files = new.files();
-    let other = store.publish(&bob, new, None, None).await.unwrap().id;
+    let (other, files) = publish_with_files(&store, &bob, 5.0, None).await;
     cache.announce(&bob, &other, Some(files));
     assert_eq!((cache.tier(&bob), cache.residency().loads), (Tier::Store, 4));
 }
@@ -46,14 +41,10 @@ async fn a_late_announcement_serves_no_old_generation() {
     let first = publish(&store, &ada, 1.0, None).await;
     let cache = AdapterCache::new(store.clone(), base(), settings(4, 2).await);
     cache.acquire(&ada).await.unwrap().unwrap();
-    let new = generation(2.0, BASE);
-    let files = new.files();
-    let second = store.publish(&ada, new, Some(first), None).await.unwrap().id;
+    let (second, files) = publish_with_files(&store, &ada, 2.0, Some(first)).await;
     let third = publish(&store, &ada, 3.0, Some(second)).await;
     cache.announce(&ada, &second, Some(files));
-    while cache.tier(&ada) != Tier::Host {
-        tokio::task::yield_now().await;
-    }
+    in_host_memory(&cache, &ada).await;
     let lease = cache.acquire(&ada).await.unwrap().unwrap();
     assert_eq!((mark(&lease), lease.generation), (3.0, third));
 }
@@ -72,9 +63,7 @@ async fn files_that_would_wait_for_their_turn_are_read_back() {
     while source.started.load(Ordering::SeqCst) < 2 {
         tokio::task::yield_now().await;
     }
-    let new = generation(3.0, BASE);
-    let files = new.files();
-    let second = store.publish(&ada, new, Some(first), None).await.unwrap().id;
+    let (second, files) = publish_with_files(&store, &ada, 3.0, Some(first)).await;
     cache.announce(&ada, &second, Some(files));
     for _ in 0..10 {
         tokio::task::yield_now().await;

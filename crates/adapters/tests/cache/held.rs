@@ -92,6 +92,13 @@ pub(crate) async fn got(request: Request) -> Lease {
     request.await.unwrap().unwrap().unwrap()
 }
 
+/// Until a load that nobody waits for is over.
+pub(crate) async fn in_host_memory(cache: &AdapterCache, id: &AdapterId) {
+    while cache.tier(id) != Tier::Host {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[tokio::test]
 async fn who_waits_for_a_load_waits_alone() {
     let store = store().await;
@@ -138,9 +145,7 @@ async fn a_queued_request_finds_its_adapter_fetched() {
     let source = HeldStore::new(store);
     let cache = AdapterCache::over(Arc::clone(&source) as _, base(), settings(4, 2).await);
     cache.prefetch(&ada);
-    while cache.tier(&ada) != Tier::Host {
-        tokio::task::yield_now().await;
-    }
+    in_host_memory(&cache, &ada).await;
     // The load is over: the request needs none.
     source.hold(&ada);
     assert_eq!(mark(&cache.acquire(&ada).await.unwrap().unwrap()), 1.0);

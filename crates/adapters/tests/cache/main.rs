@@ -16,7 +16,7 @@ use std::time::Duration;
 use adapters::{AcquireError, AdapterCache, CacheSettings, Tier};
 use peft::{BaseShape, LoraConfig, LoraTensors, LoraWeights, Numbers, Precision, generation_id};
 use serde_json::json;
-use store::{NewGeneration, Store};
+use store::{AdapterFiles, NewGeneration, Store};
 use testkit::SmallBase;
 use types::{AdapterId, GenerationId, SystemClock};
 
@@ -63,7 +63,18 @@ fn generation_of(config: LoraConfig, mark: f32, base: [u8; 32]) -> NewGeneration
 }
 
 async fn publish(store: &Store, id: &AdapterId, mark: f32, expected: Option<GenerationId>) -> GenerationId {
-    store.publish(id, generation(mark, BASE), expected, None).await.unwrap().id
+    publish_with_files(store, id, mark, expected).await.0
+}
+
+async fn publish_with_files(
+    store: &Store,
+    id: &AdapterId,
+    mark: f32,
+    expected: Option<GenerationId>,
+) -> (GenerationId, AdapterFiles) {
+    let new = generation(mark, BASE);
+    let files = new.files();
+    (store.publish(id, new, expected, None).await.unwrap().id, files)
 }
 
 async fn store() -> Store {
