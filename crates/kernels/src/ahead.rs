@@ -3,10 +3,10 @@
 //! Rows of one batch have different adapters, which no hardware prefetcher foresees; a row at a time is asked for, so that
 //! the requests never queue up.
 
-use crate::buffer::LINE;
 use crate::lanes::Lanes;
 use crate::linear::LAYERS;
 use crate::low_rank::{PREFETCHED, Route};
+use crate::memory::LINE;
 use crate::panel::View;
 
 /// Memory that will be read soon.

@@ -13,15 +13,15 @@ use crate::paging::{BLOCK, KvElement, KvLayout, Pages};
 use crate::parallel::Shared;
 use crate::pointwise::exp;
 
-/// One layer's keys and values.
+/// Keys and values, to read one layer's.
 #[derive(Debug, Clone, Copy)]
 pub struct KvStore<'a, E> {
-    /// Shape of both.
+    /// The store's shape.
     pub layout: KvLayout,
-    /// Keys, (blocks, kv_heads, head_dim, 16 positions).
-    pub keys: &'a [E],
-    /// Values, (blocks, kv_heads, 16 positions, head_dim).
-    pub values: &'a [E],
+    /// All keys and values, in this layout.
+    pub numbers: &'a [E],
+    /// The layer that is read.
+    pub layer: usize,
     /// How many positions back a row sees, itself included; `None` sees all.
     pub window: Option<usize>,
 }
@@ -48,12 +48,13 @@ pub fn paged_attention<E: KvElement>(
     q: &[f32],
     out: &mut [f32],
 ) {
-    let KvLayout { kv_heads, head_dim } = kv.layout;
+    let KvLayout { layers, kv_heads, head_dim } = kv.layout;
     let width = heads * head_dim;
-    let rows = pages.check(kv.layout, kv.keys.len());
+    let rows = pages.check(kv.layout, kv.numbers.len());
+    assert!(kv.layer < layers, "layer {} of {layers}", kv.layer);
     assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
-    assert!(q.len() == out.len() && kv.keys.len() == kv.values.len());
     assert_eq!(q.len(), rows * width, "q is not {rows} x {width}");
+    assert_eq!(q.len(), out.len());
     let (mut tiles, mut products) = (0, 0);
     for sequence in pages.sequences {
         tiles += sequence.rows.div_ceil(TILE_ROWS);
@@ -108,10 +109,10 @@ fn attend_tile<E: KvElement>(
     out: Shared<'_>,
 ) {
     let raw = Raw {
-        keys: kv.keys.as_ptr().cast(),
-        values: kv.values.as_ptr().cast(),
+        numbers: kv.numbers.as_ptr().cast(),
         brain: E::BRAIN,
         layout: kv.layout,
+        layer: kv.layer,
         window: kv.window,
     };
     tile(isa, raw, rows, heads, q, out);
@@ -120,11 +121,44 @@ fn attend_tile<E: KvElement>(
 /// A [`KvStore`] of either precision.
 #[derive(Clone, Copy)]
 struct Raw {
-    keys: *const u8,
-    values: *const u8,
+    numbers: *const u8,
     brain: bool,
     layout: KvLayout,
+    layer: usize,
     window: Option<usize>,
+}
+
+impl Raw {
+    #[inline(always)]
+    fn keys(&self, block: u32, head: usize) -> usize {
+        self.layout.keys(self.layer, block, head)
+    }
+
+    #[inline(always)]
+    fn values(&self, block: u32, head: usize) -> usize {
+        self.layout.values(self.layer, block, head)
+    }
+
+    /// Sixteen numbers.
+    ///
+    /// # Safety
+    /// `at` and fifteen more lie in the store.
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(&self, at: usize) -> L {
+        // SAFETY: the caller vouches for the place.
+        unsafe {
+            if self.brain {
+                L::load_brain(self.numbers.add(at * 2))
+            } else {
+                L::load(self.numbers.cast::<f32>().add(at))
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(&self, at: usize) {
+        L::prefetch(self.numbers.wrapping_add(at * if self.brain { 2 } else { 4 }));
+    }
 }
 
 multiversion! {
@@ -155,7 +189,7 @@ fn tile_body<L: Lanes>(
     q: &[f32],
     out: Shared<'_>,
 ) {
-    let KvLayout { kv_heads, head_dim } = kv.layout;
+    let KvLayout { kv_heads, head_dim, .. } = kv.layout;
     let group = heads / kv_heads;
     let stride = (rows.start + rows.count).next_multiple_of(BLOCK);
     let mut scores = SCORES.take();
@@ -198,16 +232,6 @@ fn tile_body<L: Lanes>(
     SCORES.set(scores);
 }
 
-/// Sixteen keys or values.
-///
-/// # Safety
-/// `at` and fifteen more lie in the store.
-#[inline(always)]
-unsafe fn load<L: Lanes>(brain: bool, store: *const u8, at: usize) -> L {
-    // SAFETY: the caller vouches for the place.
-    unsafe { if brain { L::load_brain(store.add(at * 2)) } else { L::load(store.cast::<f32>().add(at)) } }
-}
-
 /// # Safety
 /// All blocks lie in the store and reach the last query's position; no one else uses the queries' outputs.
 #[inline(always)]
@@ -227,18 +251,18 @@ unsafe fn attend<L: Lanes, const N: usize>(
     let first = seen(queries[0].position);
     let last = queries[N - 1].position;
     for block in first / BLOCK..=last / BLOCK {
-        let keys = kv.layout.at(blocks[block], kv_head);
-        let next = kv.layout.at(blocks[(block + 1).min(last / BLOCK)], kv_head);
-        let width = if kv.brain { 2 } else { 4 };
+        let [keys, next] =
+            [block, (block + 1).min(last / BLOCK)].map(|block| kv.keys(blocks[block], kv_head));
+        let values = kv.values(blocks[block], kv_head);
         let mut sums = [L::zero(); N];
         for d in 0..dim {
             if d % 2 == 0 {
                 // The next keys and this block's values come out of memory meanwhile.
-                L::prefetch(kv.keys.wrapping_add((next + d * BLOCK) * width));
-                L::prefetch(kv.values.wrapping_add((keys + d * BLOCK) * width));
+                kv.prefetch::<L>(next + d * BLOCK);
+                kv.prefetch::<L>(values + d * BLOCK);
             }
             // SAFETY: the block lies in the store (the caller's promise).
-            let key: L = unsafe { load(kv.brain, kv.keys, keys + d * BLOCK) };
+            let key: L = unsafe { kv.load(keys + d * BLOCK) };
             for i in 0..N {
                 // SAFETY: a query has `dim` values.
                 let q = unsafe { *q.get_unchecked(queries[i].at + d) };
@@ -283,7 +307,7 @@ unsafe fn attend<L: Lanes, const N: usize>(
                 out.fill(0.0);
                 for position in first..=last {
                     let weight = scores[queries[i].scores + position];
-                    let at = kv.layout.at(blocks[position / BLOCK], kv_head) + position % BLOCK * dim + d;
+                    let at = kv.values(blocks[position / BLOCK], kv_head) + position % BLOCK * dim + d;
                     for (j, out) in out.iter_mut().enumerate() {
                         *out += weight * one(kv, at + j);
                     }
@@ -299,9 +323,9 @@ fn one(kv: Raw, at: usize) -> f32 {
     // SAFETY: `attend`'s caller vouches for the place.
     unsafe {
         if kv.brain {
-            brain_to_f32(*kv.values.cast::<u16>().add(at))
+            brain_to_f32(*kv.numbers.cast::<u16>().add(at))
         } else {
-            *kv.values.cast::<f32>().add(at)
+            *kv.numbers.cast::<f32>().add(at)
         }
     }
 }
@@ -359,14 +383,14 @@ unsafe fn mix<L: Lanes, const N: usize, const W: usize>(
     let dim = kv.layout.head_dim;
     let mut sums = [[L::zero(); W]; N];
     for block in first / BLOCK..=last / BLOCK {
-        let values = kv.layout.at(blocks[block], kv_head) + d;
+        let values = kv.values(blocks[block], kv_head) + d;
         let from = first.max(block * BLOCK);
         for position in from..=last.min(block * BLOCK + BLOCK - 1) {
             let at = values + (position - block * BLOCK) * dim;
             let mut value = [L::zero(); W];
             for w in 0..W {
                 // SAFETY: the block lies in the store (the caller's promise).
-                value[w] = unsafe { load(kv.brain, kv.values, at + w * 16) };
+                value[w] = unsafe { kv.load(at + w * 16) };
             }
             for i in 0..N {
                 // SAFETY: a query has scores up to the last position's block.

@@ -1,7 +1,8 @@
 //! Memory that begins at a cache line: a block that holds values of any precision, and parts of buffers that grow.
 
-/// Bytes of a cache line: where a buffer begins, and what its length is a multiple of.
-pub(crate) const LINE: usize = 64;
+use std::sync::Arc;
+
+use crate::memory::{LINE, Memory};
 
 /// The place of the first value that begins a cache line.
 #[must_use]
@@ -21,78 +22,99 @@ pub fn at_a_line(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     &mut buffer[start..start + len]
 }
 
-/// A fixed block of zeroed memory, read and written as float32, as bfloat16 or as bytes. What the operating system has not been
-/// asked to fill takes no memory.
+/// A fixed block of memory that begins as zeros, read and written as float32, as bfloat16 or as bytes. What has not been used
+/// takes no memory; a large one may lie in huge pages.
 #[derive(Debug)]
 pub struct PageBuffer {
-    words: Box<[u32]>,
-    /// Words before the first cache line.
+    memory: Arc<Memory>,
+    /// First byte in the memory, at a cache line.
     start: usize,
-    /// Words from there on.
-    len: usize,
+    /// Whole cache lines.
+    bytes: usize,
 }
 
 impl PageBuffer {
     /// At least `bytes` bytes, rounded up to whole cache lines.
+    ///
+    /// # Panics
+    /// When they exceed the address space.
     #[must_use]
     pub fn zeroed(bytes: usize) -> Self {
-        let len = bytes.div_ceil(LINE) * LINE / 4;
-        let words = vec![0u32; len + LINE / 4].into_boxed_slice();
-        let start = first_at_a_line(&words);
-        Self { words, start, len }
+        let memory = Memory::zeroed(bytes);
+        Self { memory: Arc::new(memory), start: 0, bytes: bytes.next_multiple_of(LINE) }
+    }
+
+    /// Pieces of so many bytes, which go their own ways. What is left over belongs to nobody.
+    ///
+    /// # Panics
+    /// When a piece is not one or more whole cache lines.
+    pub fn split(self, bytes: usize) -> impl Iterator<Item = Self> {
+        assert!(bytes > 0 && bytes.is_multiple_of(LINE), "pieces of {bytes} bytes");
+        (0..self.bytes / bytes).map(move |at| Self {
+            memory: Arc::clone(&self.memory),
+            start: self.start + at * bytes,
+            bytes,
+        })
     }
 
     /// Its length in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.len * 4
+        self.bytes
     }
 
     /// All of it as float32.
     #[must_use]
     pub fn f32(&self) -> &[f32] {
-        let words = &self.words[self.start..self.start + self.len];
-        // SAFETY: size and alignment of u32 and f32 are equal, and every bit pattern is a value of both.
-        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+        self.all()
     }
 
     /// All of it as bfloat16.
     #[must_use]
     pub fn bf16(&self) -> &[u16] {
-        let words = &self.words[self.start..self.start + self.len];
-        // SAFETY: a u32 is two u16 of weaker alignment, and every bit pattern is a value.
-        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 2) }
+        self.all()
     }
 
     /// All of it as signed bytes.
     #[must_use]
     pub fn i8(&self) -> &[i8] {
-        let words = &self.words[self.start..self.start + self.len];
-        // SAFETY: a u32 is four i8 of weaker alignment, and every bit pattern is a value.
-        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 4) }
-    }
-
-    /// As [`PageBuffer::i8`], to write.
-    pub fn i8_mut(&mut self) -> &mut [i8] {
-        let words = &mut self.words[self.start..self.start + self.len];
-        // SAFETY: as for reading; the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len() * 4) }
+        self.all()
     }
 
     /// As [`PageBuffer::f32`], to write.
     pub fn f32_mut(&mut self) -> &mut [f32] {
-        let words = &mut self.words[self.start..self.start + self.len];
-        // SAFETY: as for reading; the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
+        self.all_mut()
     }
 
     /// As [`PageBuffer::bf16`], to write.
     pub fn bf16_mut(&mut self) -> &mut [u16] {
-        let words = &mut self.words[self.start..self.start + self.len];
+        self.all_mut()
+    }
+
+    /// As [`PageBuffer::i8`], to write.
+    pub fn i8_mut(&mut self) -> &mut [i8] {
+        self.all_mut()
+    }
+
+    fn all<T: Plain>(&self) -> &[T] {
+        let start = self.memory.start().wrapping_add(self.start);
+        // SAFETY: the bytes are this piece's own and lie in the memory, which began as zeros; a line is enough of an
+        // alignment, and every bit pattern is a value.
+        unsafe { std::slice::from_raw_parts(start.cast(), self.bytes / size_of::<T>()) }
+    }
+
+    fn all_mut<T: Plain>(&mut self) -> &mut [T] {
+        let start = self.memory.start().wrapping_add(self.start);
         // SAFETY: as for reading; the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len() * 2) }
+        unsafe { std::slice::from_raw_parts_mut(start.cast(), self.bytes / size_of::<T>()) }
     }
 }
+
+/// A number of which every bit pattern is a value, and whose size divides a cache line.
+trait Plain {}
+impl Plain for f32 {}
+impl Plain for u16 {}
+impl Plain for i8 {}
 
 #[cfg(test)]
 mod tests {
@@ -114,6 +136,20 @@ mod tests {
             assert_eq!(page.f32()[last], 2.0);
             page.i8_mut()[4 * last + 3] = 0x3f;
             assert_eq!((page.f32()[last], page.i8().len()), (0.5, page.bytes()));
+        }
+    }
+
+    #[test]
+    fn pieces_share_no_byte_and_keep_their_memory() {
+        let pieces: Vec<PageBuffer> = PageBuffer::zeroed(10 * 192 + 64).split(192).collect();
+        assert_eq!(pieces.len(), 10);
+        let mut pieces: Vec<PageBuffer> = pieces.into_iter().step_by(2).collect();
+        for (at, piece) in pieces.iter_mut().enumerate() {
+            assert!(piece.bytes() == 192 && piece.i8().iter().all(|&byte| byte == 0));
+            piece.i8_mut().fill(at as i8 + 1);
+        }
+        for (at, piece) in pieces.iter().enumerate() {
+            assert!(piece.i8().iter().all(|&byte| byte == at as i8 + 1));
         }
     }
 }

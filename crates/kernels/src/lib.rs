@@ -25,6 +25,7 @@ mod lines;
 mod low_rank;
 mod many_rows;
 mod matrices;
+mod memory;
 mod norms;
 mod paging;
 mod panel;

@@ -42,9 +42,12 @@ impl KvElement for u16 {
     }
 }
 
-/// The shape of one layer's keys or values.
+/// The shape of a store of keys and values. A block has all layers' keys and values of its positions side by side: (blocks,
+/// layers, [keys, values]), keys being (kv_heads, head_dim, 16 positions) and values (kv_heads, 16 positions, head_dim).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
+    /// Layers.
+    pub layers: usize,
     /// Key/value heads.
     pub kv_heads: usize,
     /// Values per head.
@@ -52,16 +55,27 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// Values in one block of sixteen positions.
+    /// Numbers in one block of sixteen positions.
     #[must_use]
     pub const fn block_values(&self) -> usize {
+        2 * self.layers * self.half()
+    }
+
+    /// Numbers that a layer's keys, or its values, have in a block.
+    const fn half(&self) -> usize {
         self.kv_heads * BLOCK * self.head_dim
     }
 
-    /// Where a head's part of a block begins.
+    /// Where a head's keys begin in a block of a layer.
     #[inline(always)]
-    pub(crate) fn at(&self, block: u32, head: usize) -> usize {
-        block as usize * self.block_values() + head * BLOCK * self.head_dim
+    pub(crate) const fn keys(&self, layer: usize, block: u32, head: usize) -> usize {
+        (block as usize * self.layers + layer) * 2 * self.half() + head * BLOCK * self.head_dim
+    }
+
+    /// Where its values begin.
+    #[inline(always)]
+    pub(crate) const fn values(&self, layer: usize, block: u32, head: usize) -> usize {
+        self.keys(layer, block, head) + self.half()
     }
 }
 

@@ -106,10 +106,13 @@ pub fn paged_attention<E: KvElement>(
             let first = kv.window.map_or(0, |window| (position + 1).saturating_sub(window));
             for head in 0..heads {
                 let kv_head = head / (heads / layout.kv_heads);
-                let start =
-                    |p: usize| blocks[p / BLOCK] as usize * layout.block_values() + kv_head * BLOCK * dim;
-                let key = |p: usize, d: usize| kv.keys[start(p) + d * BLOCK + p % BLOCK].to_f32();
-                let value = |p: usize, d: usize| kv.values[start(p) + p % BLOCK * dim + d].to_f32();
+                // Of the keys (0) or the values (1): (blocks, layers, 2, kv_heads, BLOCK * dim).
+                let start = |p: usize, which: usize| {
+                    let block = blocks[p / BLOCK] as usize * layout.layers + kv.layer;
+                    ((2 * block + which) * layout.kv_heads + kv_head) * BLOCK * dim
+                };
+                let key = |p: usize, d: usize| kv.numbers[start(p, 0) + d * BLOCK + p % BLOCK].to_f32();
+                let value = |p: usize, d: usize| kv.numbers[start(p, 1) + p % BLOCK * dim + d].to_f32();
                 let mine = ((first_row + row) * heads + head) * dim;
                 let q = &q[mine..][..dim];
                 let product = |(d, q): (usize, &f32), p| f64::from(*q) * f64::from(key(p, d));

@@ -92,15 +92,15 @@ pub struct Rotary<'a> {
     pub eps: f32,
 }
 
-/// A layer's keys and values to write to.
+/// Keys and values, to write one layer's.
 #[derive(Debug)]
 pub struct KvStoreMut<'a, E> {
-    /// Shape of both.
+    /// The store's shape.
     pub layout: KvLayout,
-    /// Keys, as in [`crate::KvStore`].
-    pub keys: &'a mut [E],
-    /// Values.
-    pub values: &'a mut [E],
+    /// All keys and values, in this layout.
+    pub numbers: &'a mut [E],
+    /// The layer that is written.
+    pub layer: usize,
 }
 
 /// Rows of one task.
@@ -121,13 +121,14 @@ pub fn rotate_and_store<E: KvElement>(
     v: &[f32],
 ) {
     let layout = kv.layout;
-    let rows = pages.check(layout, kv.keys.len());
+    let rows = pages.check(layout, kv.numbers.len());
+    assert!(kv.layer < layout.layers, "layer {} of {}", kv.layer, layout.layers);
     let key_width = layout.kv_heads * layout.head_dim;
     let query_width = q.len() / rows.max(1);
     assert!(q.len() == rows * query_width && query_width.is_multiple_of(layout.head_dim));
-    assert!(k.len() == rows * key_width && v.len() == k.len() && kv.keys.len() == kv.values.len());
+    assert!(k.len() == rows * key_width && v.len() == k.len());
     let (q, k) = (Shared::new(q), Shared::new(k));
-    let (keys, values) = (Store(kv.keys.as_mut_ptr()), Store(kv.values.as_mut_ptr()));
+    let store = Store { numbers: kv.numbers.as_mut_ptr(), layout, layer: kv.layer };
     let task = |task: usize| {
         for row in task * TASK_ROWS..(task * TASK_ROWS + TASK_ROWS).min(rows) {
             let Some((blocks, position)) = pages.locate(row) else { continue };
@@ -136,15 +137,7 @@ pub fn rotate_and_store<E: KvElement>(
                 let q = q.part(row * query_width, query_width);
                 let k = k.part(row * key_width, key_width);
                 ready(rotary, position as u32, q, k);
-                put(
-                    layout,
-                    &keys,
-                    &values,
-                    blocks[position / BLOCK],
-                    position % BLOCK,
-                    k,
-                    &v[row * key_width..],
-                );
+                store.put(blocks[position / BLOCK], position % BLOCK, k, &v[row * key_width..]);
             }
         }
     };
@@ -156,31 +149,30 @@ pub fn rotate_and_store<E: KvElement>(
 }
 
 /// A store that tasks write disjoint places of.
-struct Store<E>(*mut E);
+struct Store<E> {
+    numbers: *mut E,
+    layout: KvLayout,
+    layer: usize,
+}
 
 // SAFETY: see `rotate_and_store`.
 unsafe impl<E: Sync> Sync for Store<E> {}
 
-/// # Safety
-/// The block lies in both stores, and nobody else writes this position.
-#[inline(always)]
-unsafe fn put<E: KvElement>(
-    layout: KvLayout,
-    keys: &Store<E>,
-    values: &Store<E>,
-    block: u32,
-    within: usize,
-    k: &[f32],
-    v: &[f32],
-) {
-    let dim = layout.head_dim;
-    for head in 0..layout.kv_heads {
-        let at = layout.at(block, head);
-        for d in 0..dim {
-            // SAFETY: inside the block (the caller's promise).
-            unsafe {
-                *keys.0.add(at + d * BLOCK + within) = E::from_f32(k[head * dim + d]);
-                *values.0.add(at + within * dim + d) = E::from_f32(v[head * dim + d]);
+impl<E: KvElement> Store<E> {
+    /// # Safety
+    /// The block lies in the store, and nobody else writes this position.
+    #[inline(always)]
+    unsafe fn put(&self, block: u32, within: usize, k: &[f32], v: &[f32]) {
+        let dim = self.layout.head_dim;
+        for head in 0..self.layout.kv_heads {
+            let keys = self.layout.keys(self.layer, block, head);
+            let values = self.layout.values(self.layer, block, head);
+            for d in 0..dim {
+                // SAFETY: inside the block (the caller's promise).
+                unsafe {
+                    *self.numbers.add(keys + d * BLOCK + within) = E::from_f32(k[head * dim + d]);
+                    *self.numbers.add(values + within * dim + d) = E::from_f32(v[head * dim + d]);
+                }
             }
         }
     }

@@ -579,12 +579,10 @@ fn means(isa: Isa) -> Means<'static> {
 fn attention_equals_the_reference<E: KvElement>() {
     let mut rng = StdRng::seed_from_u64(7);
     for (head_dim, heads) in [(20, 9), (64, 9), (128, 3), (96, 15)] {
-        let layout = KvLayout { kv_heads: 3, head_dim };
+        let layout = KvLayout { layers: 3, kv_heads: 3, head_dim };
         let blocks = 12;
-        let mut store = || -> Vec<E> {
-            random(&mut rng, blocks * layout.block_values()).into_iter().map(E::from_f32).collect()
-        };
-        let (keys, values) = (store(), store());
+        let numbers = random(&mut rng, blocks * layout.block_values());
+        let numbers: Vec<E> = numbers.into_iter().map(E::from_f32).collect();
         let sequences = [
             PagedSequence { first_block: 0, blocks: 3, rows: 1, start: 40 },
             PagedSequence { first_block: 3, blocks: 1, rows: 9, start: 0 },
@@ -592,7 +590,7 @@ fn attention_equals_the_reference<E: KvElement>() {
         ];
         let pages = Pages { blocks: &[7, 2, 5, 1, 3, 11, 0, 4], sequences: &sequences };
         for window in [None, Some(8), Some(30)] {
-            let kv = KvStore { layout, keys: &keys, values: &values, window };
+            let kv = KvStore { layout, numbers: &numbers, layer: 1, window };
             let width = heads * head_dim;
             let q = random(&mut rng, 30 * width);
             let mut plain = vec![0.0; q.len()];
@@ -626,7 +624,7 @@ fn paged_attention_equals_the_reference() {
 #[test]
 fn packed_sequences_attend_as_paged_ones() {
     let mut rng = StdRng::seed_from_u64(8);
-    let layout = KvLayout { kv_heads: 2, head_dim: 16 };
+    let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 16 };
     let shape = SpanAttention {
         heads: 4,
         kv_heads: 2,
@@ -642,16 +640,15 @@ fn packed_sequences_attend_as_paged_ones() {
         PagedSequence { first_block: 1, blocks: 1, rows: 5, start: 0 },
     ];
     let pages = Pages { blocks: &[0, 1], sequences: &sequences };
-    let mut keys = vec![0.0; 2 * layout.block_values()];
-    let mut values = keys.clone();
+    let mut numbers = vec![0.0; 2 * layout.block_values()];
     // Angles of zero: nothing turns.
     let table = RopeTable::new(&[0.0; 8], 16);
     let rotary = Rotary { table: &table, query_norm: None, key_norm: None, eps: 1e-5 };
-    let mut store = KvStoreMut { layout, keys: &mut keys, values: &mut values };
+    let mut store = KvStoreMut { layout, numbers: &mut numbers, layer: 1 };
     let (mut turned, mut k) = (q.clone(), k);
     rotate_and_store(means(isas()[0]), rotary, &mut store, pages, &mut turned, &mut k, &v);
     assert_eq!(turned, q);
-    let kv = KvStore { layout, keys: &keys, values: &values, window: Some(6) };
+    let kv = KvStore { layout, numbers: &numbers, layer: 1, window: Some(6) };
     let mut paged = vec![0.0; q.len()];
     paged_attention(means(isas()[0]), &kv, pages, 4, &q, &mut paged);
     assert!(worst(&packed, &paged) < 1e-5);

@@ -34,7 +34,7 @@ impl PagePool {
     pub fn new(page_bytes: usize, budget: usize) -> Self {
         let page_bytes = page_bytes.max(LINE).next_multiple_of(LINE);
         let pages = budget / page_bytes;
-        let free = (0..pages).map(|_| PageBuffer::zeroed(page_bytes)).collect();
+        let free = PageBuffer::zeroed(pages * page_bytes).split(page_bytes).collect();
         Self(Arc::new(Pool { page_bytes, pages, free: Mutex::new(free) }))
     }
 
