@@ -180,8 +180,12 @@ impl Traffic {
         }
         let total = sums.last().copied().unwrap_or(1.0);
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut draw = || sums.partition_point(|sum| *sum < rng.random_range(0.0..total)).min(users - 1);
-        let queue: Arc<Vec<usize>> = Arc::new((0..requests).map(|_| draw()).collect());
+        // Answers differ in length, or the side where nobody waits for an adapter would go in step from prompt to prompt.
+        let mut draw = || {
+            let user = sums.partition_point(|sum| *sum < rng.random_range(0.0..total)).min(users - 1);
+            (user, rng.random_range(ANSWER / 2..=ANSWER * 3 / 2))
+        };
+        let queue: Arc<Vec<(usize, u32)>> = Arc::new((0..requests).map(|_| draw()).collect());
         let next = Arc::new(AtomicUsize::new(0));
         let start = Instant::now();
         let mut clients = JoinSet::new();
@@ -189,8 +193,8 @@ impl Traffic {
             let (traffic, queue, next) = (self.clone(), Arc::clone(&queue), Arc::clone(&next));
             clients.spawn(async move {
                 let mut tokens = 0;
-                while let Some(number) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    tokens += traffic.request(&user("user", *number)?, ANSWER).await?.tokens.len();
+                while let Some((number, answer)) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    tokens += traffic.request(&user("user", *number)?, *answer).await?.tokens.len();
                 }
                 anyhow::Ok(tokens)
             });
