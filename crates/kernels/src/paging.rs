@@ -7,7 +7,7 @@ use crate::lanes::{brain_to_f32, f32_to_brain};
 pub const BLOCK: usize = 16;
 
 /// A number that keys and values are kept in: `f32`, or `u16` for bfloat16.
-pub trait KvElement: Copy + Default + Send + Sync + 'static {
+pub trait KvElement: Copy + Send + Sync + 'static {
     /// Rounds to it.
     fn from_f32(value: f32) -> Self;
 

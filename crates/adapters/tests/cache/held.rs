@@ -92,7 +92,7 @@ pub(crate) async fn got(request: Request) -> Lease {
     request.await.unwrap().unwrap().unwrap()
 }
 
-/// Until a load that nobody waits for is over.
+/// Until an adapter has come into host memory.
 pub(crate) async fn in_host_memory(cache: &AdapterCache, id: &AdapterId) {
     while cache.tier(id) != Tier::Host {
         tokio::task::yield_now().await;
