@@ -7,6 +7,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use store::thread_time;
+
 /// Whether requests run at this moment.
 pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 
@@ -16,7 +18,8 @@ const PARTS: u32 = 20;
 const STRETCH: Duration = Duration::from_micros(250);
 /// Work that goes at once when there was none for a while.
 const SAVED: Duration = Duration::from_micros(500);
-/// What a piece counts for at most: one that took longer waited for a core itself, which must not make it wait again.
+/// What a piece counts for at most, so that nobody waits for long after one (and where time is not that of a core, see
+/// [`thread_time`], one that took longer waited for a core itself).
 const MOST: Duration = Duration::from_millis(5);
 
 /// The pace of all work of a cache.
@@ -45,10 +48,10 @@ impl Pace {
 
     /// To be called between the pieces of work that begins now.
     pub(crate) fn rests(&self) -> impl FnMut() {
-        let mut start = Instant::now();
+        let mut start = thread_time();
         move || {
-            self.worked(start.elapsed());
-            start = Instant::now();
+            self.worked(thread_time() - start);
+            start = thread_time();
         }
     }
 

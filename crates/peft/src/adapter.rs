@@ -49,12 +49,11 @@ enum Values {
 }
 
 impl Values {
-    fn new(values: &[f32], storage: Storage) -> Self {
+    fn new(values: &[f32], scale: f32, storage: Storage) -> Self {
+        let scaled = values.iter().map(|value| value * scale);
         match storage {
-            Storage::F32 => Self::vector(values),
-            Storage::Bf16 | Storage::Int8 => {
-                Self::Bf16(values.iter().map(|&value| kernels::to_bf16(value)).collect())
-            }
+            Storage::F32 => Self::F32(scaled.collect()),
+            Storage::Bf16 | Storage::Int8 => Self::Bf16(scaled.map(kernels::to_bf16).collect()),
         }
     }
 
@@ -282,7 +281,7 @@ impl Adapter {
             return Err(PeftError::tensor("prompt_embeddings", problem));
         }
         let embeddings = weights.embeddings.chunks_exact(width);
-        let embeddings: Vec<Values> = embeddings.map(|values| Values::new(values, storage)).collect();
+        let embeddings: Vec<Values> = embeddings.map(|values| Values::new(values, 1.0, storage)).collect();
         if !embeddings.iter().all(Values::is_finite) {
             return Err(PeftError::tensor("prompt_embeddings", NOT_FINITE));
         }
@@ -423,20 +422,20 @@ fn scaled(values: &[f32], scale: f32) -> Vec<f32> {
     values.iter().map(|value| value * scale).collect()
 }
 
-/// A (rank, input features) and B (output features, rank), what scales it folded in.
-fn factors(rank: usize, a: &[f32], b: &[f32], storage: Storage) -> Factors {
+/// A (rank, input features) and B (output features, rank) times `scale`.
+fn factors(rank: usize, a: &[f32], b: &[f32], scale: f32, storage: Storage) -> Factors {
     if storage == Storage::Int8 && (a.len() / rank).is_multiple_of(32) {
-        let (a, b, scales) = quantise_low_rank(a, b, rank);
+        let (a, b, scales) = quantise_low_rank(a, &scaled(b, scale), rank);
         let (a, b) = (Values::I8(a.into()), Values::I8(b.into()));
         return Factors { rank, a, b, scales: Some(Values::vector(&scales)) };
     }
-    let (a, b) = (Values::new(a, storage), Values::new(&pack_b(b, rank), storage));
+    let (a, b) = (Values::new(a, 1.0, storage), Values::new(&pack_b(b, rank), scale, storage));
     Factors { rank, a, b, scales: None }
 }
 
 fn lora_site(site: &LoraTensors, storage: Storage) -> AdapterSite {
     let scale = site.scale as f32;
-    let low_rank = Some(factors(site.rank, &site.a, &scaled(&site.b, scale), storage));
+    let low_rank = Some(factors(site.rank, &site.a, &site.b, scale, storage));
     let bias = site.bias.as_ref().map(|bias| Values::vector(&scaled(bias, scale)));
     AdapterSite { low_rank, bias, ..AdapterSite::default() }
 }
@@ -463,7 +462,7 @@ fn dora_site(
     for (row, output) in b.chunks_exact_mut(rank).zip(&output) {
         row.iter_mut().for_each(|value| *value *= output);
     }
-    let low_rank = Some(factors(rank, &site.a, &b, storage));
+    let low_rank = Some(factors(rank, &site.a, &b, 1.0, storage));
     let bias = site.bias.as_ref().map(|bias| {
         let scale = site.scale as f32;
         let scaled: Vec<f32> = bias.iter().zip(&output).map(|(bias, output)| bias * scale * output).collect();

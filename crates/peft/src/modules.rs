@@ -144,9 +144,9 @@ pub(crate) struct Patterns<'a, T> {
     entries: &'a [(String, T)],
     /// Keys that need no expression, which most are, with their places among the entries.
     plain: Vec<(usize, Plain)>,
-    /// The others.
+    /// The others, if there are any.
     others: Vec<usize>,
-    set: RegexSet,
+    set: Option<RegexSet>,
 }
 
 /// A key of a fixed length: each of its bytes, or any byte.
@@ -191,12 +191,14 @@ impl<'a, T> Patterns<'a, T> {
                 }
             }
         }
-        Ok(Self { entries, plain, others, set: expressions(field, &texts)? })
+        let set = (!texts.is_empty()).then(|| expressions(field, &texts)).transpose()?;
+        Ok(Self { entries, plain, others, set })
     }
 
     pub(crate) fn find(&self, path: &str) -> Option<&'a T> {
         let plain = self.plain.iter().find(|(_, key)| key.matches(path)).map(|(at, _)| *at);
-        let other = self.set.matches(path.as_bytes()).iter().next().map(|which| self.others[which]);
+        let matches = self.set.as_ref().map(|set| set.matches(path.as_bytes()));
+        let other = matches.and_then(|matches| Some(self.others[matches.iter().next()?]));
         let first = plain.into_iter().chain(other).min()?;
         Some(&self.entries[first].1)
     }

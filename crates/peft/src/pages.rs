@@ -68,12 +68,20 @@ impl PagePool {
 
     /// Copies tensors into pages of their own; `None` if there are too few free ones, or if a tensor is larger than a
     /// page. Calls `between` after every page that is wiped and every tensor that is copied.
+    ///
+    /// Nothing of a page's last owner is left: what is not written is wiped.
     pub(crate) fn store(&self, tensors: &[Numbers<'_>], between: &mut dyn FnMut()) -> Option<Vec<Span>> {
         let plan = Plan::new(self.0.page_bytes, tensors.iter().map(bytes))?;
-        let mut pages = self.take(plan.pages(), between)?;
+        let mut pages = self.take(plan.pages())?;
+        for (page, filled) in pages.iter_mut().zip(&plan.filled) {
+            page.buffer.i8_mut()[*filled..].fill(0);
+            between();
+        }
         for (tensor, &(page, start)) in tensors.iter().zip(&plan.places) {
             between();
             let page = &mut pages[page].buffer;
+            let end = start + bytes(tensor);
+            page.i8_mut()[end..end.next_multiple_of(LINE)].fill(0);
             match tensor {
                 Numbers::F32(values) => {
                     page.f32_mut()[start / 4..start / 4 + values.len()].copy_from_slice(values);
@@ -98,19 +106,13 @@ impl PagePool {
         Some(tensors.iter().zip(&plan.places).map(span).collect())
     }
 
-    /// Takes pages and wipes them: nothing of the last owner is left, not even where nothing new is written.
-    fn take(&self, count: usize, between: &mut dyn FnMut()) -> Option<Vec<Page>> {
+    fn take(&self, count: usize) -> Option<Vec<Page>> {
         let taken = {
             let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
             let rest = free.len().checked_sub(count)?;
             free.split_off(rest)
         };
-        let page = |mut buffer: PageBuffer| {
-            buffer.f32_mut().fill(0.0);
-            between();
-            Page { buffer, pool: Arc::clone(&self.0) }
-        };
-        Some(taken.into_iter().map(page).collect())
+        Some(taken.into_iter().map(|buffer| Page { buffer, pool: Arc::clone(&self.0) }).collect())
     }
 }
 
@@ -126,7 +128,7 @@ pub(crate) fn bytes(tensor: &Numbers<'_>) -> usize {
 /// Where tensors go: first fit over the adapter's own pages.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    /// Bytes in use of each page.
+    /// Bytes in use of each page, from its start.
     filled: Vec<usize>,
     /// Page and first byte of each tensor.
     places: Vec<(usize, usize)>,
@@ -282,9 +284,12 @@ mod tests {
     fn a_page_used_again_holds_nothing_of_the_last_owner() {
         let pool = PagePool::new(1024, 1024);
         drop(store(&pool, &[Numbers::F32(&[f32::NAN; 256])]).unwrap());
-        let small = store(&pool, &[Numbers::F32(&[1.0])]).unwrap();
+        let small = store(&pool, &[Numbers::F32(&[1.0]), Numbers::F32(&[2.0; 17])]).unwrap();
         let page = small[0].page.buffer.f32();
-        assert_eq!(page[0], 1.0);
-        assert!(page[1..].iter().all(|value| value.to_bits() == 0), "left-overs");
+        let line = LINE / 4;
+        assert_eq!((page[0], &page[line..line + 17]), (1.0, &[2.0; 17][..]));
+        for left in [&page[1..line], &page[line + 17..]] {
+            assert!(left.iter().all(|value| value.to_bits() == 0), "left-overs");
+        }
     }
 }

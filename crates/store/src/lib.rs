@@ -33,7 +33,7 @@ mod users;
 pub use error::StoreError;
 pub use lessons::item_hash;
 pub use pauses::{Pause, PauseScope, Pauses};
-pub use reading::Rest;
+pub use reading::{Rest, thread_time};
 pub use records::{
     AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
     GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,

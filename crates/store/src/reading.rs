@@ -3,15 +3,31 @@
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use crate::{Fingerprint, StoreError};
 
-/// Called after a piece of work with the time that it took.
+/// Called after a piece of work with the core's time that it took.
 pub type Rest = dyn Fn(Duration) + Send + Sync;
+
+/// The core's time that the calling thread has had: what it waited for a core does not count. Elsewhere than on Linux it
+/// does.
+#[must_use]
+pub fn thread_time() -> Duration {
+    #[cfg(target_os = "linux")]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        time.try_into().unwrap_or_default()
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+        START.get_or_init(std::time::Instant::now).elapsed()
+    }
+}
 
 /// Bytes that are read and hashed at a time.
 const PIECE: usize = 64 << 10;
@@ -26,9 +42,9 @@ pub(crate) async fn fingerprint(bytes: Bytes, rest: Arc<Rest>) -> Result<(Finger
     blocking(move || {
         let mut hash = Sha256::new();
         for piece in bytes.chunks(PIECE) {
-            let start = Instant::now();
+            let start = thread_time();
             hash.update(piece);
-            rest(start.elapsed());
+            rest(thread_time() - start);
         }
         (found(bytes.len(), hash), bytes)
     })
@@ -46,14 +62,14 @@ pub(crate) async fn read(
         let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
         let mut hash = Sha256::new();
         loop {
-            let (start, before) = (Instant::now(), content.len());
+            let (start, before) = (thread_time(), content.len());
             file.by_ref().take(PIECE as u64).read_to_end(&mut content)?;
             let piece = &content[before..];
             if piece.is_empty() {
                 return Ok((found(content.len(), hash), content.into()));
             }
             hash.update(piece);
-            rest(start.elapsed());
+            rest(thread_time() - start);
         }
     })
     .await

@@ -150,7 +150,7 @@ impl World {
                 Some(Fault::EarlyReuse) => {
                     let other = self.leak.lock().unwrap().replace(lease.clone());
                     if let Some(other) = other
-                        && rng.random_bool(0.05)
+                        && rng.random_bool(0.25)
                     {
                         lease.adapter = other.adapter;
                     }
