@@ -89,6 +89,22 @@ pub(crate) async fn ask(engine: &ModelEngine, lease: &Lease, max_tokens: u32) ->
     Ok(Answer { start, tokens })
 }
 
+/// Users by Zipf's law with exponent 1, each with the length of the answer. These differ, or the side where nobody waits
+/// for an adapter would go in step from prompt to prompt.
+fn zipf_requests(users: usize, requests: usize, seed: u64) -> Vec<(usize, u32)> {
+    let mut sums = Vec::with_capacity(users);
+    for rank in 1..=users {
+        sums.push(sums.last().copied().unwrap_or(0.0) + 1.0 / rank as f64);
+    }
+    let total = sums.last().copied().unwrap_or(1.0);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut draw = || {
+        let user = sums.partition_point(|sum| *sum < rng.random_range(0.0..total)).min(users - 1);
+        (user, rng.random_range(ANSWER / 2..=ANSWER * 3 / 2))
+    };
+    (0..requests).map(|_| draw()).collect()
+}
+
 /// What is done for one user after the other, all the time.
 pub(crate) struct Rounds {
     task: JoinHandle<()>,
@@ -172,38 +188,40 @@ impl Traffic {
         Ok(Answers(answers))
     }
 
-    /// Tokens per second of a full batch of clients whose users are drawn by Zipf's law with exponent 1.
-    pub(crate) async fn zipf(&self, users: usize, requests: usize, seed: u64) -> anyhow::Result<f64> {
-        let mut sums = Vec::with_capacity(users);
-        for rank in 1..=users {
-            sums.push(sums.last().copied().unwrap_or(0.0) + 1.0 / rank as f64);
+    /// Leases the adapters of such requests, one after the other: memory holds then what it holds after them.
+    pub(crate) async fn touch(&self, users: usize, requests: usize, seed: u64) -> anyhow::Result<()> {
+        for (number, _) in zipf_requests(users, requests, seed) {
+            drop(self.cache.acquire(&user("user", number)?).await?);
         }
-        let total = sums.last().copied().unwrap_or(1.0);
-        let mut rng = StdRng::seed_from_u64(seed);
-        // Answers differ in length, or the side where nobody waits for an adapter would go in step from prompt to prompt.
-        let mut draw = || {
-            let user = sums.partition_point(|sum| *sum < rng.random_range(0.0..total)).min(users - 1);
-            (user, rng.random_range(ANSWER / 2..=ANSWER * 3 / 2))
-        };
-        let queue: Arc<Vec<(usize, u32)>> = Arc::new((0..requests).map(|_| draw()).collect());
+        Ok(())
+    }
+
+    /// Tokens per second of a full batch of clients whose users are drawn by Zipf's law with exponent 1, until the first
+    /// of them finds no more to ask.
+    pub(crate) async fn zipf(&self, users: usize, requests: usize, seed: u64) -> anyhow::Result<f64> {
+        let queue = Arc::new(zipf_requests(users, requests, seed));
         let next = Arc::new(AtomicUsize::new(0));
         let start = Instant::now();
         let mut clients = JoinSet::new();
         for _ in 0..BATCH {
             let (traffic, queue, next) = (self.clone(), Arc::clone(&queue), Arc::clone(&next));
             clients.spawn(async move {
-                let mut tokens = 0;
+                let mut tokens = Vec::new();
                 while let Some((number, answer)) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    tokens += traffic.request(&user("user", *number)?, *answer).await?.tokens.len();
+                    tokens.extend(traffic.request(&user("user", *number)?, *answer).await?.tokens);
                 }
-                anyhow::Ok(tokens)
+                anyhow::Ok((tokens, Instant::now()))
             });
         }
-        let mut tokens = 0;
+        let (mut tokens, mut end) = (Vec::new(), None);
         while let Some(client) = clients.join_next().await {
-            tokens += client??;
+            let (more, ended) = client??;
+            tokens.extend(more);
+            end = Some(end.map_or(ended, |end: Instant| end.min(ended)));
         }
-        Ok(tokens as f64 / start.elapsed().as_secs_f64())
+        let end = end.context("there are clients")?;
+        let counted = tokens.iter().filter(|at| **at <= end).count();
+        Ok(counted as f64 / (end - start).as_secs_f64())
     }
 
     /// Milliseconds to the first token of users who take turns, a few at a time, after a round that is not counted.
