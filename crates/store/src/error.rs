@@ -31,6 +31,12 @@ pub enum StoreError {
         /// The oldest version that is accepted.
         needed: &'static str,
     },
+    /// The SQLite library was built without access to its pages, so nothing could be erased for good.
+    #[error(
+        "sqlite was built without SQLITE_ENABLE_DBPAGE_VTAB: build in the repository, whose .cargo/config.toml asks \
+         for it, or with LIBSQLITE3_FLAGS=-DSQLITE_ENABLE_DBPAGE_VTAB"
+    )]
+    NoPages,
     /// The schema could not be brought up to date (or is newer than this program).
     #[error("database schema: {0}")]
     Migration(#[from] sqlx::migrate::MigrateError),

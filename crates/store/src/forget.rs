@@ -54,10 +54,11 @@ impl Store {
                 forget_generations(&mut tx, &adapter, &user, extent).await?;
             sql::checkpoints::delete(&mut tx, user.key).await?;
             let job = store.relearn(&mut tx, user.key, is_left, training).await?;
+            Self::mark_erasure(&mut tx).await?;
             tx.commit().await?;
             store.interrupt();
             store.sweep(&adapter).await;
-            store.forget().await;
+            store.wipe().await;
             Ok(Some(Forgotten { items: gone.items, generations, head, job }))
         })
         .await

@@ -29,6 +29,7 @@ mod records;
 mod sql;
 mod store;
 mod users;
+mod wipe;
 
 pub use error::StoreError;
 pub use lessons::item_hash;

@@ -11,7 +11,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Connection as _, Sqlite, Transaction};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tracing::Instrument as _;
 use types::{AdapterId, Clock, Timestamp};
 
@@ -55,6 +55,8 @@ struct Inner {
     lock: Option<File>,
     /// Counts what may have taken a job from its worker.
     interrupts: watch::Sender<u64>,
+    /// Held while erased content is wiped.
+    wiping: Mutex<()>,
 }
 
 impl fmt::Debug for Store {
@@ -92,6 +94,7 @@ impl Store {
             beats: Beats::default(),
             lock: Some(lock),
             interrupts: watch::Sender::default(),
+            wiping: Mutex::default(),
         };
         let store = Self { inner: Arc::new(inner) };
         store.recover().await?;
@@ -116,6 +119,7 @@ impl Store {
             beats: Beats::default(),
             lock: None,
             interrupts: watch::Sender::default(),
+            wiping: Mutex::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -169,6 +173,14 @@ impl Store {
         &self.inner.blobs
     }
 
+    pub(crate) fn writer(&self) -> &SqlitePool {
+        &self.inner.writer
+    }
+
+    pub(crate) fn wiping(&self) -> &Mutex<()> {
+        &self.inner.wiping
+    }
+
     /// A transaction that may write. Dropped without a commit, it leaves no trace.
     pub(crate) async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
         // IMMEDIATE takes the write lock now: taking it later can fail without waiting.
@@ -198,18 +210,6 @@ impl Store {
         }
     }
 
-    /// Moves erased content out of the write-ahead log. Deleted rows are overwritten in the
-    /// database itself (`secure_delete`), but the log keeps their old pages until it starts over.
-    pub(crate) async fn forget(&self) {
-        let checkpoint = sqlx::query_scalar("PRAGMA wal_checkpoint(TRUNCATE)");
-        let left = "erased rows stay in the write-ahead log until it starts over";
-        match checkpoint.fetch_one(&self.inner.writer).await {
-            Ok(0i64) => {}
-            Ok(_) => tracing::warn!("{left}: it is in use"),
-            Err(error) => tracing::warn!(%error, "{left}"),
-        }
-    }
-
     async fn recover(&self) -> Result<(), StoreError> {
         let mut tx = self.write().await?;
         let orphans = sql::jobs::expire_running(&mut tx).await?;
@@ -225,7 +225,7 @@ impl Store {
             }
         }
         // The earlier process may have died between erasing and this.
-        self.forget().await;
+        self.wipe().await;
         Ok(())
     }
 }
@@ -262,6 +262,9 @@ async fn connect(connections: u32, options: SqliteConnectOptions) -> Result<Sqli
 async fn prepare(writer: &SqlitePool) -> Result<(), StoreError> {
     let found: String = sqlx::query_scalar("SELECT sqlite_version()").fetch_one(writer).await?;
     check_version(&found)?;
+    if !sql::pages::can_be_reached(&mut *writer.acquire().await?).await? {
+        return Err(StoreError::NoPages);
+    }
     sqlx::migrate!("migrations/sqlite").run(writer).await?;
     Ok(())
 }

@@ -76,6 +76,7 @@ impl Store {
             if let Some(user) = &user {
                 sql::garbage::insert_all(&mut tx, user.key).await?;
                 sql::users::delete(&mut tx, user.key).await?;
+                Self::mark_erasure(&mut tx).await?;
                 if let Some(own) = PauseScope::of(&adapter) {
                     sql::claims::resume(&mut tx, &own).await?;
                 }
@@ -86,7 +87,7 @@ impl Store {
             for folder in &folders {
                 store.discard(folder).await?;
             }
-            store.forget().await;
+            store.wipe().await;
             Ok(user.is_some() || !folders.is_empty())
         })
         .await

@@ -10,6 +10,7 @@ pub(crate) mod generations;
 pub(crate) mod items;
 pub(crate) mod jobs;
 pub(crate) mod lessons;
+pub(crate) mod pages;
 pub(crate) mod requests;
 pub(crate) mod users;
 
