@@ -376,6 +376,7 @@ impl Inner {
         generation: GenerationId,
         files: Option<AdapterFiles>,
     ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
+        let _underway = self.pace.load();
         let turn = self.turns.try_acquire().ok();
         // Files that wait would be memory that nobody counts.
         let files = files.filter(|_| turn.is_some());

@@ -4,6 +4,7 @@
 //! round for as long as it has a core, whatever its priority: the scheduler moves in steps of milliseconds. So it is the
 //! work that keeps itself short.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,11 @@ use store::thread_time;
 /// Whether requests run at this moment.
 pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// While requests run, work takes one part in so many of one core. What it takes is at most added to the time of a step.
-const PARTS: u32 = 20;
+/// While requests run, a load takes one part in so many of one core. What it takes is at most added to the time of a step.
+const PARTS: u32 = 16;
+/// Where several loads are to be made, all of them together take so many times as much: whoever waits for one is missing
+/// in the batch, and then more is gained than lost.
+const SEVERAL: u32 = 2;
 /// Work at a stretch.
 const STRETCH: Duration = Duration::from_micros(250);
 /// Work that goes at once when there was none for a while.
@@ -22,17 +26,38 @@ const SAVED: Duration = Duration::from_micros(500);
 /// [`thread_time`], one that took longer waited for a core itself).
 const MOST: Duration = Duration::from_millis(5);
 
+/// One load, as long as it lives.
+pub(crate) struct Underway<'a>(&'a AtomicUsize);
+
+impl Drop for Underway<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// The pace of all work of a cache.
 pub(crate) struct Pace {
     busy: Busy,
     parts: u32,
+    /// Loads that are under way or wait for their turn.
+    loads: AtomicUsize,
     /// Up to when the work that was done has been rested for.
     paid: Mutex<Instant>,
 }
 
 impl Pace {
     pub(crate) fn new(busy: Busy) -> Self {
-        Self { busy, parts: PARTS, paid: Mutex::new(Instant::now()) }
+        Self { busy, parts: PARTS, loads: AtomicUsize::new(0), paid: Mutex::new(Instant::now()) }
+    }
+
+    /// A load begins, or begins to wait for its turn.
+    pub(crate) fn load(&self) -> Underway<'_> {
+        self.loads.fetch_add(1, Ordering::Relaxed);
+        Underway(&self.loads)
+    }
+
+    fn parts(&self) -> u32 {
+        if self.loads.load(Ordering::Relaxed) > 1 { self.parts / SEVERAL } else { self.parts }
     }
 
     /// Called after a piece of work with the time that it took: rests if it is time to.
@@ -50,23 +75,24 @@ impl Pace {
     pub(crate) fn rests(&self) -> impl FnMut() {
         let mut start = thread_time();
         move || {
-            self.worked(thread_time() - start);
+            self.worked(thread_time().saturating_sub(start));
             start = thread_time();
         }
     }
 
     /// How long to rest after work that took `time`.
     fn rest(&self, time: Duration, now: Instant) -> Duration {
+        let parts = self.parts();
         let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
-        let earliest = now.checked_sub(SAVED * self.parts).unwrap_or(now);
-        *paid = (*paid).max(earliest) + time.min(MOST) * self.parts;
-        Some(*paid - now).filter(|rest| *rest >= STRETCH * self.parts).unwrap_or_default()
+        let earliest = now.checked_sub(SAVED * parts).unwrap_or(now);
+        *paid = (*paid).max(earliest) + time.min(MOST) * parts;
+        Some(*paid - now).filter(|rest| *rest >= STRETCH * parts).unwrap_or_default()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
 
@@ -99,6 +125,22 @@ mod tests {
         assert!(share(&pace, 1, 10_000) > 0.95 / f64::from(PARTS), "it is not starved either");
         let greedy = Pace { parts: PARTS / 2, ..Pace::new(Arc::new(|| true)) };
         assert!(!keeps_its_share(&greedy), "negative control");
+    }
+
+    #[test]
+    fn several_loads_have_twice_the_share_of_one() {
+        let pace = Pace::new(Arc::new(|| true));
+        let first = pace.load();
+        assert!(keeps_its_share(&pace));
+        let second = pace.load();
+        for workers in [1, 2, 4] {
+            let share = share(&pace, workers, 10_000) * f64::from(PARTS / SEVERAL);
+            assert!((0.95..1.02).contains(&share), "{workers}: {share}");
+        }
+        drop(first);
+        assert!(keeps_its_share(&pace));
+        drop(second);
+        assert_eq!(pace.loads.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(crate) async fn fingerprint(bytes: Bytes, rest: Arc<Rest>) -> Result<(Finger
         for piece in bytes.chunks(PIECE) {
             let start = thread_time();
             hash.update(piece);
-            rest(thread_time() - start);
+            rest(thread_time().saturating_sub(start));
         }
         (found(bytes.len(), hash), bytes)
     })
@@ -69,7 +69,7 @@ pub(crate) async fn read(
                 return Ok((found(content.len(), hash), content.into()));
             }
             hash.update(piece);
-            rest(thread_time() - start);
+            rest(thread_time().saturating_sub(start));
         }
     })
     .await
