@@ -14,7 +14,7 @@ use store::thread_time;
 pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// While requests run, a load takes one part in so many of one core. What it takes is at most added to the time of a step.
-const PARTS: u32 = 16;
+const PARTS: u32 = 20;
 /// Where several loads are to be made, all of them together take so many times as much: whoever waits for one is missing
 /// in the batch, and then more is gained than lost.
 const SEVERAL: u32 = 2;

@@ -214,6 +214,22 @@ mod tests {
         assert_whole(&store).await;
     }
 
+    #[tokio::test]
+    async fn what_earlier_versions_have_left_is_wiped_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path()).await;
+        upload(&store).await;
+        delete_rows(&store).await;
+        let as_before = "PRAGMA user_version = 0; DELETE FROM _sqlx_migrations WHERE version >= 6";
+        sqlx::raw_sql(as_before).execute(store.writer()).await.unwrap();
+        assert_ne!(secrets(&store, folder.path()).await, 0);
+        store.close().await;
+        drop(store);
+        let store = open(folder.path()).await;
+        assert_eq!(secrets(&store, folder.path()).await, 0);
+        assert_whole(&store).await;
+    }
+
     /// Uploads go on, and every erasure has left when it is acknowledged.
     #[tokio::test]
     async fn wiping_and_writing_go_on_together() {
