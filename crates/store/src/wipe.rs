@@ -140,18 +140,17 @@ mod tests {
         Store::open(folder, Arc::new(ManualClock::default())).await.unwrap()
     }
 
+    fn text(output: String) -> NewItem {
+        NewItem { id: None, input: None, output, created_at: None, metadata: None }
+    }
+
     /// Items of two users in turns, small and long; alice's ids and outputs hold the secret. The ids arrive in no order,
     /// so that their index is split everywhere.
     async fn upload(store: &Store) {
         for i in 0..40u64 {
-            let item = |j: u64, id: &str, output: String| NewItem {
-                id: Some(
-                    format!("{id}-{}", (i * 40 + j).wrapping_mul(0x9e37_79b9_7f4a_7c15)).parse().unwrap(),
-                ),
-                input: None,
-                output,
-                created_at: None,
-                metadata: None,
+            let item = |j: u64, id: &str, output: String| {
+                let id = format!("{id}-{}", (i * 40 + j).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                NewItem { id: Some(id.parse().unwrap()), ..text(output) }
             };
             for j in 0..40 {
                 let alices = vec![item(j, SECRET, SECRET.repeat(1 + (i * j) as usize % 37))];
@@ -171,16 +170,21 @@ mod tests {
         file.windows(SECRET.len()).filter(|window| *window == SECRET.as_bytes()).count()
     }
 
-    /// Erases alice's rows as `erase_user` does, up to the commit.
-    async fn delete_rows(store: &Store) {
+    /// A store after such an upload, alice's rows erased as `erase_user` does it, up to the commit.
+    async fn with_erased_rows(folder: &Path) -> Store {
+        let store = open(folder).await;
+        upload(&store).await;
         let mut tx = store.write().await.unwrap();
         let alice = sql::users::find(&mut tx, &user("alice")).await.unwrap().unwrap();
         sql::users::delete(&mut tx, alice.key).await.unwrap();
         Store::mark_erasure(&mut tx).await.unwrap();
         tx.commit().await.unwrap();
+        store
     }
 
-    async fn assert_whole(store: &Store) {
+    /// No secret is left, and nothing else is gone.
+    async fn assert_wiped(store: &Store, folder: &Path) {
+        assert_eq!(secrets(store, folder).await, 0);
         let check: String =
             sqlx::query_scalar("PRAGMA integrity_check").fetch_one(store.writer()).await.unwrap();
         assert_eq!(check, "ok");
@@ -190,44 +194,35 @@ mod tests {
     #[tokio::test]
     async fn copies_that_the_library_leaves_are_wiped() {
         let folder = tempfile::tempdir().unwrap();
-        let store = open(folder.path()).await;
-        upload(&store).await;
-        delete_rows(&store).await;
+        let store = with_erased_rows(folder.path()).await;
         // The control: the library alone leaves some.
         assert_ne!(secrets(&store, folder.path()).await, 0);
         assert!(store.wipe_database().await.unwrap());
-        assert_eq!(secrets(&store, folder.path()).await, 0);
+        assert_wiped(&store, folder.path()).await;
         assert_eq!(sql::pages::erasures(&mut store.reader().await.unwrap()).await.unwrap(), 0);
-        assert_whole(&store).await;
     }
 
     #[tokio::test]
     async fn a_death_before_wiping_is_made_up_for_at_the_next_opening() {
         let folder = tempfile::tempdir().unwrap();
-        let store = open(folder.path()).await;
-        upload(&store).await;
-        delete_rows(&store).await;
+        let store = with_erased_rows(folder.path()).await;
         store.close().await;
         drop(store);
         let store = open(folder.path()).await;
-        assert_eq!(secrets(&store, folder.path()).await, 0);
-        assert_whole(&store).await;
+        assert_wiped(&store, folder.path()).await;
     }
 
     #[tokio::test]
     async fn what_earlier_versions_have_left_is_wiped_too() {
         let folder = tempfile::tempdir().unwrap();
-        let store = open(folder.path()).await;
-        upload(&store).await;
-        delete_rows(&store).await;
+        let store = with_erased_rows(folder.path()).await;
         let as_before = "PRAGMA user_version = 0; DELETE FROM _sqlx_migrations WHERE version >= 6";
         sqlx::raw_sql(as_before).execute(store.writer()).await.unwrap();
         assert_ne!(secrets(&store, folder.path()).await, 0);
         store.close().await;
         drop(store);
         let store = open(folder.path()).await;
-        assert_eq!(secrets(&store, folder.path()).await, 0);
-        assert_whole(&store).await;
+        assert_wiped(&store, folder.path()).await;
     }
 
     /// Uploads go on, and every erasure has left when it is acknowledged.
@@ -242,21 +237,14 @@ mod tests {
         };
         let written = async {
             for i in 0..200 {
-                let item = NewItem {
-                    id: None,
-                    input: None,
-                    output: format!("carol {i}"),
-                    created_at: None,
-                    metadata: None,
-                };
+                let item = text(format!("carol {i}"));
                 store.append(&user("carol"), None, [0; 32], vec![item]).await.unwrap();
             }
         };
         let (erased, ()) = tokio::join!(erased, written);
         assert!(erased);
-        assert_eq!(secrets(&store, folder.path()).await, 0);
+        assert_wiped(&store, folder.path()).await;
         assert_eq!(store.history_stats(&user("carol")).await.unwrap().items, 200);
-        assert_whole(&store).await;
     }
 
     /// A page with `cells` cells, whose content begins at `content`.
