@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::{Precision, TaskMode};
 use peft::{AdapterConfig, LoraConfig, MAX_RANK, Storage};
-use train::Recipe;
+use train::{Products, Recipe};
 use types::{DEFAULT_MAX_RANK, TenantId, TrainingLimits, TrainingOptions};
 
 pub(crate) const MIB: usize = 1 << 20;
@@ -240,12 +240,37 @@ pub struct TrainingArgs {
     /// of the model's blocks are kept in any case.
     #[arg(long, default_value_t = 400, env = "ATELIER_TRAIN_ACTIVATION_MIB")]
     pub train_activation_mib: u32,
+    /// Numbers in which training multiplies activations with the frozen weights; all else is float32. `auto` is bf16 where
+    /// the CPU has instructions for it (AVX-512 BF16).
+    #[arg(long, default_value = "auto", env = "ATELIER_TRAIN_PRECISION")]
+    pub train_precision: TrainPrecisionArg,
     /// Seconds between two checkpoints of a job.
     #[arg(long, default_value_t = 10, env = "ATELIER_CHECKPOINT_S")]
     pub checkpoint_s: u32,
     /// Share of the model threads' time, above 0 to 0.9, that training gets even while requests run.
     #[arg(long, default_value_t = 0.2, env = "ATELIER_TRAIN_FLOOR")]
     pub train_floor: f64,
+}
+
+/// Numbers of training's products, on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrainPrecisionArg {
+    /// bfloat16 where that is faster.
+    Auto,
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl TrainPrecisionArg {
+    fn products(self) -> Products {
+        match self {
+            Self::F32 => Products::F32,
+            Self::Bf16 => Products::Bf16,
+            Self::Auto => Products::fastest(),
+        }
+    }
 }
 
 impl TrainingArgs {
@@ -257,6 +282,7 @@ impl TrainingArgs {
         recipe.epochs = self.epochs;
         recipe.batch = self.train_batch;
         recipe.activation_bytes = self.train_activation_mib as usize * MIB;
+        recipe.products = self.train_precision.products();
         recipe.adapter =
             AdapterConfig::Lora(LoraConfig { r: self.rank, alpha: self.rank as f64, ..LoraConfig::oppu() });
         recipe

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use crate::lanes::{Isa, Lanes};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 impl Lanes for Avx512 {
     type Ints = __m512i;

@@ -11,6 +11,8 @@
 mod ahead;
 mod apart;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16_x86;
 mod buffer;
 mod format;
 mod input;
@@ -24,6 +26,9 @@ mod linear;
 mod lines;
 mod low_rank;
 mod many_rows;
+mod many_rows_bf16;
+#[cfg(test)]
+mod many_rows_bf16_tests;
 mod matrices;
 mod memory;
 mod norms;
@@ -46,7 +51,7 @@ pub use input::Input;
 pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};
 pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
 pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b, quantise_low_rank};
-pub use many_rows::{linear_many, linear_transposed};
+pub use many_rows::{Products, linear_many, linear_transposed};
 pub use matrices::{Left, Right, multiply};
 pub use norms::row_norms;
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};

@@ -1,6 +1,7 @@
 //! Products of many rows with a frozen matrix, forwards and backwards: every panel is decoded once for all rows.
 //!
-//! The weight itself gets no gradient. Rows are summed in one fixed order each, in float32.
+//! The weight itself gets no gradient. Rows are summed in one fixed order each, in float32; the factors are float32 here,
+//! bfloat16 in [`crate::many_rows_bf16`].
 
 use std::cell::Cell;
 
@@ -9,6 +10,7 @@ use rayon::prelude::*;
 use crate::buffer::at_a_line;
 use crate::lanes::{Lanes, isa, multiversion};
 use crate::layout::{Columns, with_layout};
+use crate::many_rows_bf16::{self, has_bf16};
 use crate::matrices::Product;
 use crate::parallel::Shared;
 use crate::weight::{PANEL, Panel, Weight};
@@ -26,15 +28,36 @@ const BLOCK_ROWS: usize = 12;
 /// Input columns of a backward task, and output features it decodes at a time.
 const BACK: (usize, usize) = (96, 256);
 
+/// In what numbers activations and weights are multiplied; sums are float32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// Float32, as in the reference implementation.
+    #[default]
+    F32,
+    /// Rounded to bfloat16: at twice the rate where the CPU has instructions for it.
+    Bf16,
+}
+
+impl Products {
+    /// The ones this CPU computes fastest.
+    #[must_use]
+    pub fn fastest() -> Self {
+        if has_bf16() { Self::Bf16 } else { Self::F32 }
+    }
+}
+
 /// `y = x Wᵀ`: `x` is (rows, input features), `y` (rows, output features). On the caller's rayon pool.
 ///
 /// # Panics
 /// When a buffer's length does not fit the weight's shape.
-pub fn linear_many(weight: &Weight, x: &[f32], y: &mut [f32]) {
+pub fn linear_many(weight: &Weight, products: Products, x: &[f32], y: &mut [f32]) {
     let (n, k) = (weight.rows(), weight.cols());
     let m = x.len() / k;
     assert_eq!(x.len(), m * k, "x does not divide into rows of {k}");
     assert_eq!(y.len(), m * n, "y is not {m} x {n}");
+    if products == Products::Bf16 {
+        return many_rows_bf16::forwards(weight, x, y, has_bf16());
+    }
     let (panels, most) = (weight.panels(), (DECODED_VALUES / (PANEL * k)).clamp(1, 8));
     let tasks = tasks(panels, most);
     let (stripes, rows) = stripes(tasks, m);
@@ -51,11 +74,14 @@ pub fn linear_many(weight: &Weight, x: &[f32], y: &mut [f32]) {
 ///
 /// # Panics
 /// When a buffer's length does not fit the weight's shape.
-pub fn linear_transposed(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
+pub fn linear_transposed(weight: &Weight, products: Products, dy: &[f32], dx: &mut [f32]) {
     let (n, k) = (weight.rows(), weight.cols());
     let m = dy.len() / n;
     assert_eq!(dy.len(), m * n, "dy does not divide into rows of {n}");
     assert_eq!(dx.len(), m * k, "dx is not {m} x {k}");
+    if products == Products::Bf16 {
+        return many_rows_bf16::backwards(weight, dy, dx, has_bf16());
+    }
     let groups = k.div_ceil(PANEL);
     let tasks = tasks(groups, BACK.0 / PANEL);
     let (stripes, rows) = stripes(tasks, m);
@@ -68,13 +94,13 @@ pub fn linear_transposed(weight: &Weight, dy: &[f32], dx: &mut [f32]) {
 }
 
 /// Into how many tasks so many parts are divided, of `most` parts each: as many for every thread.
-fn tasks(parts: usize, most: usize) -> usize {
+pub(crate) fn tasks(parts: usize, most: usize) -> usize {
     parts.div_ceil(most).next_multiple_of(rayon::current_num_threads()).min(parts)
 }
 
 /// Rows are divided too when there are fewer tasks than would keep every thread busy to the end: each part decodes
 /// the weights again.
-fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
+pub(crate) fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
     let wanted = (3 * rayon::current_num_threads()).div_ceil(tasks).min(rows.div_ceil(64)).max(1);
     let each = rows.div_ceil(wanted).next_multiple_of(BLOCK_ROWS).max(BLOCK_ROWS);
     (rows.div_ceil(each).max(1), each)
@@ -192,7 +218,7 @@ fn backwards_body<L: Lanes>(
 /// `from` is a multiple of four, the panel has these columns, `out` is valid for sixteen times `count` values; the CPU
 /// has the unit of `L`.
 #[inline(always)]
-unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize, out: *mut f32) {
+pub(crate) unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize, out: *mut f32) {
     // SAFETY: the caller vouches for the columns and the memory.
     unsafe {
         for group in 0..count / 4 {

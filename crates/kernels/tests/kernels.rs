@@ -5,8 +5,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
     Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, LowRank, Means,
-    Numbers, PagedSequence, Pages, Precision, Rayon, Right, RopeTable, Rotary, Routing, Scratch, Span,
-    SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear, linear_many,
+    Numbers, PagedSequence, Pages, Precision, Products, Rayon, Right, RopeTable, Rotary, Routing, Scratch,
+    Span, SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear, linear_many,
     linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference, rms_norm,
     rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
@@ -527,22 +527,22 @@ fn products_of_many_rows_equal_the_reference() {
         let (weight, _) = weight(&mut rng, format, n, k);
         let x = random(&mut rng, m * k);
         let (mut fast, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
-        linear_many(&weight, &x, &mut fast);
+        linear_many(&weight, Products::F32, &x, &mut fast);
         linear(&weight, None, &x, &mut plain);
         assert!(worst(&fast, &plain) < 2e-4, "{format:?}");
         for row in 0..m {
             let mut alone = vec![0.0; n];
-            linear_many(&weight, &x[row * k..][..k], &mut alone);
+            linear_many(&weight, Products::F32, &x[row * k..][..k], &mut alone);
             assert_eq!(alone, fast[row * n..][..n], "row {row} in company");
         }
         let dy = random(&mut rng, m * n);
         let (mut fast, mut plain) = (vec![0.0; m * k], vec![0.0; m * k]);
-        linear_transposed(&weight, &dy, &mut fast);
+        linear_transposed(&weight, Products::F32, &dy, &mut fast);
         reference::linear_transposed(&weight, &dy, &mut plain);
         assert!(worst(&fast, &plain) < 2e-4, "{format:?}");
         for row in 0..m {
             let mut alone = vec![0.0; k];
-            linear_transposed(&weight, &dy[row * n..][..n], &mut alone);
+            linear_transposed(&weight, Products::F32, &dy[row * n..][..n], &mut alone);
             assert_eq!(alone, fast[row * k..][..k], "row {row} in company");
         }
     }

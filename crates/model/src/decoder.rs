@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use kernels::{LowRank, RopeTable, Weight};
+use kernels::{LowRank, Products, RopeTable, Weight};
 use peft::{BaseShape, FrozenBase};
 use types::{Site, SiteId};
 
@@ -27,12 +27,13 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `y = (W + B A) x` in float32, without the bias: `x` of shape (rows, input features).
+    /// `y = (W + B A) x` without the bias: `x` of shape (rows, input features). The frozen product is in `products`, the
+    /// rest in float32.
     ///
     /// # Panics
     /// When a buffer's length does not fit the weight's shape.
-    pub fn product(&self, x: &[f32], y: &mut [f32]) {
-        kernels::linear_many(&self.weight, x, y);
+    pub fn product(&self, products: Products, x: &[f32], y: &mut [f32]) {
+        kernels::linear_many(&self.weight, products, x, y);
         if let Some(under) = &self.under {
             under.add(x, y);
         }
@@ -42,8 +43,8 @@ impl Linear {
     ///
     /// # Panics
     /// When a buffer's length does not fit the weight's shape.
-    pub fn transposed(&self, dy: &[f32], dx: &mut [f32]) {
-        kernels::linear_transposed(&self.weight, dy, dx);
+    pub fn transposed(&self, products: Products, dy: &[f32], dx: &mut [f32]) {
+        kernels::linear_transposed(&self.weight, products, dy, dx);
         if let Some(under) = &self.under {
             under.add_transposed(dy, dx);
         }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use kernels::{Format, Span};
+use kernels::{Format, Products, Span};
 use model::{
     BLOCK_LEN, BaseModel, BatchInput, KvPool, Linear, LoadOptions, Logits, ModelError, PackedPass, Pass,
     Precision, Runtime, TaskMode, load,
@@ -168,12 +168,12 @@ fn training_sees_the_task_too() {
         let (x, dy) = (values(3 * k), values(3 * n));
         let forward = |linear: &Linear| {
             let mut y = vec![0.0; 3 * n];
-            linear.product(&x, &mut y);
+            linear.product(Products::F32, &x, &mut y);
             vec![y]
         };
         let backward = |linear: &Linear| {
             let mut dx = vec![0.0; 3 * k];
-            linear.transposed(&dy, &mut dx);
+            linear.transposed(Products::F32, &dy, &mut dx);
             vec![dx]
         };
         let row = |linear: &Linear| {

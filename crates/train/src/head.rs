@@ -1,6 +1,6 @@
 //! Cross-entropy through the frozen output layer, in chunks: the logits of all rows never exist at once.
 
-use kernels::{linear_many, linear_transposed, softmax_loss};
+use kernels::{Products, linear_many, linear_transposed, softmax_loss};
 use model::BaseModel;
 use rayon::prelude::*;
 
@@ -36,6 +36,7 @@ impl Outcome {
     fn new(
         base: &BaseModel,
         pool: &mut Pool,
+        products: Products,
         x: &[f32],
         targets: &[Target],
         share: impl Fn(usize) -> Option<f32> + Sync,
@@ -49,7 +50,7 @@ impl Outcome {
         }
         norm(&last, base.final_norm(), base.config().norm_eps, &mut normed);
         let mut logits = pool.take(rows * vocab);
-        linear_many(head, &normed, &mut logits);
+        linear_many(head, products, &normed, &mut logits);
         let each = logits.par_chunks_mut(vocab).zip(targets);
         let losses =
             each.map(|(logits, &(job, _, token))| softmax_loss(logits, token as usize, share(job))).collect();
@@ -65,7 +66,7 @@ impl Outcome {
 pub(crate) fn losses(base: &BaseModel, pool: &mut Pool, pack: &Pack, x: &[f32]) -> Vec<f32> {
     let mut losses = Vec::new();
     for targets in targets(pack).chunks(CHUNK) {
-        let mut outcome = Outcome::new(base, pool, x, targets, |_| None);
+        let mut outcome = Outcome::new(base, pool, pack.products, x, targets, |_| None);
         losses.append(&mut outcome.losses);
         outcome.release(pool);
     }
@@ -85,11 +86,11 @@ pub(crate) fn loss_and_grad(
     let mut dx = pool.zeros(x.len());
     let shares: Vec<f32> = members.iter().map(|member| member.share).collect();
     for targets in targets(pack).chunks(CHUNK) {
-        let mut outcome = Outcome::new(base, pool, x, targets, |job| Some(shares[job]));
+        let mut outcome = Outcome::new(base, pool, pack.products, x, targets, |job| Some(shares[job]));
         for (loss, target) in outcome.losses.iter().zip(targets) {
             *members[target.0].loss += f64::from(*loss);
         }
-        linear_transposed(head, &outcome.logits, &mut outcome.normed);
+        linear_transposed(head, pack.products, &outcome.logits, &mut outcome.normed);
         norm_grad(&outcome.last, base.final_norm(), base.config().norm_eps, &mut outcome.normed);
         for (grad, &(_, row, _)) in outcome.normed.chunks_exact(width).zip(targets) {
             dx[row * width..][..width].copy_from_slice(grad);

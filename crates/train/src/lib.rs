@@ -26,6 +26,7 @@ mod trainer;
 
 pub use error::TrainError;
 pub use evaluate::{Loss, evaluate};
+pub use kernels::Products;
 pub use optimiser::Adam;
 pub use params::row_squares;
 pub use recipe::{Recipe, learning_rate};

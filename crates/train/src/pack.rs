@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use kernels::{Group, Span};
+use kernels::{Group, Products, Span};
 use model::ModelError;
 use types::Example;
 
@@ -187,9 +187,15 @@ pub(crate) struct Pack {
     pub(crate) examples: Vec<u32>,
     pub(crate) groups: Vec<Group>,
     pub(crate) segments: Vec<Segment>,
+    /// In what the frozen products are computed.
+    pub(crate) products: Products,
 }
 
 impl Pack {
+    pub(crate) fn new(products: Products) -> Self {
+        Self { products, ..Self::default() }
+    }
+
     /// Appends a chunk of the job at place `job`.
     pub(crate) fn push(&mut self, job: usize, cut: &Cut, examples: &[Example], chunk: &Chunk) {
         let from = self.sources.len();

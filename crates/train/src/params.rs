@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use kernels::{Left, Right, multiply};
+use kernels::{Left, Products, Right, multiply};
 use model::BaseModel;
 use peft::{
     AdapterConfig, AdapterWeights, Ia3Scale, Ia3Weights, LoraConfig, LoraTensors, LoraWeights, PromptWeights,
@@ -244,7 +244,7 @@ impl Params {
             let (rank, scale) = (*rank, *scale);
             let (a, b) = (&values[a.clone()], &values[b.clone()]);
             let mut wa = vec![0.0; rank * out];
-            base.blocks()[id.layer].linears[id.site.index()].product(a, &mut wa);
+            base.blocks()[id.layer].linears[id.site.index()].product(Products::F32, a, &mut wa);
             let mut square = vec![0.0; rank * rank];
             let (left, right) = (Left { values: a, row: input, step: 1 }, transposed(a, rank, input));
             multiply([rank, input, rank], left, Right { values: &right, stride: rank }, &mut square, false);

@@ -1,5 +1,6 @@
 //! How an adapter is trained: OPPU's recipe with every number open.
 
+use kernels::Products;
 use peft::{AdapterConfig, LoraConfig, MAX_RANK, MAX_VIRTUAL_TOKENS};
 
 use crate::error::TrainError;
@@ -38,6 +39,9 @@ pub struct Recipe {
     /// Examples of a batch that begin with the same tokens compute them once, forward and backward. Their dropout is
     /// then the same there: each example's mask is distributed as ever, but not independent of the others'.
     pub share_prefix: bool,
+    /// In what numbers activations are multiplied with the frozen weights, forward and backward. All else is float32:
+    /// the adapter's own products, gradients, moments and sums.
+    pub products: Products,
     /// Seed of initial weights, order and dropout.
     pub seed: u64,
 }
@@ -59,6 +63,7 @@ impl Recipe {
             micro_batch_tokens: 512,
             activation_bytes: 400 << 20,
             share_prefix: true,
+            products: Products::F32,
             seed: 0,
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use kernels::Span;
+use kernels::{Products, Span};
 use model::{BaseModel, LoadOptions, PackedPass, load};
 use peft::{Adapter, AdapterBatch, AdapterConfig, AdapterWeights, Ia3Scale, LoraConfig, TargetModules};
 use types::{Example, Site, SiteId};
@@ -178,6 +178,34 @@ fn gradients_of_every_kind_equal_torch() {
     });
 }
 
+/// Rounding the factors of the frozen products to bfloat16 moves loss and gradients by what eight bits can, and no
+/// more.
+#[test]
+fn gradients_in_bfloat16_are_near_torchs() {
+    let share = |grads: &AdapterWeights, base: &BaseModel, theirs: &HashMap<String, Tensor>| {
+        let (mut off, mut all) = (0.0, 0.0);
+        for (name, ours) in named(grads, base) {
+            let (_, tensor) = theirs.iter().find(|(full, _)| full.ends_with(name.as_str())).unwrap();
+            for (ours, theirs) in ours.iter().zip(values(tensor)) {
+                off += f64::from(ours - theirs).powi(2);
+                all += f64::from(theirs).powi(2);
+            }
+        }
+        (off / all).sqrt()
+    };
+    each(|base, name, kind| {
+        let Setup { start, examples, recipe, tensors, .. } = setup(base, name, kind);
+        let bf16 = Recipe { products: Products::Bf16, ..recipe.clone() };
+        let (loss, grads) = gradients(base, &bf16, &start, &examples);
+        let expected = f64::from(values(&tensors["loss"])[0]);
+        assert!((loss / expected - 1.0).abs() < 2e-3, "{name} {kind}: {loss} instead of {expected}");
+        let rounded = share(&grads, base, &tensors);
+        assert!((2e-3..4e-2).contains(&rounded), "{name} {kind}: off by {rounded} of its length");
+        let exact = share(&gradients(base, &recipe, &start, &examples).1, base, &tensors);
+        assert!(exact < 1e-4, "{name} {kind}: float32 is off by {exact}");
+    });
+}
+
 #[test]
 fn fifty_steps_of_every_kind_equal_torch() {
     each(|base, name, kind| {
@@ -262,7 +290,7 @@ fn served(base: &BaseModel, adapter: Option<&Arc<Adapter>>, example: &Example) -
     let loss = |at: usize| {
         let row = before + at - 1;
         let mut logits = vec![0.0; config.vocab];
-        base.head().product(&hidden[row * config.hidden..][..config.hidden], &mut logits);
+        base.head().product(Products::F32, &hidden[row * config.hidden..][..config.hidden], &mut logits);
         let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
         sum.ln() - f64::from(logits[example.tokens[at] as usize])
     };

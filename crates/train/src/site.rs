@@ -63,7 +63,7 @@ impl SiteAt<'_> {
         let n = self.dims().0;
         let mut y = pool.take(self.pack.rows() * n);
         let scaled = self.scaled(pool, members, x);
-        self.linear.product(scaled.as_deref().unwrap_or(x), &mut y);
+        self.linear.product(self.pack.products, scaled.as_deref().unwrap_or(x), &mut y);
         scaled.into_iter().for_each(|buffer| pool.give(buffer));
         if !self.is_trained(members) {
             self.add_bias(&mut y);
@@ -149,7 +149,7 @@ impl SiteAt<'_> {
             return Vec::new();
         }
         let mut dx = pool.take(self.pack.rows() * k);
-        self.linear.transposed(dy, &mut dx);
+        self.linear.transposed(self.pack.products, dy, &mut dx);
         let mut updates = low_rank.iter().any(Option::is_some).then(|| pool.take(dx.len()));
         if let Some(updates) = &mut updates {
             let parts = self.parts(&mut dx, k).into_par_iter().zip(self.parts(updates, k));

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 
+use kernels::Products;
 use model::BaseModel;
 use peft::AdapterWeights;
 use types::Example;
@@ -156,20 +157,24 @@ pub(crate) fn step(
     runs: &mut [(usize, Run<'_>)],
     breathe: &mut dyn FnMut(),
 ) {
-    let mut waiting: VecDeque<(usize, Chunk)> = VecDeque::new();
+    let mut waiting: [VecDeque<(usize, Chunk)>; 2] = Default::default();
     for (at, (_, run)) in runs.iter_mut().enumerate() {
-        waiting.extend(run.begin(base).into_iter().map(|chunk| (at, chunk)));
+        let own = &mut waiting[usize::from(run.recipe().products == Products::Bf16)];
+        own.extend(run.begin(base).into_iter().map(|chunk| (at, chunk)));
     }
     let limit = runs.iter().map(|(_, run)| run.recipe().micro_batch_tokens).max().unwrap_or(0);
     let budget = runs.iter().map(|(_, run)| run.recipe().activation_bytes).min().unwrap_or(0);
-    while !waiting.is_empty() {
-        let mut pack = Pack::default();
-        for (at, chunk) in next_pass(&mut waiting, limit) {
-            let run = &runs[at].1;
-            pack.push(at, run.cut(), run.examples(), &chunk);
+    // Each precision has passes of its own.
+    for (products, mut waiting) in [Products::F32, Products::Bf16].into_iter().zip(waiting) {
+        while !waiting.is_empty() {
+            let mut pack = Pack::new(products);
+            for (at, chunk) in next_pass(&mut waiting, limit) {
+                let run = &runs[at].1;
+                pack.push(at, run.cut(), run.examples(), &chunk);
+            }
+            breathe();
+            let mut members: Vec<_> = runs.iter_mut().map(|(_, run)| run.member()).collect();
+            Pass::new(base, &pack, budget).run(pool, &mut members, breathe);
         }
-        breathe();
-        let mut members: Vec<_> = runs.iter_mut().map(|(_, run)| run.member()).collect();
-        Pass::new(base, &pack, budget).run(pool, &mut members, breathe);
     }
 }

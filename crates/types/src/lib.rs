@@ -23,4 +23,6 @@ pub use provenance::{HistoryRange, Provenance, TrainingCourse};
 pub use sampling::{FinishReason, SamplingParams, Usage};
 pub use site::{Site, SiteId};
 pub use tokenizer::{GgufVocabulary, TokenizerSource};
-pub use training::{AdapterKind, DEFAULT_MAX_RANK, OptionError, RecipeName, TrainingLimits, TrainingOptions};
+pub use training::{
+    AdapterKind, DEFAULT_MAX_RANK, OptionError, RecipeName, TrainPrecision, TrainingLimits, TrainingOptions,
+};

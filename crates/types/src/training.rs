@@ -30,6 +30,16 @@ pub enum AdapterKind {
     Prompt,
 }
 
+/// In what numbers training multiplies activations with the frozen weights; all else is float32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainPrecision {
+    /// IEEE single precision.
+    F32,
+    /// Rounded to bfloat16, with sums in single precision.
+    Bf16,
+}
+
 /// What differs from the defaults; what is absent does not.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -88,6 +98,9 @@ pub struct TrainingOptions {
     /// Tokens of an item; the rest is cut off on the right.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<usize>,
+    /// Numbers of the products with the frozen weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision: Option<TrainPrecision>,
     /// Seed of initial weights, order and dropout.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
@@ -243,6 +256,7 @@ impl TrainingOptions {
             warmup_ratio: self.warmup_ratio.or(defaults.warmup_ratio),
             clip: self.clip.or(defaults.clip),
             max_tokens: self.max_tokens.or(defaults.max_tokens),
+            precision: self.precision.or(defaults.precision),
             seed: self.seed.or(defaults.seed),
         }
     }

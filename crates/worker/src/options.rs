@@ -1,8 +1,8 @@
 //! The recipe of one job: the server's, its tenant's numbers over it, the job's own over those.
 
 use peft::{AdapterConfig, Ia3Config, LoraConfig, PromptConfig, TargetModules};
-use train::{Recipe, TrainError};
-use types::{AdapterKind, RecipeName, Site, TenantId, TrainingOptions};
+use train::{Products, Recipe, TrainError};
+use types::{AdapterKind, RecipeName, Site, TenantId, TrainPrecision, TrainingOptions};
 
 use crate::error::WorkerError;
 use crate::settings::Settings;
@@ -19,9 +19,10 @@ pub(crate) fn recipe(
     let none = TrainingOptions::default();
     let options = job.unwrap_or(&none).over(settings.tenants.get(tenant).unwrap_or(&none));
     let mut recipe = match options.recipe {
-        // Memory is the server's in any recipe.
+        // Memory and the numbers of products are the server's in any recipe.
         Some(RecipeName::Oppu) => {
-            Recipe { activation_bytes: settings.recipe.activation_bytes, ..Recipe::oppu() }
+            let Recipe { activation_bytes, products, .. } = settings.recipe;
+            Recipe { activation_bytes, products, ..Recipe::oppu() }
         }
         Some(RecipeName::Default) | None => settings.recipe.clone(),
     };
@@ -29,6 +30,10 @@ pub(crate) fn recipe(
     recipe.epochs = options.epochs.unwrap_or(recipe.epochs);
     recipe.batch = options.batch.unwrap_or(recipe.batch);
     recipe.max_tokens = options.max_tokens.unwrap_or(recipe.max_tokens);
+    recipe.products = options.precision.map_or(recipe.products, |precision| match precision {
+        TrainPrecision::F32 => Products::F32,
+        TrainPrecision::Bf16 => Products::Bf16,
+    });
     recipe.seed = options.seed.unwrap_or(recipe.seed);
     set(&mut recipe.learning_rate, options.learning_rate);
     set(&mut recipe.weight_decay, options.weight_decay);
@@ -61,6 +66,10 @@ pub(crate) fn in_full(recipe: &Recipe) -> TrainingOptions {
         warmup_ratio: Some(recipe.warmup_ratio),
         clip: Some(recipe.clip),
         max_tokens: Some(recipe.max_tokens),
+        precision: Some(match recipe.products {
+            Products::F32 => TrainPrecision::F32,
+            Products::Bf16 => TrainPrecision::Bf16,
+        }),
         ..TrainingOptions::default()
     };
     match &recipe.adapter {
@@ -165,6 +174,7 @@ mod tests {
             warmup_ratio: Some(0.4),
             clip: Some(2.5),
             max_tokens: Some(99),
+            precision: Some(TrainPrecision::Bf16),
             adam_beta1: Some(0.8),
             adam_beta2: Some(0.95),
             adam_epsilon: Some(1e-6),
@@ -217,14 +227,15 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_the_servers_in_any_recipe() {
+    fn memory_and_precision_are_the_servers_in_any_recipe() {
         let tenant: TenantId = "acme".parse().unwrap_or_else(|error| panic!("{error}"));
         let mut settings = Settings::default();
-        settings.recipe.activation_bytes = 12345;
+        (settings.recipe.activation_bytes, settings.recipe.products) = (12345, Products::Bf16);
         for name in [RecipeName::Default, RecipeName::Oppu] {
             let options = TrainingOptions { recipe: Some(name), ..TrainingOptions::default() };
             let made = recipe(&settings, &tenant, Some(&options));
-            assert!(made.is_ok_and(|made| made.activation_bytes == 12345), "{name:?}");
+            let own = made.map(|made| (made.activation_bytes, made.products));
+            assert!(own.is_ok_and(|own| own == (12345, Products::Bf16)), "{name:?}");
         }
     }
 

@@ -5,7 +5,7 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use store::Demand;
-use types::{AdapterKind, OptionError, RecipeName, Site, TrainingOptions};
+use types::{AdapterKind, OptionError, RecipeName, Site, TrainPrecision, TrainingOptions};
 use utoipa::ToSchema;
 
 use crate::app::App;
@@ -74,6 +74,9 @@ pub(crate) struct WireTraining {
     /// Tokens of an item; the rest is cut off.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_tokens: Option<usize>,
+    /// Numbers of the products with the frozen weights; the server's choice for its CPU if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    precision: Option<WirePrecision>,
     /// Seed of initial weights, order and dropout.
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
@@ -87,6 +90,16 @@ enum WireRecipe {
     Default,
     /// The numbers of OPPU's released code.
     Oppu,
+}
+
+/// In what numbers activations are multiplied with the frozen weights; all else is float32.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum WirePrecision {
+    /// IEEE single precision.
+    F32,
+    /// Rounded to bfloat16, with sums in single precision.
+    Bf16,
 }
 
 /// What an adapter is made of.
@@ -177,6 +190,10 @@ impl From<TrainingOptions> for WireTraining {
             warmup_ratio: options.warmup_ratio,
             clip: options.clip,
             max_tokens: options.max_tokens,
+            precision: options.precision.map(|precision| match precision {
+                TrainPrecision::F32 => WirePrecision::F32,
+                TrainPrecision::Bf16 => WirePrecision::Bf16,
+            }),
             seed: options.seed,
         }
     }
@@ -213,6 +230,10 @@ impl WireTraining {
             warmup_ratio: self.warmup_ratio,
             clip: self.clip,
             max_tokens: self.max_tokens,
+            precision: self.precision.map(|precision| match precision {
+                WirePrecision::F32 => TrainPrecision::F32,
+                WirePrecision::Bf16 => TrainPrecision::Bf16,
+            }),
             seed: self.seed,
         };
         let outside = |OptionError { field, limits }| {
