@@ -56,7 +56,10 @@ struct Shared {
     state: AtomicU64,
     /// Threads that have left the round they joined.
     left: AtomicUsize,
-    next: AtomicUsize,
+    /// By thread.
+    parts: Box<[Part]>,
+    /// How many of them are in use.
+    used: AtomicUsize,
     tasks: AtomicUsize,
     /// The round's closure: a pointer to a `&(dyn Fn(usize) + Sync)` on the leader's stack.
     body: AtomicPtr<()>,
@@ -67,17 +70,33 @@ struct Shared {
     stop: AtomicBool,
 }
 
+/// The next task of a thread's part of a round, on a cache line (or two that are fetched together) of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Part(AtomicUsize);
+
 impl Shared {
-    /// Takes tasks until there are none.
-    fn work(&self, body: &(dyn Fn(usize) + Sync)) {
-        let tasks = self.tasks.load(Ordering::Relaxed);
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+    /// Takes tasks until there are none: of the thread's own part, so that it reads memory in one run, then of the others'.
+    fn work(&self, thread: usize, body: &(dyn Fn(usize) + Sync)) {
+        let (tasks, used) = (self.tasks.load(Ordering::Relaxed), self.used.load(Ordering::Relaxed));
+        for part in (0..used).map(|at| (thread + at) % used) {
+            let end = (part + 1) * tasks / used;
+            loop {
+                let task = self.parts[part].0.fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                body(task);
             }
-            body(task);
         }
+    }
+
+    /// Deals a round's tasks out to so many threads.
+    fn deal(&self, tasks: usize, threads: usize) {
+        self.tasks.store(tasks, Ordering::Relaxed);
+        self.used.store(threads, Ordering::Relaxed);
+        let parts = self.parts.iter().take(threads).enumerate();
+        parts.for_each(|(at, part)| part.0.store(at * tasks / threads, Ordering::Relaxed));
     }
 
     /// A helper's life: join a round, work, leave, wait for the next.
@@ -106,7 +125,7 @@ impl Shared {
                     // SAFETY: the leader keeps the closure alive until everyone who joined has left.
                     let body =
                         unsafe { *self.body.load(Ordering::Relaxed).cast::<&(dyn Fn(usize) + Sync)>() };
-                    if catch_unwind(AssertUnwindSafe(|| self.work(body))).is_err() {
+                    if catch_unwind(AssertUnwindSafe(|| self.work(index + 1, body))).is_err() {
                         self.panicked.store(true, Ordering::Relaxed);
                     }
                     self.left.fetch_add(1, Ordering::Release);
@@ -149,8 +168,12 @@ impl Team {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let threads = threads.max(1);
         let helpers = threads - 1;
-        let shared =
-            Shared { apart: Apart::new(threads), helpers: AtomicUsize::new(helpers), ..Shared::default() };
+        let shared = Shared {
+            apart: Apart::new(threads),
+            helpers: AtomicUsize::new(helpers),
+            parts: (0..threads).map(|_| Part::default()).collect(),
+            ..Shared::default()
+        };
         let shared = Arc::new(shared);
         let start = |index| {
             let shared = Arc::clone(&shared);
@@ -198,7 +221,8 @@ impl Workers for Team {
 
     /// Rounds of one team must not overlap: it belongs to one thread.
     fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
-        if tasks <= 1 || self.threads() == 1 {
+        let threads = self.threads();
+        if tasks <= 1 || threads == 1 {
             (0..tasks).for_each(body);
             return;
         }
@@ -206,17 +230,16 @@ impl Workers for Team {
         shared.apart.keep();
         let state = shared.state.load(Ordering::Relaxed);
         assert!(state & OPEN == 0, "a team's round within a round");
-        shared.next.store(0, Ordering::Relaxed);
-        shared.tasks.store(tasks, Ordering::Relaxed);
+        shared.deal(tasks, threads);
         shared.left.store(0, Ordering::Relaxed);
         shared.body.store(std::ptr::from_ref(&body).cast_mut().cast(), Ordering::Relaxed);
         let round = state / ROUND + 1;
         shared.state.store((round * ROUND) | OPEN, Ordering::SeqCst);
         self.wake();
-        let own = catch_unwind(AssertUnwindSafe(|| shared.work(body)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.work(0, body)));
         if own.is_err() {
             // Nobody shall begin another task of a round that has failed.
-            shared.next.store(tasks, Ordering::Relaxed);
+            shared.parts.iter().for_each(|part| part.0.store(tasks, Ordering::Relaxed));
         }
         let closed = shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let joined = (closed % ROUND / JOINED) as usize;
@@ -260,6 +283,28 @@ mod tests {
                     std::thread::yield_now();
                 }
             }
+        }
+    }
+
+    #[test]
+    fn every_thread_begins_with_its_own_part() {
+        let team = Team::new(3).unwrap_or_else(|error| panic!("{error}"));
+        let met = std::sync::Barrier::new(3);
+        for _ in 0..50 {
+            let begun = std::sync::Mutex::new(Vec::new());
+            team.run(10, &|task| {
+                let place = {
+                    let mut begun = begun.lock().unwrap_or_else(|error| panic!("{error}"));
+                    begun.push(task);
+                    begun.len()
+                };
+                if place <= 3 {
+                    met.wait();
+                }
+            });
+            let mut begun = begun.into_inner().unwrap_or_else(|error| panic!("{error}"));
+            begun[..3].sort_unstable();
+            assert_eq!(begun[..3], [0, 3, 6]);
         }
     }
 
