@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use model::BaseModel;
-use peft::{Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, Storage, TargetModules};
+use peft::{
+    Adapter, BaseShape, Lease, LoraConfig, LoraTensors, LoraWeights, PagePool, Storage, TargetModules,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
 use store::{NewGeneration, Store};
-use types::{AdapterId, GenerationId, Site, SiteId};
+use types::{AdapterId, DEFAULT_MAX_RANK, GenerationId, Site, SiteId};
 
 const RANK: usize = 8;
 /// GGUF's alignment of tensors unless a key says otherwise.
@@ -44,13 +46,24 @@ fn adapter_id(number: usize) -> anyhow::Result<AdapterId> {
     Ok(AdapterId::new("default".parse()?, user(number).parse()?))
 }
 
-/// The adapter in memory, as the engine takes it.
-pub(crate) fn lease(number: usize, weights: &LoraWeights, storage: Storage) -> anyhow::Result<Lease> {
-    Ok(Lease {
-        id: adapter_id(number)?,
-        generation: GenerationId::from_bytes([u8::try_from(number)?; 32]),
-        adapter: Arc::new(Adapter::new(weights, storage)),
-    })
+/// The adapters in pages of a pool, as the engine takes them in a server.
+pub(crate) fn leases(
+    base: &BaseShape,
+    weights: &[LoraWeights],
+    storage: Storage,
+) -> anyhow::Result<Vec<Lease>> {
+    let page = PagePool::page_bytes_for(base, storage, DEFAULT_MAX_RANK);
+    let adapters: Vec<Adapter> = weights.iter().map(|weights| Adapter::new(weights, storage)).collect();
+    let pages: usize = adapters.iter().filter_map(|adapter| adapter.pages(page)).sum();
+    let pool = PagePool::new(page, pages * page);
+    let lease = |(number, adapter): (usize, &Adapter)| {
+        Ok(Lease {
+            id: adapter_id(number)?,
+            generation: GenerationId::from_bytes([u8::try_from(number)?; 32]),
+            adapter: Arc::new(adapter.upload(&pool, &mut || ()).context("the pool is too small")?),
+        })
+    };
+    adapters.iter().enumerate().map(lease).collect()
 }
 
 /// The two files of peft.

@@ -4,7 +4,7 @@ use peft::{Lease, Storage};
 use types::Site;
 
 use crate::Bench;
-use crate::adapters::{lease, weights};
+use crate::adapters::{self, weights};
 use crate::ours::{Batch, Job, Ours};
 use crate::progress::progress;
 use crate::row::{Goal, Row, percentile};
@@ -89,7 +89,8 @@ fn alternate(
 
 fn leases(ours: &Ours, sites: &[Site], storage: Storage) -> anyhow::Result<Vec<Lease>> {
     let shape = ours.base.shape();
-    (0..USERS).map(|user| lease(user, &weights(&shape, user as u64, sites), storage)).collect()
+    let weights: Vec<_> = (0..USERS).map(|user| weights(&shape, user as u64, sites)).collect();
+    adapters::leases(&shape, &weights, storage)
 }
 
 /// 64 tokens for each user, after a short prompt; the last users have the adapters.

@@ -6,7 +6,7 @@ use peft::{LoraWeights, Storage};
 use types::Site;
 
 use crate::Bench;
-use crate::adapters::{gguf, lease, weights};
+use crate::adapters::{self, gguf, weights};
 use crate::load::{self, Arrival, Load, Popularity, Prompts, Report, Target};
 use crate::ours::{Job, Ours};
 use crate::plot::{self, Bar};
@@ -70,8 +70,7 @@ fn crowd(
     coded: Target,
     prompts: &Prompts,
 ) -> anyhow::Result<Vec<Row>> {
-    let leases = adapters.iter().enumerate().map(|(number, weights)| lease(number, weights, Storage::Bf16));
-    let leases = leases.collect::<anyhow::Result<Vec<_>>>()?;
+    let leases = adapters::leases(&ours.base.shape(), adapters, Storage::Bf16)?;
     let progress = progress("16 users over HTTP", (bench.runs + 1) * USERS * (targets.len() + 1));
     let mut reports: [Vec<Report>; 3] = Default::default();
     let mut in_codes = Vec::new();
