@@ -17,7 +17,7 @@ pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 const PARTS: u32 = 20;
 /// Where several loads are to be made, all of them together take so many times as much: whoever waits for one is missing
 /// in the batch, and then more is gained than lost.
-const SEVERAL: u32 = 2;
+const SEVERAL: u32 = 4;
 /// Work at a stretch.
 const STRETCH: Duration = Duration::from_micros(250);
 /// Work that goes at once when there was none for a while.
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn several_loads_have_twice_the_share_of_one() {
+    fn several_loads_have_a_multiple_of_the_share_of_one() {
         let pace = Pace::new(Arc::new(|| true));
         let first = pace.load();
         assert!(keeps_its_share(&pace));
