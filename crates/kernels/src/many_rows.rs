@@ -23,10 +23,13 @@ thread_local! {
 const DECODED_VALUES: usize = 48 * 1024;
 
 /// Rows that pass over the decoded values together, while they are in the first-level cache.
-const BLOCK_ROWS: usize = 12;
+pub(crate) const BLOCK_ROWS: usize = 12;
 
-/// Input columns of a backward task, and output features it decodes at a time.
-const BACK: (usize, usize) = (96, 256);
+/// Input columns of a backward task.
+pub(crate) const BACK_COLUMNS: usize = 96;
+
+/// Output features it decodes at a time.
+const BACK_OUTPUTS: usize = 256;
 
 /// In what numbers activations and weights are multiplied; sums are float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,6 +42,9 @@ pub enum Products {
 }
 
 impl Products {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+
     /// The ones this CPU computes fastest.
     #[must_use]
     pub fn fastest() -> Self {
@@ -58,15 +64,9 @@ pub fn linear_many(weight: &Weight, products: Products, x: &[f32], y: &mut [f32]
     if products == Products::Bf16 {
         return many_rows_bf16::forwards(weight, x, y, has_bf16());
     }
-    let (panels, most) = (weight.panels(), (DECODED_VALUES / (PANEL * k)).clamp(1, 8));
-    let tasks = tasks(panels, most);
-    let (stripes, rows) = stripes(tasks, m);
     let y = Shared::new(y);
-    (0..tasks * stripes).into_par_iter().for_each(|task| {
-        let (part, row) = (task / stripes, task % stripes * rows);
-        let own = [part * panels / tasks, (part + 1) * panels / tasks];
-        forwards(isa(), weight, own, [row, (row + rows).min(m)], x, y);
-    });
+    let most = (DECODED_VALUES / (PANEL * k)).clamp(1, 8);
+    in_parts(weight.panels(), most, m, |own, rows| forwards(isa(), weight, own, rows, x, y));
 }
 
 /// `dx = dy W`: `dy` is (rows, output features), `dx` (rows, input features). Each row is summed over the output
@@ -82,25 +82,31 @@ pub fn linear_transposed(weight: &Weight, products: Products, dy: &[f32], dx: &m
     if products == Products::Bf16 {
         return many_rows_bf16::backwards(weight, dy, dx, has_bf16());
     }
-    let groups = k.div_ceil(PANEL);
-    let tasks = tasks(groups, BACK.0 / PANEL);
-    let (stripes, rows) = stripes(tasks, m);
     let dx = Shared::new(dx);
+    in_parts(k.div_ceil(PANEL), BACK_COLUMNS / PANEL, m, |own, rows| {
+        backwards(isa(), weight, own.map(|group| (group * PANEL).min(k)), rows, dy, dx);
+    });
+}
+
+/// Calls `body` on the caller's rayon pool with every task's share of `parts` and of `rows`, each from a first one to
+/// before a last; a task has about `most` parts.
+pub(crate) fn in_parts(parts: usize, most: usize, rows: usize, body: impl Fn([usize; 2], [usize; 2]) + Sync) {
+    let tasks = tasks(parts, most);
+    let (stripes, each) = stripes(tasks, rows);
     (0..tasks * stripes).into_par_iter().for_each(|task| {
-        let (part, row) = (task / stripes, task % stripes * rows);
-        let columns = [part, part + 1].map(|part| (part * groups / tasks * PANEL).min(k));
-        backwards(isa(), weight, columns, [row, (row + rows).min(m)], dy, dx);
+        let (at, row) = (task / stripes, task % stripes * each);
+        body([at, at + 1].map(|at| at * parts / tasks), [row, (row + each).min(rows)]);
     });
 }
 
 /// Into how many tasks so many parts are divided, of `most` parts each: as many for every thread.
-pub(crate) fn tasks(parts: usize, most: usize) -> usize {
+fn tasks(parts: usize, most: usize) -> usize {
     parts.div_ceil(most).next_multiple_of(rayon::current_num_threads()).min(parts)
 }
 
 /// Rows are divided too when there are fewer tasks than would keep every thread busy to the end: each part decodes
 /// the weights again.
-pub(crate) fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
+fn stripes(tasks: usize, rows: usize) -> (usize, usize) {
     let wanted = (3 * rayon::current_num_threads()).div_ceil(tasks).min(rows.div_ceil(64)).max(1);
     let each = rows.div_ceil(wanted).next_multiple_of(BLOCK_ROWS).max(BLOCK_ROWS);
     (rows.div_ceil(each).max(1), each)
@@ -119,13 +125,7 @@ fn forwards_body<L: Lanes>(weight: &Weight, panels: [usize; 2], rows: [usize; 2]
     for (at, index) in (panels[0]..panels[1]).enumerate() {
         let out = decoded[at * PANEL * k..][..PANEL * k].as_mut_ptr();
         // SAFETY: the panel has `k` columns, the buffer `k` times sixteen values; this code is compiled for the unit.
-        unsafe {
-            with_layout!(
-                weight.format(),
-                codes: |C| columns::<L, C>(weight.panel(index), 0, k, out),
-                dense: |D| columns::<L, D>(weight.panel(index), 0, k, out),
-            );
-        }
+        unsafe { decode::<L>(weight, index, 0, k, out) };
     }
     for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
         for (at, index) in (panels[0]..panels[1]).enumerate() {
@@ -163,41 +163,26 @@ fn backwards_body<L: Lanes>(
     let (n, k) = (weight.rows(), weight.cols());
     let mut buffer = DECODED.take();
     let groups = (to - from).div_ceil(PANEL);
-    let decoded = at_a_line(&mut buffer, groups * PANEL * BACK.1);
-    for first in (0..n).step_by(BACK.1) {
-        let count = BACK.1.min(n - first);
+    let decoded = at_a_line(&mut buffer, groups * PANEL * BACK_OUTPUTS);
+    for first in (0..n).step_by(BACK_OUTPUTS) {
+        let count = BACK_OUTPUTS.min(n - first);
         for panel in 0..count.div_ceil(PANEL) {
-            let source = weight.panel(first / PANEL + panel);
             for group in 0..groups {
-                let width = PANEL.min(to - from - group * PANEL);
-                let mut block = [[0.0; PANEL]; PANEL];
-                // SAFETY: the panel has these columns, the block sixteen times sixteen values.
-                unsafe {
-                    let (column, out) = (from + group * PANEL, block.as_mut_ptr().cast());
-                    with_layout!(
-                        weight.format(),
-                        codes: |C| columns::<L, C>(source, column, width, out),
-                        dense: |D| columns::<L, D>(source, column, width, out),
-                    );
-                }
-                let out = &mut decoded[(group * BACK.1 + panel * PANEL) * PANEL..][..PANEL * PANEL];
-                // SAFETY: both are sixteen times sixteen values.
-                unsafe { L::transpose(block.as_ptr().cast(), out.as_mut_ptr()) };
+                let out = &mut decoded[(group * BACK_OUTPUTS + panel * PANEL) * PANEL..][..PANEL * PANEL];
+                let own = [from + group * PANEL, to];
+                // SAFETY: the panel has these columns, `out` sixteen times sixteen values; this code is compiled for the unit.
+                unsafe { decode_turned::<L>(weight, first / PANEL + panel, own, out.as_mut_ptr()) };
             }
         }
         for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
-            // Pieces of rows that lie far apart: nobody else fetches those of the next block ahead.
-            for row in row + BLOCK_ROWS..(row + 2 * BLOCK_ROWS).min(rows[1]) {
-                let piece = dy[row * n + first..][..count].as_ptr().cast::<u8>();
-                (0..count * 4).step_by(64).for_each(|at| L::prefetch(piece.wrapping_add(at)));
-            }
+            ask_for_block::<L, f32>(dy, n, [row + BLOCK_ROWS, rows[1]], [first, count]);
             for group in 0..groups {
                 let column = from + group * PANEL;
                 let product = Product {
                     left: dy[row * n + first..].as_ptr(),
                     row: n,
                     step: 1,
-                    right: decoded[group * BACK.1 * PANEL..].as_ptr(),
+                    right: decoded[group * BACK_OUTPUTS * PANEL..].as_ptr(),
                     stride: PANEL,
                     len: count,
                     out: dx.start().wrapping_add(row * k + column),
@@ -212,13 +197,70 @@ fn backwards_body<L: Lanes>(
     DECODED.set(buffer);
 }
 
+/// Asks for some columns, `count` from `first` on, of the block of rows from `row` on, if there are any before `end`:
+/// pieces of rows lie far apart, and nobody else fetches them ahead.
+#[inline(always)]
+pub(crate) fn ask_for_block<L: Lanes, T>(
+    values: &[T],
+    stride: usize,
+    [row, end]: [usize; 2],
+    [first, count]: [usize; 2],
+) {
+    for row in row..(row + BLOCK_ROWS).min(end) {
+        let piece = values[row * stride + first..][..count].as_ptr().cast::<u8>();
+        (0..count * size_of::<T>()).step_by(64).for_each(|at| L::prefetch(piece.wrapping_add(at)));
+    }
+}
+
+/// Columns `from..from + count` of panel `index`, sixteen values each.
+///
+/// # Safety
+/// As for [`columns`].
+#[inline(always)]
+pub(crate) unsafe fn decode<L: Lanes>(
+    weight: &Weight,
+    index: usize,
+    from: usize,
+    count: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the caller vouches for the columns and the memory; the panel is of the weight's format.
+    unsafe {
+        with_layout!(
+            weight.format(),
+            codes: |C| columns::<L, C>(weight.panel(index), from, count, out),
+            dense: |D| columns::<L, D>(weight.panel(index), from, count, out),
+        );
+    }
+}
+
+/// Rows of panel `index`, sixteen values each: those of the columns from `from` on, zeros from `to` on.
+///
+/// # Safety
+/// `from` is a multiple of four, the panel has the columns, `out` is valid for sixteen times sixteen values; the CPU has
+/// the unit of `L`.
+#[inline(always)]
+pub(crate) unsafe fn decode_turned<L: Lanes>(
+    weight: &Weight,
+    index: usize,
+    [from, to]: [usize; 2],
+    out: *mut f32,
+) {
+    let mut block = [[0.0; PANEL]; PANEL];
+    // SAFETY: the caller vouches for the columns and the memory; the block has sixteen times sixteen values.
+    unsafe {
+        decode::<L>(weight, index, from, PANEL.min(to - from), block.as_mut_ptr().cast());
+        L::transpose(block.as_ptr().cast(), out);
+    }
+}
+
 /// Columns `from..from + count` of a panel, sixteen values each.
 ///
 /// # Safety
 /// `from` is a multiple of four, the panel has these columns, `out` is valid for sixteen times `count` values; the CPU
 /// has the unit of `L`.
 #[inline(always)]
-pub(crate) unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize, out: *mut f32) {
+unsafe fn columns<L: Lanes, C: Columns>(panel: Panel, from: usize, count: usize, out: *mut f32) {
     // SAFETY: the caller vouches for the columns and the memory.
     unsafe {
         for group in 0..count / 4 {

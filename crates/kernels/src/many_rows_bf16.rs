@@ -12,8 +12,7 @@ use rayon::prelude::*;
 
 use crate::buffer::at_a_line;
 use crate::lanes::{Lanes, brain_to_f32, f32_to_brain, isa, multiversion};
-use crate::layout::with_layout;
-use crate::many_rows::{columns, stripes, tasks};
+use crate::many_rows::{BACK_COLUMNS, BLOCK_ROWS, ask_for_block, decode, decode_turned, in_parts};
 use crate::parallel::Shared;
 use crate::weight::{PANEL, Weight};
 
@@ -25,11 +24,8 @@ thread_local! {
 /// Pairs of weights a task works with at a time: they stay in the second-level cache.
 const PAIRS: usize = 48 * 1024;
 
-/// Rows that pass over the weights together, while they are in the first-level cache.
-const BLOCK_ROWS: usize = 12;
-
-/// Input columns of a backward task, and output features it takes at a time.
-const BACK: (usize, usize) = (96, 512);
+/// Output features that a backward task takes at a time.
+const BACK_OUTPUTS: usize = 512;
 
 /// Numbers of a pair of weight columns of sixteen lanes.
 const PAIR: usize = 2 * PANEL;
@@ -102,16 +98,12 @@ pub(crate) fn has_bf16() -> bool {
 /// `y = x Wᵀ`: see [`crate::linear_many`].
 pub(crate) fn forwards(weight: &Weight, x: &[f32], y: &mut [f32], native: bool) {
     let (n, k) = (weight.rows(), weight.cols());
+    let most = (PAIRS / (PANEL * k.div_ceil(2))).clamp(1, 8);
     let m = x.len() / k;
-    let (panels, most) = (weight.panels(), (PAIRS / (PANEL * k.div_ceil(2))).clamp(1, 8));
-    let tasks = tasks(panels, most);
-    let (stripes, rows) = stripes(tasks, m);
     with_rounded(x, k, native, |x| {
         let y = Shared::new(y);
-        (0..tasks * stripes).into_par_iter().for_each(|task| {
-            let (part, row) = (task / stripes, task % stripes * rows);
-            let own = [part, part + 1].map(|part| part * panels / tasks);
-            let part = Part { weight, own, rows: [row, (row + rows).min(m)], x, y, width: n };
+        in_parts(weight.panels(), most, m, |own, rows| {
+            let part = Part { weight, own, rows, x, y, width: n };
             #[cfg(target_arch = "x86_64")]
             if native {
                 return crate::bf16_x86::forwards(part);
@@ -125,15 +117,11 @@ pub(crate) fn forwards(weight: &Weight, x: &[f32], y: &mut [f32], native: bool) 
 pub(crate) fn backwards(weight: &Weight, dy: &[f32], dx: &mut [f32], native: bool) {
     let (n, k) = (weight.rows(), weight.cols());
     let m = dy.len() / n;
-    let groups = k.div_ceil(PANEL);
-    let tasks = tasks(groups, BACK.0 / PANEL);
-    let (stripes, rows) = stripes(tasks, m);
     with_rounded(dy, n, native, |dy| {
         let dx = Shared::new(dx);
-        (0..tasks * stripes).into_par_iter().for_each(|task| {
-            let (part, row) = (task / stripes, task % stripes * rows);
-            let own = [part, part + 1].map(|part| (part * groups / tasks * PANEL).min(k));
-            let part = Part { weight, own, rows: [row, (row + rows).min(m)], x: dy, y: dx, width: k };
+        in_parts(k.div_ceil(PANEL), BACK_COLUMNS / PANEL, m, |own, rows| {
+            let own = own.map(|group| (group * PANEL).min(k));
+            let part = Part { weight, own, rows, x: dy, y: dx, width: k };
             #[cfg(target_arch = "x86_64")]
             if native {
                 return crate::bf16_x86::backwards(part);
@@ -230,12 +218,7 @@ pub(crate) fn forwards_body<L: Lanes, P: Pairs<L>>(part: Part<'_>) {
             // SAFETY: the panel has these columns, the block sixteen times sixteen values, the buffer `pairs` pairs
             // a panel; this code is compiled for the unit.
             unsafe {
-                let out = block.as_mut_ptr().cast();
-                with_layout!(
-                    weight.format(),
-                    codes: |C| columns::<L, C>(weight.panel(index), column, count, out),
-                    dense: |D| columns::<L, D>(weight.panel(index), column, count, out),
-                );
+                decode::<L>(weight, index, column, count, block.as_mut_ptr().cast());
                 put_pairs::<L, P>(&block, count, paired.add((at * pairs + column / 2) * PAIR));
             }
         }
@@ -272,37 +255,26 @@ pub(crate) fn backwards_body<L: Lanes, P: Pairs<L>>(part: Part<'_>) {
     let Part { weight, own: [from, to], rows, x: dy, y: dx, width: k } = part;
     let n = weight.rows();
     let groups = (to - from).div_ceil(PANEL);
-    let stride = BACK.1 / 2 * PAIR;
+    let stride = BACK_OUTPUTS / 2 * PAIR;
     let mut buffer = PAIRED.take();
     let paired = at_a_line(&mut buffer, groups * stride / 2).as_mut_ptr().cast::<u16>();
-    for first in (0..n).step_by(BACK.1) {
-        let count = BACK.1.min(n - first);
+    for first in (0..n).step_by(BACK_OUTPUTS) {
+        let count = BACK_OUTPUTS.min(n - first);
         for panel in 0..count.div_ceil(PANEL) {
-            let source = weight.panel(first / PANEL + panel);
             for group in 0..groups {
-                let width = PANEL.min(to - from - group * PANEL);
-                let (mut block, mut turned) = ([[0.0; PANEL]; PANEL], [[0.0; PANEL]; PANEL]);
-                // SAFETY: the panel has these columns, the blocks sixteen times sixteen values, the buffer all pairs
-                // of `BACK.1` outputs a group; this code is compiled for the unit.
+                let mut turned = [[0.0; PANEL]; PANEL];
+                let own = [from + group * PANEL, to];
+                // SAFETY: the panel has these columns, the block sixteen times sixteen values, the buffer all pairs of
+                // `BACK_OUTPUTS` outputs a group; this code is compiled for the unit.
                 unsafe {
-                    let (column, out) = (from + group * PANEL, block.as_mut_ptr().cast());
-                    with_layout!(
-                        weight.format(),
-                        codes: |C| columns::<L, C>(source, column, width, out),
-                        dense: |D| columns::<L, D>(source, column, width, out),
-                    );
-                    L::transpose(block.as_ptr().cast(), turned.as_mut_ptr().cast());
+                    decode_turned::<L>(weight, first / PANEL + panel, own, turned.as_mut_ptr().cast());
                     let out = paired.add(group * stride + panel * PANEL / 2 * PAIR);
                     put_pairs::<L, P>(&turned, PANEL, out);
                 }
             }
         }
         for row in (rows[0]..rows[1]).step_by(BLOCK_ROWS) {
-            // Pieces of rows that lie far apart: nobody else fetches those of the next block ahead.
-            for row in row + BLOCK_ROWS..(row + 2 * BLOCK_ROWS).min(rows[1]) {
-                let piece = dy.numbers[row * dy.stride + first..][..count].as_ptr().cast::<u8>();
-                (0..count * 2).step_by(64).for_each(|at| L::prefetch(piece.wrapping_add(at)));
-            }
+            ask_for_block::<L, u16>(dy.numbers, dy.stride, [row + BLOCK_ROWS, rows[1]], [first, count]);
             let tile = Tile {
                 x: dy.numbers[row * dy.stride + first..].as_ptr(),
                 x_stride: dy.stride,
@@ -430,6 +402,7 @@ impl Tile {
             }
         }
     }
+
     /// The first `width` lanes to memory.
     #[inline(always)]
     unsafe fn put<L: Lanes>(&self, sums: L, to: *mut f32, width: usize) {

@@ -134,15 +134,26 @@ fn named(weights: &AdapterWeights, base: &BaseModel) -> Vec<(String, Vec<f32>)> 
     }
 }
 
-/// The largest difference of any tensor from the fixture's, which has no other.
-fn difference(ours: &AdapterWeights, base: &BaseModel, theirs: &HashMap<String, Tensor>) -> f32 {
+/// Every tensor of an adapter beside the fixture's, which has no other.
+fn side_by_side(
+    ours: &AdapterWeights,
+    base: &BaseModel,
+    theirs: &HashMap<String, Tensor>,
+) -> Vec<(Vec<f32>, Vec<f32>)> {
     let ours = named(ours, base);
     let others = theirs.keys().filter(|name| !["input_ids", "labels", "loss"].contains(&name.as_str()));
     assert_eq!(ours.len(), others.count());
-    ours.iter().fold(0.0, |largest, (name, ours)| {
+    let beside = |(name, ours): (String, Vec<f32>)| {
         let (_, tensor) = theirs.iter().find(|(full, _)| full.ends_with(name.as_str())).unwrap();
-        largest.max(worst(ours, &values(tensor)))
-    })
+        (ours, values(tensor))
+    };
+    ours.into_iter().map(beside).collect()
+}
+
+/// The largest difference of any tensor from the fixture's.
+fn difference(ours: &AdapterWeights, base: &BaseModel, theirs: &HashMap<String, Tensor>) -> f32 {
+    let pairs = side_by_side(ours, base, theirs);
+    pairs.iter().fold(0.0, |largest, (ours, theirs)| largest.max(worst(ours, theirs)))
 }
 
 /// Loss and gradients of the first step.
@@ -184,9 +195,9 @@ fn gradients_of_every_kind_equal_torch() {
 fn gradients_in_bfloat16_are_near_torchs() {
     let share = |grads: &AdapterWeights, base: &BaseModel, theirs: &HashMap<String, Tensor>| {
         let (mut off, mut all) = (0.0, 0.0);
-        for (name, ours) in named(grads, base) {
-            let (_, tensor) = theirs.iter().find(|(full, _)| full.ends_with(name.as_str())).unwrap();
-            for (ours, theirs) in ours.iter().zip(values(tensor)) {
+        for (ours, theirs) in side_by_side(grads, base, theirs) {
+            assert_eq!(ours.len(), theirs.len());
+            for (ours, theirs) in ours.iter().zip(theirs) {
                 off += f64::from(ours - theirs).powi(2);
                 all += f64::from(theirs).powi(2);
             }

@@ -157,15 +157,15 @@ pub(crate) fn step(
     runs: &mut [(usize, Run<'_>)],
     breathe: &mut dyn FnMut(),
 ) {
-    let mut waiting: [VecDeque<(usize, Chunk)>; 2] = Default::default();
+    let mut waiting: [VecDeque<(usize, Chunk)>; Products::ALL.len()] = Default::default();
     for (at, (_, run)) in runs.iter_mut().enumerate() {
-        let own = &mut waiting[usize::from(run.recipe().products == Products::Bf16)];
+        let own = &mut waiting[run.recipe().products as usize];
         own.extend(run.begin(base).into_iter().map(|chunk| (at, chunk)));
     }
     let limit = runs.iter().map(|(_, run)| run.recipe().micro_batch_tokens).max().unwrap_or(0);
     let budget = runs.iter().map(|(_, run)| run.recipe().activation_bytes).min().unwrap_or(0);
     // Each precision has passes of its own.
-    for (products, mut waiting) in [Products::F32, Products::Bf16].into_iter().zip(waiting) {
+    for (products, mut waiting) in Products::ALL.into_iter().zip(waiting) {
         while !waiting.is_empty() {
             let mut pack = Pack::new(products);
             for (at, chunk) in next_pass(&mut waiting, limit) {
