@@ -26,6 +26,8 @@ unsafe impl Sync for Lines {}
 pub(crate) struct Announced {
     lines: Vec<Lines>,
     total: usize,
+    /// By site, where the last row's begins.
+    last: [usize; LAYERS],
 }
 
 impl Announced {
@@ -34,9 +36,9 @@ impl Announced {
         self.lines.reserve((LAYERS * PREFETCHED).saturating_sub(self.lines.len()));
     }
 
-    pub(crate) fn push(&mut self, (start, bytes): (*const u8, usize)) {
+    pub(crate) fn push(&mut self, site: usize, (start, bytes): (*const u8, usize)) {
         // Rows of one adapter follow each other.
-        if self.lines.last().is_none_or(|last| last.start != start) {
+        if std::mem::replace(&mut self.last[site], start.addr()) != start.addr() {
             let count = bytes.div_ceil(LINE);
             self.lines.push(Lines { start, count });
             self.total += count;
@@ -46,6 +48,7 @@ impl Announced {
     pub(crate) fn clear(&mut self) {
         self.lines.clear();
         self.total = 0;
+        self.last = [0; LAYERS];
     }
 
     /// From the `part`th of `parts` equal parts on.
@@ -127,8 +130,13 @@ impl<'a> Ahead<'a> {
     pub(crate) unsafe fn ask<L: Lanes>(&mut self, row: usize) {
         self.soon.ask::<L>();
         if !self.routes.is_null() {
-            // SAFETY: the caller vouches for the route.
-            unsafe { (*self.routes.add(row)).prefetch_up::<L>(self.panels[0], self.panels[1]) };
+            // SAFETY: the caller vouches for the route, and rows come in order: there is one before.
+            let (route, before) =
+                unsafe { (&*self.routes.add(row), &*self.routes.add(row.saturating_sub(1))) };
+            // Rows of one adapter follow each other.
+            if row == 0 || route.b != before.b {
+                route.prefetch_up::<L>(self.panels[0], self.panels[1]);
+            }
         }
     }
 }
@@ -143,7 +151,7 @@ mod tests {
         let memory = [0u8; 4096];
         let mut announced = Announced::default();
         for (at, bytes) in [(0, 640), (0, 640), (700, 64), (900, 1), (1000, 1500)] {
-            announced.push((memory[at..].as_ptr(), bytes));
+            announced.push(0, (memory[at..].as_ptr(), bytes));
         }
         assert_eq!((announced.lines.len(), announced.total), (4, 10 + 1 + 1 + 24));
         let left = |soon: &Soon<'_>| soon.rest.iter().map(|lines| lines.count).sum::<usize>() - soon.line;

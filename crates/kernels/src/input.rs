@@ -6,7 +6,7 @@
 
 use crate::lanes::{Lanes, multiversion};
 use crate::linear::LAYERS;
-use crate::low_rank::{PREFETCHED, Route, shrink};
+use crate::low_rank::{Route, shrink};
 use crate::panel::{TILE, View};
 use crate::pointwise::{inverse_rms, silu};
 use crate::vectors::RowVectors;
@@ -112,12 +112,6 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
         if !out.view.quants.is_null() {
             // SAFETY: as above.
             unsafe { quantise::<L>(values, row, &out.view) };
-        }
-        if row + 1 < to && out.view.rows <= PREFETCHED {
-            for site in 0..out.sites {
-                // SAFETY: `routes` has the stated shape.
-                unsafe { (*out.routes.add(site * out.view.rows + row + 1)).prefetch_down::<L>(cols) };
-            }
         }
         for (site, under) in out.under.iter().enumerate().filter(|(_, under)| under.rank > 0) {
             let at = (site * out.view.rows * out.under_rank) + row * under.rank;

@@ -25,6 +25,7 @@ mod layout;
 mod linear;
 mod lines;
 mod low_rank;
+mod low_rank_codes;
 mod many_rows;
 mod many_rows_bf16;
 #[cfg(test)]
@@ -50,7 +51,8 @@ pub use format::{Format, WeightError};
 pub use input::Input;
 pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};
 pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
-pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b, quantise_low_rank};
+pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b};
+pub use low_rank_codes::quantise_low_rank;
 pub use many_rows::{Products, linear_many, linear_transposed};
 pub use matrices::{Left, Right, multiply};
 pub use norms::row_norms;

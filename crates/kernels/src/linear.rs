@@ -100,15 +100,21 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Says that the call after the next one has these adapters for `rows` rows: what it begins with comes out of memory
-    /// while the next one computes.
-    pub fn announce(&mut self, adapters: &dyn Routing, rows: usize) {
+    /// Says that the call after the next one has these adapters for `rows` rows, by layer: what it begins with comes out of
+    /// memory while the next one computes.
+    pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize) {
         self.announced.reserve();
-        if rows > PREFETCHED || adapters.max_rank() == 0 {
+        if rows > PREFETCHED || layers.iter().all(|layer| layer.max_rank() == 0) {
             return;
         }
-        let updates = (0..rows).filter_map(|row| adapters.at(row));
-        updates.for_each(|update| self.announced.push(update.a.memory()));
+        // Row by row, as they are prepared: the half that a thread asks for is the half it will read.
+        for row in 0..rows {
+            for (site, layer) in layers.iter().enumerate() {
+                if let Some(update) = layer.at(row) {
+                    self.announced.push(site, update.a.memory());
+                }
+            }
+        }
     }
 }
 

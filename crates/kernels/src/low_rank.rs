@@ -147,15 +147,6 @@ impl Route {
             L::prefetch(start.wrapping_add(line * 64));
         }
     }
-
-    /// Asks for A, which has so many columns, ahead of its use.
-    #[inline(always)]
-    pub(crate) fn prefetch_down<L: Lanes>(&self, cols: usize) {
-        let stride = if self.kept == Kept::Codes { codes_stride(cols) } else { cols };
-        for line in 0..(self.rank * stride * self.kept.width()).div_ceil(64) {
-            L::prefetch(self.a.wrapping_add(line * 64));
-        }
-    }
 }
 
 /// Batches up to this many rows fetch their factors ahead; in larger ones rows share adapters that are in the cache.
@@ -387,50 +378,15 @@ unsafe fn add_to<L: Lanes>(target: Target<'_>, row: usize, panel: usize, width: 
 /// When `b` does not divide by `rank`.
 #[must_use]
 pub fn pack_b(b: &[f32], rank: usize) -> Vec<f32> {
-    pack(b, rank)
-}
-
-fn pack<T: Copy + Default>(b: &[T], rank: usize) -> Vec<T> {
     let n = b.len() / rank;
     assert_eq!(b.len(), n * rank, "B does not divide into rows of {rank}");
-    let mut packed = vec![T::default(); n.div_ceil(PANEL) * PANEL * rank];
+    let mut packed = vec![0.0; n.div_ceil(PANEL) * PANEL * rank];
     for (row, values) in b.chunks_exact(rank).enumerate() {
         for (at, &value) in values.iter().enumerate() {
             packed[(row / PANEL * rank + at) * PANEL + row % PANEL] = value;
         }
     }
     packed
-}
-
-/// A of shape (rank, columns) and B of shape (output features, rank) in eight bits: codes of A in rows of
-/// [`codes_stride`], codes of B in panels as [`pack_b`] has them, and [`LowRank::scales`]. Each row of A and each column
-/// of B has the scale `max |value| / 127`.
-///
-/// # Panics
-/// When a factor does not divide by `rank`.
-#[must_use]
-pub fn quantise_low_rank(a: &[f32], b: &[f32], rank: usize) -> (Vec<i8>, Vec<i8>, Vec<f32>) {
-    let (cols, n) = (a.len() / rank, b.len() / rank);
-    assert!(a.len() == rank * cols && b.len() == rank * n, "A or B does not divide into ranks of {rank}");
-    let mut codes = vec![0; rank * codes_stride(cols)];
-    let mut scales = Vec::with_capacity(rank);
-    for (a, codes) in a.chunks_exact(cols).zip(codes.chunks_exact_mut(codes_stride(cols))) {
-        scales.push(to_codes(a.iter().copied(), codes.iter_mut()));
-    }
-    let mut columns = vec![0; b.len()];
-    for rank_at in 0..rank {
-        let values = b.iter().skip(rank_at).step_by(rank).copied();
-        scales[rank_at] *= to_codes(values, columns.iter_mut().skip(rank_at).step_by(rank));
-    }
-    (codes, pack(&columns, rank), scales)
-}
-
-/// The codes of some values, and their scale.
-fn to_codes<'a>(values: impl Iterator<Item = f32> + Clone, codes: impl Iterator<Item = &'a mut i8>) -> f32 {
-    let max = values.clone().fold(0.0f32, |max, value| max.max(value.abs()));
-    let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
-    values.zip(codes).for_each(|(value, code)| *code = (value * inverse).round_ties_even() as i8);
-    max / 127.0
 }
 
 /// Adds an adapter's update to every row of `y`, which is (rows, output features): `y[i] += B (A x[i])`, with A (rank,

@@ -190,11 +190,7 @@ impl BaseModel {
                 let under = block.linears[site.index()].under.as_ref();
                 adapters.site(SiteId::new(index, site)).over(under.map(|under| under.low_rank()))
             };
-            let announce = |scratch: &mut Scratch, index: usize, sites: &[Site]| {
-                sites
-                    .iter()
-                    .for_each(|&site| scratch.announce(&adapters.site(SiteId::new(index, site)), rows));
-            };
+            let next = |index: usize, site: Site| adapters.site(SiteId::new(index, site));
             let [q, k] = [at_a_line(q, rows * query), at_a_line(k, rows * key)];
             let [v, attended] = [at_a_line(v, rows * key), at_a_line(attended, rows * query)];
             let [gate, up] =
@@ -202,7 +198,7 @@ impl BaseModel {
 
             let (at_q, at_k, at_v) = (site(Site::Q), site(Site::K), site(Site::V));
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
-            announce(scratch, index, &[Site::O]);
+            scratch.announce(&[&next(index, Site::O)], rows);
             fused_linear(
                 scratch,
                 means,
@@ -221,7 +217,7 @@ impl BaseModel {
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
             let at_o = site(Site::O);
-            announce(scratch, index, &[Site::Gate, Site::Up]);
+            scratch.announce(&[&next(index, Site::Gate), &next(index, Site::Up)], rows);
             fused_linear(
                 scratch,
                 means,
@@ -231,7 +227,7 @@ impl BaseModel {
 
             let (at_gate, at_up, at_down) = (site(Site::Gate), site(Site::Up), site(Site::Down));
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
-            announce(scratch, index, &[Site::Down]);
+            scratch.announce(&[&next(index, Site::Down)], rows);
             fused_linear(
                 scratch,
                 means,
@@ -243,7 +239,8 @@ impl BaseModel {
             );
             let gated = Input::SwiGlu { gate, up };
             if index + 1 < self.blocks().len() {
-                announce(scratch, index + 1, &[Site::Q, Site::K, Site::V]);
+                let next = |site| next(index + 1, site);
+                scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows);
             }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }

@@ -4,99 +4,22 @@ use std::fmt;
 use std::sync::Arc;
 
 use kernels::{LowRank, Numbers, Vectors, pack_b, quantise_low_rank, row_norms};
-use types::{AdapterId, GenerationId, SiteId};
+use types::{AdapterId, GenerationId, Site, SiteId};
 
 use crate::base::FrozenBase;
 use crate::error::PeftError;
 use crate::files::LoraFile;
 use crate::kind::AdapterConfig;
-use crate::pages::{self, PagePool, Plan, Span};
+use crate::pages::{PagePool, Plan};
+use crate::site::{AdapterSite, Effects, Factors, NOT_FINITE, SiteVectors, Values};
 use crate::storage::Storage;
 use crate::weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeights, PromptWeights};
-
-/// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
-#[derive(Debug, Default)]
-struct AdapterSite {
-    low_rank: Option<Factors>,
-    /// The vectors are float32 in either precision: they are few, and the product is multiplied by them.
-    input: Option<Values>,
-    output: Option<Values>,
-    bias: Option<Values>,
-}
-
-/// A as (rank, input features), B with everything that scales it folded in, in the kernels' panels.
-#[derive(Debug)]
-struct Factors {
-    rank: usize,
-    a: Values,
-    b: Values,
-    /// One for each rank, of factors in eight bits.
-    scales: Option<Values>,
-}
-
-/// The bits of a bfloat16 that are all set in what is not finite.
-const BF16_EXPONENT: u16 = 0x7f80;
-
-const NOT_FINITE: &str = "holds a value that is not finite as it is served, scaled and rounded";
-
-#[derive(Debug, Clone)]
-enum Values {
-    F32(Box<[f32]>),
-    Bf16(Box<[u16]>),
-    I8(Box<[i8]>),
-    /// In pages of a pool.
-    Paged(Span),
-}
-
-impl Values {
-    fn new(values: &[f32], scale: f32, storage: Storage) -> Self {
-        let scaled = values.iter().map(|value| value * scale);
-        match storage {
-            Storage::F32 => Self::F32(scaled.collect()),
-            Storage::Bf16 | Storage::Int8 => Self::Bf16(scaled.map(kernels::to_bf16).collect()),
-        }
-    }
-
-    fn vector(values: &[f32]) -> Self {
-        Self::F32(values.into())
-    }
-
-    fn numbers(&self) -> Numbers<'_> {
-        match self {
-            Self::F32(values) => Numbers::F32(values),
-            Self::Bf16(values) => Numbers::Bf16(values),
-            Self::I8(codes) => Numbers::I8(codes),
-            Self::Paged(span) => span.numbers(),
-        }
-    }
-
-    /// The values of a [`Values::vector`].
-    fn floats(&self) -> Option<&[f32]> {
-        match self.numbers() {
-            Numbers::F32(values) => Some(values),
-            Numbers::Bf16(_) | Numbers::I8(_) => None,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        pages::bytes(&self.numbers())
-    }
-
-    fn is_finite(&self) -> bool {
-        // To the end in any case: without a way out in its middle the loop takes many values at a time.
-        match self.numbers() {
-            Numbers::F32(values) => values.iter().fold(true, |finite, value| finite & value.is_finite()),
-            Numbers::Bf16(values) => {
-                values.iter().fold(true, |finite, value| finite & (value & BF16_EXPONENT != BF16_EXPONENT))
-            }
-            Numbers::I8(_) => true,
-        }
-    }
-}
 
 /// All tensors of an adapter.
 #[derive(Debug)]
 struct Tensors {
+    /// By the sites' names: what it does there in any layer.
+    effects: [Effects; Site::ALL.len()],
     /// By [`SiteId::index`].
     sites: Vec<Option<AdapterSite>>,
     /// The embeddings of virtual tokens, each a tensor of its own.
@@ -129,40 +52,14 @@ impl Drop for Watch {
     }
 }
 
-impl AdapterSite {
-    fn values(&self) -> impl Iterator<Item = &Values> {
-        let factors = self.low_rank.iter().flat_map(|f| [Some(&f.a), Some(&f.b), f.scales.as_ref()]);
-        factors.chain([self.input.as_ref(), self.output.as_ref(), self.bias.as_ref()]).flatten()
-    }
-
-    /// Refuses what scaling or rounding has made infinite: the file's own values are finite.
-    fn finite(self, id: SiteId) -> Result<Self, PeftError> {
-        if self.values().all(Values::is_finite) {
-            return Ok(self);
-        }
-        Err(PeftError::tensor(id.module_path(), NOT_FINITE))
-    }
-
-    /// The same with other values for each, in the order of [`AdapterSite::values`].
-    fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
-        let factors = self.low_rank.as_ref();
-        Self {
-            low_rank: factors.map(|Factors { rank, a, b, scales }| Factors {
-                rank: *rank,
-                a: other(a),
-                b: other(b),
-                scales: scales.as_ref().map(&mut other),
-            }),
-            input: self.input.as_ref().map(&mut other),
-            output: self.output.as_ref().map(&mut other),
-            bias: self.bias.as_ref().map(&mut other),
-        }
-    }
-}
-
 impl Tensors {
     fn new(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
-        let mut tensors = Self { sites, prompt, bytes: 0 };
+        let mut effects = [Effects::default(); Site::ALL.len()];
+        for (at, site) in sites.iter().enumerate() {
+            let here = site.as_ref().map_or(Effects::default(), AdapterSite::effects);
+            effects[at % Site::ALL.len()].join(here);
+        }
+        let mut tensors = Self { effects, sites, prompt, bytes: 0 };
         let lists = size_of_val(tensors.sites.as_slice()) + size_of_val(tensors.prompt.as_slice());
         tensors.bytes = tensors.values().map(Values::bytes).sum::<usize>() + lists;
         tensors
@@ -176,7 +73,8 @@ impl Tensors {
     /// The same with other values for each, in the order of [`Tensors::values`].
     fn map(&self, mut other: impl FnMut(&Values) -> Values) -> Self {
         let sites = self.sites.iter().map(|site| site.as_ref().map(|site| site.map(&mut other))).collect();
-        Self { sites, prompt: self.prompt.iter().map(&mut other).collect(), bytes: self.bytes }
+        let prompt = self.prompt.iter().map(&mut other).collect();
+        Self { effects: self.effects, sites, prompt, bytes: self.bytes }
     }
 }
 
@@ -257,7 +155,8 @@ impl Adapter {
             }
             let vector = Some(Values::vector(values));
             if matches!(scale, Ia3Scale::Input(_)) {
-                return AdapterSite { input: vector, ..AdapterSite::default() }.finite(id);
+                let vectors = SiteVectors { input: vector, ..SiteVectors::default() };
+                return AdapterSite { vectors: vectors.boxed(), ..AdapterSite::default() }.finite(id);
             }
             // It scales the base's bias as well.
             let bias = base.linear(id).1.map(|bias| {
@@ -265,7 +164,8 @@ impl Adapter {
                     values.iter().zip(bias).map(|(scale, bias)| (scale - 1.0) * bias).collect();
                 Values::vector(&more)
             });
-            AdapterSite { output: vector, bias, ..AdapterSite::default() }.finite(id)
+            let vectors = SiteVectors { output: vector, bias, ..SiteVectors::default() };
+            AdapterSite { vectors: vectors.boxed(), ..AdapterSite::default() }.finite(id)
         };
         by_site(base, &weights.sites, site)
     }
@@ -321,26 +221,25 @@ impl Adapter {
     /// The low-rank update at a site, if the adapter has one there.
     #[must_use]
     pub fn site(&self, id: SiteId) -> Option<LowRank<'_>> {
-        let factors = self.at(id)?.low_rank.as_ref()?;
-        let scales = factors.scales.as_ref().and_then(Values::floats).unwrap_or_default();
-        Some(LowRank { rank: factors.rank, a: factors.a.numbers(), b: factors.b.numbers(), scales })
+        self.at(id)?.update()
     }
 
     /// What else it does at a site.
     #[must_use]
     pub fn vectors(&self, id: SiteId) -> Vectors<'_> {
-        let Some(site) = self.at(id) else { return Vectors::default() };
+        let Some(vectors) = self.at(id).and_then(|site| site.vectors.as_ref()) else {
+            return Vectors::default();
+        };
         Vectors {
-            input: site.input.as_ref().and_then(Values::floats),
-            output: site.output.as_ref().and_then(Values::floats),
-            bias: site.bias.as_ref().and_then(Values::floats),
+            input: vectors.input.as_ref().and_then(Values::floats),
+            output: vectors.output.as_ref().and_then(Values::floats),
+            bias: vectors.bias.as_ref().and_then(Values::floats),
         }
     }
 
-    /// Whether it does anything else at a site.
-    #[must_use]
-    pub fn has_vectors(&self, id: SiteId) -> bool {
-        self.at(id).is_some_and(|site| site.input.is_some() || site.output.is_some() || site.bias.is_some())
+    /// By the sites' names: what it does there in any layer.
+    pub(crate) fn effects(&self) -> &[Effects; Site::ALL.len()] {
+        &self.tensors.effects
     }
 
     /// Tokens of its own that stand before a prompt (prompt tuning); in a sequence they have the ids from the size of the
@@ -361,13 +260,6 @@ impl Adapter {
             _ => return false,
         }
         true
-    }
-
-    /// Whether its factors at a site are kept in eight bits.
-    #[must_use]
-    pub fn is_coded(&self, id: SiteId) -> bool {
-        let factors = self.at(id).and_then(|site| site.low_rank.as_ref());
-        factors.is_some_and(|factors| factors.scales.is_some())
     }
 
     /// Bytes it holds in memory.
@@ -437,7 +329,7 @@ fn lora_site(site: &LoraTensors, storage: Storage) -> AdapterSite {
     let scale = site.scale as f32;
     let low_rank = Some(factors(site.rank, &site.a, &site.b, scale, storage));
     let bias = site.bias.as_ref().map(|bias| Values::vector(&scaled(bias, scale)));
-    AdapterSite { low_rank, bias, ..AdapterSite::default() }
+    AdapterSite { low_rank, vectors: SiteVectors { bias, ..SiteVectors::default() }.boxed() }
 }
 
 /// `y = m / n * (W x + s B A x)` with n the row norms of W + s B A: an output scale, and B times s m / n.
@@ -468,7 +360,8 @@ fn dora_site(
         let scaled: Vec<f32> = bias.iter().zip(&output).map(|(bias, output)| bias * scale * output).collect();
         Values::vector(&scaled)
     });
-    Ok(AdapterSite { low_rank, output: Some(Values::vector(&output)), bias, ..AdapterSite::default() })
+    let vectors = SiteVectors { output: Some(Values::vector(&output)), bias, ..SiteVectors::default() };
+    Ok(AdapterSite { low_rank, vectors: vectors.boxed() })
 }
 
 /// Pins a generation while a sequence uses it: as long as a clone lives, the weights stay.

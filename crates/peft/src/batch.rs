@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use kernels::{LowRank, Numbers, Routing, Vectors};
-use types::SiteId;
+use types::{Site, SiteId};
 
 use crate::adapter::Adapter;
+use crate::site::Effects;
 
 /// Every row's adapter, listed once per step and used at every site. Cleared and filled again for every step.
 #[derive(Debug, Clone, Default)]
@@ -13,6 +14,8 @@ pub struct AdapterBatch {
     adapters: Vec<Arc<Adapter>>,
     /// Each row's place in `adapters`; [`NONE`] without one.
     rows: Vec<u32>,
+    /// By the sites' names: what any of them does there in any layer.
+    effects: [Effects; Site::ALL.len()],
 }
 
 const NONE: u32 = u32::MAX;
@@ -29,6 +32,7 @@ impl AdapterBatch {
     pub fn clear(&mut self) {
         self.adapters.clear();
         self.rows.clear();
+        self.effects = Default::default();
     }
 
     /// Adds `rows` rows that all use `adapter`.
@@ -37,6 +41,8 @@ impl AdapterBatch {
             let known = self.adapters.iter().position(|known| Arc::ptr_eq(known, adapter));
             known.unwrap_or_else(|| {
                 self.adapters.push(Arc::clone(adapter));
+                let all = self.effects.iter_mut().zip(adapter.effects());
+                all.for_each(|(effects, more)| effects.join(*more));
                 self.adapters.len() - 1
             }) as u32
         });
@@ -76,6 +82,10 @@ impl<'a> SiteRouting<'a> {
     pub fn over(self, under: Option<LowRank<'a>>) -> Self {
         Self { under, ..self }
     }
+
+    fn effects(&self) -> Effects {
+        self.batch.effects[self.id.site.index()]
+    }
 }
 
 impl Routing for SiteRouting<'_> {
@@ -83,14 +93,14 @@ impl Routing for SiteRouting<'_> {
         self.batch.row(row)?.site(self.id)
     }
 
+    // Of all layers, which costs a site nothing: to ask every adapter at every site takes longer than some of the products.
     fn max_rank(&self) -> usize {
-        let ranks = self.batch.adapters.iter().filter_map(|adapter| adapter.site(self.id));
-        ranks.map(|update| update.rank).max().unwrap_or(0)
+        self.effects().rank
     }
 
     fn coded(&self) -> bool {
         let shared = self.under.is_some_and(|under| matches!(under.a, Numbers::I8(_)));
-        shared || self.batch.adapters.iter().any(|adapter| adapter.is_coded(self.id))
+        shared || self.effects().coded
     }
 
     fn vectors(&self, row: usize) -> Vectors<'_> {
@@ -98,7 +108,7 @@ impl Routing for SiteRouting<'_> {
     }
 
     fn has_vectors(&self) -> bool {
-        self.batch.adapters.iter().any(|adapter| adapter.has_vectors(self.id))
+        self.effects().vectors
     }
 
     fn under(&self) -> Option<LowRank<'_>> {

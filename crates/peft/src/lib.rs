@@ -13,6 +13,7 @@ mod kind;
 mod modules;
 mod pages;
 mod shape;
+mod site;
 mod storage;
 mod tensors;
 mod weights;

@@ -14,6 +14,8 @@ use crate::storage::Storage;
 
 /// Smallest page that [`PagePool::page_bytes_for`] proposes.
 const LEAST_PAGE: usize = 256 << 10;
+/// No more of a page is used, so that places in it are short.
+const MOST_OF_A_PAGE: usize = u32::MAX as usize;
 /// Tensors begin at a cache line.
 const LINE: usize = 64;
 
@@ -95,8 +97,8 @@ impl PagePool {
         let pages: Vec<Arc<Page>> = pages.into_iter().map(Arc::new).collect();
         let span = |(tensor, &(page, start)): (&Numbers<'_>, &(usize, usize))| Span {
             page: Arc::clone(&pages[page]),
-            start,
-            len: tensor.len(),
+            start: (start / LINE) as u32,
+            len: tensor.len() as u32,
             view: match tensor {
                 Numbers::F32(_) => View::F32,
                 Numbers::Bf16(_) => View::Bf16,
@@ -139,6 +141,7 @@ impl Plan {
     pub(crate) fn new(page_bytes: usize, tensors: impl Iterator<Item = usize>) -> Option<Self> {
         // An adapter without a tensor takes a page all the same, so that the pool bounds the number of adapters.
         let mut plan = Self { filled: vec![0], places: Vec::new() };
+        let page_bytes = page_bytes.min(MOST_OF_A_PAGE);
         for bytes in tensors {
             let bytes = bytes.next_multiple_of(LINE);
             if bytes > page_bytes {
@@ -179,10 +182,10 @@ impl Drop for Page {
 #[derive(Debug, Clone)]
 pub(crate) struct Span {
     page: Arc<Page>,
-    /// In bytes.
-    start: usize,
+    /// In cache lines.
+    start: u32,
     /// In values.
-    len: usize,
+    len: u32,
     view: View,
 }
 
@@ -197,11 +200,11 @@ enum View {
 impl Span {
     /// The values.
     pub(crate) fn numbers(&self) -> Numbers<'_> {
-        let buffer = &self.page.buffer;
+        let (buffer, start, len) = (&self.page.buffer, self.start as usize * LINE, self.len as usize);
         match self.view {
-            View::F32 => Numbers::F32(&buffer.f32()[self.start / 4..self.start / 4 + self.len]),
-            View::Bf16 => Numbers::Bf16(&buffer.bf16()[self.start / 2..self.start / 2 + self.len]),
-            View::I8 => Numbers::I8(&buffer.i8()[self.start..self.start + self.len]),
+            View::F32 => Numbers::F32(&buffer.f32()[start / 4..start / 4 + len]),
+            View::Bf16 => Numbers::Bf16(&buffer.bf16()[start / 2..start / 2 + len]),
+            View::I8 => Numbers::I8(&buffer.i8()[start..start + len]),
         }
     }
 }
