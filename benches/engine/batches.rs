@@ -21,7 +21,7 @@ const SITES: [(&str, &[Site], f64, f64); 2] =
 pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     let progress = progress("batches", bench.runs * (4 * 3 + 2 + 2));
-    let kept = [("", Storage::Bf16), (", in 8 bits", Storage::Int8)];
+    let kept = [("", Storage::Int8), (", in bfloat16", Storage::Bf16)];
     for ((name, sites, same_goal, none_goal), (suffix, storage)) in
         SITES.into_iter().flat_map(|sites| kept.map(|kept| (sites, kept)))
     {
@@ -41,7 +41,7 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         let title = format!("rank 8 for every row (16 different) / none, batch 16, {name}, decode tok/s");
         rows.push(Row::paired(title, different, none).goal(Goal::AtLeast(none_goal)));
     }
-    let others = leases(ours, SITES[0].1, Storage::Bf16)?;
+    let others = leases(ours, SITES[0].1, Storage::Int8)?;
     let sides = alternate(bench.runs, &progress, |with_others| {
         // Those without come first; a batch's rows go in step, so their rate is half of the whole.
         let leases = if with_others { &others[..USERS / 2] } else { &[] };

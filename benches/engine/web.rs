@@ -21,8 +21,8 @@ const ANSWER: u32 = 64;
 /// Requests per second of the Poisson arrivals: about what llama-server can just do.
 const RATE: f64 = 1.0;
 
-/// Where the seeds of the prompts for the adapters in eight bits begin.
-const CODED: u64 = 1 << 32;
+/// Where the seeds of the prompts for the adapters in bfloat16 begin.
+const WIDE: u64 = 1 << 32;
 
 /// Everything asked at once: a request for each user.
 const CROWD: Load = Load {
@@ -46,8 +46,8 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         std::fs::write(&file, gguf(weights, &shape)?).context("cannot write an adapter")?;
         files.push(file);
     }
-    let server = Server::start(ours, &adapters, Storage::Bf16)?;
-    let coded = Server::start(ours, &adapters, Storage::Int8)?;
+    let server = Server::start(ours, &adapters, Storage::Int8)?;
+    let wide = Server::start(ours, &adapters, Storage::Bf16)?;
     let (same, best) =
         (bench.peer.serve(&bench.model, &files, USERS)?, bench.peer.serve(&bench.best, &files, USERS)?);
     let targets = [
@@ -56,7 +56,7 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
         Target::LlamaServer(best.address),
     ];
     let prompts = Prompts::new(&ours.tokenizer)?;
-    let mut rows = crowd(bench, ours, &adapters, targets, Target::Atelier(coded.address), &prompts)?;
+    let mut rows = crowd(bench, ours, &adapters, targets, Target::Atelier(wide.address), &prompts)?;
     rows.extend(popularities(bench, targets, &prompts)?);
     Ok(rows)
 }
@@ -67,23 +67,23 @@ fn crowd(
     ours: &Ours,
     adapters: &[LoraWeights],
     targets: [Target; 3],
-    coded: Target,
+    wide: Target,
     prompts: &Prompts,
 ) -> anyhow::Result<Vec<Row>> {
-    let leases = adapters::leases(&ours.base.shape(), adapters, Storage::Bf16)?;
+    let leases = adapters::leases(&ours.base.shape(), adapters, Storage::Int8)?;
     let progress = progress("16 users over HTTP", (bench.runs + 1) * USERS * (targets.len() + 1));
     let mut reports: [Vec<Report>; 3] = Default::default();
-    let mut in_codes = Vec::new();
+    let mut in_bfloat16 = Vec::new();
     let mut vllm = bench.vllm.then(|| Vllm::start(bench, ours, adapters)).transpose()?;
     let (mut alone, mut batched) = (Vec::new(), Vec::new());
-    for target in targets.into_iter().chain([coded]) {
+    for target in targets.into_iter().chain([wide]) {
         // Adapters are loaded and pages touched.
         load::run(target, &Load { answer: 2, ..CROWD }, prompts, u64::MAX, &progress)?;
     }
     for run in 0..bench.runs as u64 {
         reports[0].push(load::run(targets[0], &CROWD, prompts, run, &progress)?);
         // Other prompts: the engine is the same, and would know these by now.
-        in_codes.push(load::run(coded, &CROWD, prompts, CODED + run, &progress)?);
+        in_bfloat16.push(load::run(wide, &CROWD, prompts, WIDE + run, &progress)?);
         let job = |lease| Job { prompt: PROMPT, answer: ANSWER, adapter: Some(lease) };
         alone.push(ours.run(leases.iter().cloned().map(job).collect())?.wall());
         for (reports, target) in reports.iter_mut().zip(targets).skip(1) {
@@ -98,7 +98,7 @@ fn crowd(
     let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
     let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
     let walls = of(&reports[0], |report| report.wall);
-    let coded = of(&in_codes, Report::throughput);
+    let wide = of(&in_bfloat16, Report::throughput);
     let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
     let first = format!("{name}: first token p99, s (ratio: its time / ours)");
     let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
@@ -115,10 +115,14 @@ fn crowd(
         Row::against(format!("{name}: same file, tok/s"), &speeds[0], &speeds[1]).goal(Goal::AtLeast(10.0)),
         Row::against(format!("{name}: ours / its best quant, tok/s"), &speeds[0], &speeds[2])
             .goal(Goal::AtLeast(7.0)),
-        Row::against(format!("{name}: same file, our adapters in 8 bits, tok/s"), &coded, &speeds[1])
+        Row::against(format!("{name}: same file, our adapters in bfloat16, tok/s"), &wide, &speeds[1])
             .goal(Goal::AtLeast(10.0)),
-        Row::against(format!("{name}: ours, adapters in 8 bits / its best quant, tok/s"), &coded, &speeds[2])
-            .goal(Goal::AtLeast(7.0)),
+        Row::against(
+            format!("{name}: ours, adapters in bfloat16 / its best quant, tok/s"),
+            &wide,
+            &speeds[2],
+        )
+        .goal(Goal::AtLeast(7.0)),
         other,
         Row::against(first, &waits[0], &waits[1]).inverse().goal(Goal::AtLeast(10.0)),
         Row::against(best, &waits[0], &waits[2]).inverse(),

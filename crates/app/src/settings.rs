@@ -98,13 +98,13 @@ pub struct ServiceArgs {
     /// Memory for adapters in use, in MiB, reserved at the start.
     #[arg(long, default_value_t = 256, env = "ATELIER_ADAPTER_DEVICE_MIB", value_parser = clap::value_parser!(u32).range(1..))]
     pub adapter_device_mib: u32,
-    /// How adapters are kept; `int8` wants `--precision fast`. [default: bf16, with `--precision exact` f32]
+    /// How adapters are kept; `int8` wants `--precision fast`. [default: int8, with `--precision exact` f32]
     #[arg(long, env = "ATELIER_ADAPTER_STORAGE")]
     pub adapter_storage: Option<StorageArg>,
     /// Largest rank of an adapter, trained or uploaded. The pages that adapters in use lie in grow with it.
     #[arg(long, default_value_t = DEFAULT_MAX_RANK as u16, env = "ATELIER_MAX_RANK", value_parser = clap::value_parser!(u16).range(1..=MAX_RANK as i64))]
     pub max_rank: u16,
-    /// How the model computes: `fast` takes activations in 8 bits, KV and adapters in bfloat16; `exact` all in float32.
+    /// How the model computes: `fast` takes activations and adapters in 8 bits, KV in bfloat16; `exact` all in float32.
     #[arg(long, default_value = "fast", env = "ATELIER_PRECISION")]
     pub precision: PrecisionArg,
     /// Threads of the model. [default: all cores]
@@ -154,7 +154,7 @@ impl ServiceArgs {
 /// How the model computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PrecisionArg {
-    /// 8-bit activations for quantised weights, bfloat16 KV and adapters.
+    /// 8-bit activations for quantised weights, 8-bit adapters, bfloat16 KV.
     Fast,
     /// float32 throughout, as in the reference implementation.
     Exact,

@@ -26,10 +26,10 @@ impl Storage {
 }
 
 impl From<Precision> for Storage {
-    /// bfloat16 where activations are quantised, float32 where they are exact.
+    /// Eight bits where activations have eight, float32 where they are exact.
     fn from(precision: Precision) -> Self {
         match precision {
-            Precision::Fast => Self::Bf16,
+            Precision::Fast => Self::Int8,
             Precision::Exact => Self::F32,
         }
     }
