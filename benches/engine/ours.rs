@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use atelier::service;
-use atelier::settings::{Cli, Command};
+use atelier::settings::{Cli, Command, ServiceArgs};
 use clap::Parser;
-use engine::{Engine, Event, Generate, ModelEngine, Settings, TokenStream};
+use engine::{Engine, Event, Generate, ModelEngine, TokenStream};
 use model::{BaseModel, LoadOptions};
 use peft::Lease;
 use rand::rngs::StdRng;
@@ -42,12 +42,12 @@ pub(crate) struct Batch {
     tokens: Vec<Vec<Instant>>,
 }
 
-/// The settings that `atelier serve` has by default.
-fn settings(tokenizer: &Tokenizer) -> anyhow::Result<Settings> {
-    let Command::Serve(args) = Cli::try_parse_from(["atelier", "serve"])?.command else {
-        bail!("serve is not serve");
-    };
-    Ok(service::engine_settings(&args, tokenizer))
+/// What `atelier serve` has by default.
+pub(crate) fn served() -> anyhow::Result<ServiceArgs> {
+    match Cli::try_parse_from(["atelier", "serve"])?.command {
+        Command::Serve(args) => Ok(*args),
+        _ => bail!("serve is not serve"),
+    }
 }
 
 impl Ours {
@@ -57,7 +57,7 @@ impl Ours {
             .with_context(|| format!("cannot load {}", file.display()))?;
         let tokenizer = Tokenizer::new(&loaded.tokenizer.context("the file has no tokenizer")?)?;
         let base = Arc::new(loaded.model);
-        let engine = ModelEngine::start(Arc::clone(&base), settings(&tokenizer)?)?;
+        let engine = ModelEngine::start(Arc::clone(&base), service::engine_settings(&served()?, &tokenizer))?;
         Ok(Self { base, tokenizer, engine })
     }
 

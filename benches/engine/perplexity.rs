@@ -9,10 +9,11 @@ use atelier::demo::histories;
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime};
 use peft::{Adapter, AdapterBatch, AdapterConfig, AdapterWeights, LoraConfig, Storage, TargetModules};
 use text::{Special, Tokenizer};
-use train::{Products, Recipe};
+use train::Recipe;
 use types::{Example, Site};
 
 use crate::Bench;
+use crate::ours::served;
 use crate::progress::progress;
 use crate::row::{Goal, Row};
 
@@ -38,7 +39,7 @@ pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     }
     let least = wanted + TRAINED;
     anyhow::ensure!(tokens.len() >= least, "the plays have only {} of {least} tokens", tokens.len());
-    // Its last play is one of which nothing is measured.
+    // From the end of the last play, of which nothing is measured.
     let (measured, trained) = (&tokens[..wanted], &tokens[tokens.len() - TRAINED..]);
     let progress = progress("perplexity", 1 + 5 * wanted / WINDOW);
     let weights = train(&loaded.model, trained)?;
@@ -69,7 +70,7 @@ pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// A rank-8 adapter on all sites, trained as a user's is by default.
+/// A rank-8 adapter on all sites, else trained as a user's is by default.
 fn train(base: &BaseModel, tokens: &[u32]) -> anyhow::Result<AdapterWeights> {
     let examples: Vec<Example> = tokens
         .chunks_exact(EXAMPLE)
@@ -80,14 +81,7 @@ fn train(base: &BaseModel, tokens: &[u32]) -> anyhow::Result<AdapterWeights> {
         target_modules: TargetModules::names(&sites),
         ..LoraConfig::oppu()
     });
-    let recipe = Recipe {
-        adapter,
-        epochs: 3,
-        batch: 4,
-        learning_rate: 2e-3,
-        products: Products::fastest(),
-        ..Recipe::oppu()
-    };
+    let recipe = Recipe { adapter, ..served()?.training.recipe() };
     Ok(train::train(base, None, &examples, &recipe, |_| ControlFlow::Continue(()))?.weights)
 }
 

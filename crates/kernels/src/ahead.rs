@@ -130,12 +130,13 @@ impl<'a> Ahead<'a> {
     pub(crate) unsafe fn ask<L: Lanes>(&mut self, row: usize) {
         self.soon.ask::<L>();
         if !self.routes.is_null() {
-            // SAFETY: the caller vouches for the route, and rows come in order: there is one before.
-            let (route, before) =
-                unsafe { (&*self.routes.add(row), &*self.routes.add(row.saturating_sub(1))) };
-            // Rows of one adapter follow each other.
-            if row == 0 || route.b != before.b {
-                route.prefetch_up::<L>(self.panels[0], self.panels[1]);
+            // SAFETY: the caller vouches for the route, and every row before has one.
+            unsafe {
+                let route = self.routes.add(row);
+                // Rows of one adapter follow each other.
+                if row == 0 || (*route).b != (*route.sub(1)).b {
+                    (*route).prefetch_up::<L>(self.panels[0], self.panels[1]);
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::lanes::{Lanes, isa, multiversion};
 use crate::low_rank::{codes_stride, pack_b};
+use crate::vectors::part;
 use crate::weight::PANEL;
 
 /// A of shape (rank, columns) and B of shape (output features, rank) in eight bits: codes of A in rows of
@@ -31,16 +32,13 @@ fn quantise_body<L: Lanes>(a: &[f32], b: &[f32], a_codes: &mut [i8], b_codes: &m
     let rank = scales.len();
     let (cols, stride) = (a.len() / rank, a_codes.len() / rank);
     for (at, scale) in scales.iter_mut().enumerate() {
-        let row = || a[at * cols..][..cols].chunks(SIXTEEN);
-        let column = || b.chunks(SIXTEEN).skip(at).step_by(rank);
-        let of_row = a_codes[at * stride..][..stride].chunks_mut(SIXTEEN);
-        let of_column = b_codes.chunks_mut(SIXTEEN).skip(at).step_by(rank);
+        let row = || a[at * cols..][..cols].chunks(PANEL);
+        let column = || b.chunks(PANEL).skip(at).step_by(rank);
+        let of_row = a_codes[at * stride..][..stride].chunks_mut(PANEL);
+        let of_column = b_codes.chunks_mut(PANEL).skip(at).step_by(rank);
         *scale = to_codes::<L>(row(), row().zip(of_row)) * to_codes::<L>(column(), column().zip(of_column));
     }
 }
-
-/// Values at a time: those of a panel.
-const SIXTEEN: usize = PANEL;
 
 /// Writes the codes of some values beside their places, and returns their scale.
 #[inline(always)]
@@ -51,7 +49,7 @@ fn to_codes<'a, L: Lanes>(
     let max = values.fold(L::zero(), |max, values| max.max_abs(sixteen::<L>(values))).max_lane();
     let inverse = L::splat(if max > 0.0 { 127.0 / max } else { 0.0 });
     for (values, codes) in places {
-        let codes: &mut [i8; SIXTEEN] = codes.try_into().expect("rows and panels are whole sixteens");
+        let codes: &mut [i8; PANEL] = codes.try_into().expect("rows and panels are whole sixteens");
         // SAFETY: there is room for sixteen codes.
         unsafe { sixteen::<L>(values).mul(inverse).store_i8(codes.as_mut_ptr()) };
     }
@@ -61,15 +59,8 @@ fn to_codes<'a, L: Lanes>(
 /// Up to sixteen values, the rest zeros.
 #[inline(always)]
 fn sixteen<L: Lanes>(values: &[f32]) -> L {
-    let mut filled = [0.0; SIXTEEN];
-    let from = if values.len() == SIXTEEN {
-        values.as_ptr()
-    } else {
-        filled[..values.len()].copy_from_slice(values);
-        filled.as_ptr()
-    };
-    // SAFETY: sixteen values lie there.
-    unsafe { L::load(from) }
+    // SAFETY: the values are there.
+    unsafe { part(values.as_ptr(), 0, values.len()) }
 }
 
 #[cfg(test)]
@@ -80,7 +71,9 @@ mod tests {
     #[test]
     fn codes_are_the_rounded_values_in_their_places() {
         let random = |seed: u32, len: usize| -> Vec<f32> {
-            (0..len as u32).map(|at| (((at + seed) * 2_654_435_761) >> 8) as f32 / 8e6 - 1.0).collect()
+            (0..len as u32)
+                .map(|at| ((at + seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8e6 - 1.0)
+                .collect()
         };
         for (rank, cols, n) in [(1, 32, 16), (3, 70, 40), (8, 576, 192), (5, 15, 1)] {
             let (a, b) = (random(1, rank * cols), random(2, n * rank));

@@ -128,12 +128,12 @@ fn put_body<L: Lanes>(to: &Adapted<'_>, row: usize, sums: &[f32; PANEL]) {
     }
 }
 
-/// A panel's part of a vector with a value per output.
+/// A panel's part of a vector with a value per output; zeros where it is not `width` wide.
 ///
 /// # Safety
-/// The vector has as many values as the layer outputs; the CPU has the unit of `L`.
+/// The vector has `width` values at the panel, at most sixteen; the CPU has the unit of `L`.
 #[inline(always)]
-unsafe fn part<L: Lanes>(vector: *const f32, panel: usize, width: usize) -> L {
+pub(crate) unsafe fn part<L: Lanes>(vector: *const f32, panel: usize, width: usize) -> L {
     // SAFETY: `width` values are left at the panel.
     unsafe {
         let start = vector.add(panel * PANEL);

@@ -190,15 +190,14 @@ impl BaseModel {
                 let under = block.linears[site.index()].under.as_ref();
                 adapters.site(SiteId::new(index, site)).over(under.map(|under| under.low_rank()))
             };
-            let next = |index: usize, site: Site| adapters.site(SiteId::new(index, site));
             let [q, k] = [at_a_line(q, rows * query), at_a_line(k, rows * key)];
             let [v, attended] = [at_a_line(v, rows * key), at_a_line(attended, rows * query)];
             let [gate, up] =
                 [at_a_line(gate, rows * config.feed_forward), at_a_line(up, rows * config.feed_forward)];
 
-            let (at_q, at_k, at_v) = (site(Site::Q), site(Site::K), site(Site::V));
+            let [at_q, at_k, at_v, at_o, at_gate, at_up, at_down] = Site::ALL.map(site);
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
-            scratch.announce(&[&next(index, Site::O)], rows);
+            scratch.announce(&[&at_o], rows);
             fused_linear(
                 scratch,
                 means,
@@ -216,8 +215,7 @@ impl BaseModel {
                 eps,
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
-            let at_o = site(Site::O);
-            scratch.announce(&[&next(index, Site::Gate), &next(index, Site::Up)], rows);
+            scratch.announce(&[&at_gate, &at_up], rows);
             fused_linear(
                 scratch,
                 means,
@@ -225,9 +223,8 @@ impl BaseModel {
                 &mut [layer(block, Site::O, &at_o, x, true)],
             );
 
-            let (at_gate, at_up, at_down) = (site(Site::Gate), site(Site::Up), site(Site::Down));
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
-            scratch.announce(&[&next(index, Site::Down)], rows);
+            scratch.announce(&[&at_down], rows);
             fused_linear(
                 scratch,
                 means,
@@ -239,7 +236,7 @@ impl BaseModel {
             );
             let gated = Input::SwiGlu { gate, up };
             if index + 1 < self.blocks().len() {
-                let next = |site| next(index + 1, site);
+                let next = |site| adapters.site(SiteId::new(index + 1, site));
                 scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows);
             }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);

@@ -56,7 +56,7 @@ impl Tensors {
     fn new(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
         let mut effects = [Effects::default(); Site::ALL.len()];
         for (at, site) in sites.iter().enumerate() {
-            let here = site.as_ref().map_or(Effects::default(), AdapterSite::effects);
+            let here = site.as_ref().map(AdapterSite::effects).unwrap_or_default();
             effects[at % Site::ALL.len()].join(here);
         }
         let mut tensors = Self { effects, sites, prompt, bytes: 0 };

@@ -9,14 +9,14 @@ use crate::storage::Storage;
 
 /// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
 ///
-/// A step reads one of each row at each site, so what is rare lies elsewhere.
+/// A step reads that of every row at every site, so what is rare lies elsewhere.
 #[derive(Debug, Default)]
 pub(crate) struct AdapterSite {
     pub(crate) low_rank: Option<Factors>,
     pub(crate) vectors: Option<Box<SiteVectors>>,
 }
 
-/// Float32 in either precision: they are few, and the product is multiplied by them.
+/// Float32 whatever the factors are kept in: they are few, and the product is multiplied by them.
 #[derive(Debug, Default)]
 pub(crate) struct SiteVectors {
     pub(crate) input: Option<Values>,
