@@ -1,12 +1,15 @@
 //! Published failures of servers of this kind, each a test named after it (`reliability.md` lists them).
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use adapters::{AcquireError, AdapterCache, CacheSettings, Tier};
-use engine::Event;
+use engine::{Event, TokenStream};
 use peft::{Adapter, LoraWeights};
+use tokio::task::unconstrained;
 
 use crate::held::{HeldStore, ask};
 use crate::tiny::{PRECISION, answer, base, engine, generate, marker, publish, submit, targets};
@@ -39,10 +42,12 @@ async fn vllm_47724_a_slot_is_not_evicted_while_a_request_decodes_on_it() {
     drop(lease);
     let Some(Event::Token(first)) = stream.next().await else { panic!("no token") };
     let mut tokens = vec![first.id];
-    // The only slot is in use: another user waits, and does not get it before the answer is complete.
+    // The only slot is in use: another user waits, and does not get it before the answer is complete. A lease goes after
+    // the last event is sent, so whoever has the slot finds all of the answer there.
     let full = cache.acquire_within(&bob, Duration::from_millis(5)).await;
     let refused = matches!(full, Err(AcquireError::Full { .. } | AcquireError::Late));
-    assert!(refused || engine_is_done(&engine), "{full:?}");
+    tokens.extend(ready(&mut stream));
+    assert!(refused || tokens.len() == 400, "{} tokens, {full:?}", tokens.len());
     let waits = ask(&cache, &bob).await;
     while let Some(event) = stream.next().await {
         if let Event::Token(token) = event {
@@ -83,8 +88,16 @@ fn left_over(small: &LoraWeights, large: &LoraWeights) -> LoraWeights {
     mixed
 }
 
-fn engine_is_done(engine: &engine::ModelEngine) -> bool {
-    engine::Engine::stats(engine).running == 0
+/// The tokens that are there already.
+fn ready(stream: &mut TokenStream) -> Vec<u32> {
+    let mut tokens = Vec::new();
+    let mut context = Context::from_waker(Waker::noop());
+    while let Poll::Ready(Some(event)) = pin!(unconstrained(stream.next())).poll(&mut context) {
+        if let Event::Token(token) = event {
+            tokens.push(token.id);
+        }
+    }
+    tokens
 }
 
 /// vLLM #42125 and #30931: a prefix cache keyed by the adapter's name reused the keys and values of an older version.
