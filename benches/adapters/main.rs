@@ -239,9 +239,15 @@ fn main() -> anyhow::Result<()> {
         let bench = Bench::new(quick, folder.path()).await?;
         let many = if quick { 200 } else { 1000 };
         eprintln!("{many} adapters are published");
+        let cache = bench.cache(BATCH, BATCH)?;
         for number in 0..many {
-            let weights = weights(&bench.base, RANK, number as u64);
-            publish(&bench.store, &bench.base, &user("user", number)?, &weights).await?;
+            let (weights, user) = (weights(&bench.base, RANK, number as u64), user("user", number)?);
+            let (head, files) = users::first(&bench.store, &bench.base, &user, &weights).await?;
+            // As the server does.
+            cache.announce(&user, &head, Some(files));
+            while cache.residency().packed <= number as u64 {
+                tokio::task::yield_now().await;
+            }
         }
         let all = !["zipf", "ranks", "cold", "first", "publish", "idle"].into_iter().any(has);
         let wants = |section| all || has(section);

@@ -1,22 +1,22 @@
 //! The cache: carries out what the tiers decide, on tokio, and wakes those who wait.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peft::{Adapter, FrozenBase, Lease, PagePool};
 use store::{AdapterFiles, Store};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, Semaphore, oneshot};
-use tokio::task::spawn_blocking;
+use tokio::sync::{Notify, oneshot};
 use types::{AdapterId, GenerationId};
 
 use crate::AcquireError;
+use crate::loads::Loads;
 use crate::pace::Pace;
 use crate::residency::{CacheSettings, Residency, Tier, TierResidency};
 use crate::source::{Head, Source};
-use crate::tiers::{Hosted, Landed, Load, Placement, Request, Sizes, Tiers};
+use crate::tiers::{Landed, Load, Placement, Request, Sizes, Tiers};
 
 /// Heads that are remembered, a few hundred bytes each.
 const HEADS: usize = 16_384;
@@ -35,13 +35,12 @@ struct Inner {
     pool: PagePool,
     /// Where loads and placements run, whoever causes them.
     runtime: Handle,
-    settings: CacheSettings,
+    host_bytes: usize,
     state: Mutex<State>,
     /// A lease is gone while requests wait: one of them looks for room.
     room: Notify,
-    turns: Semaphore,
     pace: Arc<Pace>,
-    loads: AtomicU64,
+    loads: Arc<Loads>,
 }
 
 /// The tiers of adapters as they are served.
@@ -101,17 +100,19 @@ impl AdapterCache {
             heads: HEADS,
         };
         let state = State { tiers: Tiers::new(sizes), readers: HashMap::new() };
+        let pace = Arc::new(Pace::new(Arc::clone(&settings.busy)));
+        let (sourced, based) = (Arc::clone(&source), Arc::clone(&base));
+        let loads = Loads::new(sourced, based, settings.clone(), &pool, Arc::clone(&pace));
         Self(Arc::new(Inner {
             source,
             base,
             pool,
             runtime: Handle::current(),
+            host_bytes: settings.host_bytes,
             state: Mutex::new(state),
             room: Notify::new(),
-            turns: Semaphore::new(settings.parallel_loads.max(1)),
-            pace: Arc::new(Pace::new(Arc::clone(&settings.busy))),
-            loads: AtomicU64::new(0),
-            settings,
+            pace,
+            loads,
         }))
     }
 
@@ -162,13 +163,16 @@ impl AdapterCache {
     }
 
     /// Tells that a user's head has moved: what is resident of the user is stale and makes room, and if it was in use
-    /// the new head comes into host memory, from its `files` if the caller has them. Running sequences keep their
-    /// generation.
+    /// the new head comes into host memory, from its `files` if the caller has them; if it was not, it is made ready to be
+    /// loaded quickly. Running sequences keep their generation.
     pub fn announce(&self, id: &AdapterId, head: &GenerationId, files: Option<AdapterFiles>) {
         self.0.tell(|state| {
             let was_used = state.tiers.has_slot(id);
             let tickets = state.tiers.invalidate(id, Some(*head));
-            if was_used && let Some(load) = state.tiers.fetch(id, *head, self.0.source.moves(id)) {
+            if !was_used {
+                let files = files.into_iter();
+                files.for_each(|files| self.0.loads.prepare(&self.0.runtime, id, *head, files));
+            } else if let Some(load) = state.tiers.fetch(id, *head, self.0.source.moves(id)) {
                 self.0.start(load, files);
             }
             state.address(&tickets, |_| Wake::Again)
@@ -202,11 +206,12 @@ impl AdapterCache {
             (tiers.counts(), tiers.host(), tiers.slots(), tiers.waiting())
         };
         let pool = &self.0.pool;
+        let (loads, packed) = self.0.loads.counts();
         Residency {
             host: TierResidency {
                 adapters: hosted,
                 bytes: host_bytes,
-                budget: self.0.settings.host_bytes,
+                budget: self.0.host_bytes,
                 evictions: counts.host_evictions,
             },
             device: TierResidency {
@@ -218,7 +223,8 @@ impl AdapterCache {
             hits: counts.slot_hits,
             host_hits: counts.host_hits,
             misses: counts.misses,
-            loads: self.0.loads.load(Ordering::Relaxed),
+            loads,
+            packed,
             uploads: counts.placements,
             waiting,
         }
@@ -361,47 +367,13 @@ impl Inner {
         let inner = Arc::clone(self);
         self.runtime.spawn(async move {
             let Load { number, key, generation } = load;
-            let (hosted, error) = match inner.load(&key, generation, files).await {
+            let (hosted, error) = match inner.loads.load(&key, generation, files).await {
                 Ok(hosted) => (Some(hosted), AcquireError::Stopped),
                 Err(error) => (None, error),
             };
             let land = |tiers: &mut Rules, stamp| tiers.loaded(number, &key, hosted, stamp);
             inner.land(&key, land, || error);
         });
-    }
-
-    async fn load(
-        &self,
-        id: &AdapterId,
-        generation: GenerationId,
-        files: Option<AdapterFiles>,
-    ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
-        let _underway = self.pace.load();
-        let turn = self.turns.try_acquire().ok();
-        // Files that wait would be memory that nobody counts.
-        let files = files.filter(|_| turn.is_some());
-        let _turn = match turn {
-            Some(turn) => turn,
-            None => self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?,
-        };
-        let start = Instant::now();
-        let files = match files {
-            Some(files) => files,
-            None => {
-                let pace = Arc::clone(&self.pace);
-                self.source.files(id, generation, Arc::new(move |time| pace.worked(time))).await?
-            }
-        };
-        let (base, storage) = (Arc::clone(&self.base), self.settings.storage);
-        let pace = Arc::clone(&self.pace);
-        let make = move || Adapter::load(&files.config, &files.weights, &*base, storage, &mut pace.rests());
-        let adapter = spawn_blocking(make).await.map_err(|_| AcquireError::Stopped)??;
-        let (pages, page_bytes) = (self.pool.pages(), self.pool.page_bytes());
-        let wanted = adapter.pages(page_bytes).filter(|wanted| *wanted <= pages);
-        let wanted = wanted.ok_or(AcquireError::TooLarge { pages, page_bytes })?;
-        self.loads.fetch_add(1, Ordering::Relaxed);
-        (self.settings.on_load)(start.elapsed());
-        Ok(Hosted { bytes: adapter.bytes(), pages: wanted, payload: Arc::new(adapter) })
     }
 
     /// Tells the tiers of a load or placement, and those who waited for it.

@@ -6,6 +6,7 @@
 mod cache;
 mod error;
 mod flight;
+mod loads;
 mod pace;
 mod residency;
 mod source;

@@ -110,6 +110,8 @@ pub struct Residency {
     pub misses: u64,
     /// Loads from the store.
     pub loads: u64,
+    /// Adapters written to the store in the form that they are served in.
+    pub packed: u64,
     /// Copies from host memory into slots.
     pub uploads: u64,
     /// Requests that wait for a load or for pages.

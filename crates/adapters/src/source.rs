@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use store::{AdapterFiles, Rest, Store, StoreError};
 use types::{AdapterId, GenerationId};
 
@@ -33,6 +34,29 @@ pub trait Source: Send + Sync + 'static {
         generation: GenerationId,
         rest: Arc<Rest>,
     ) -> Answer<'a, AdapterFiles>;
+
+    /// What [`Source::keep`] has kept of a generation for this `packing`; see [`Store::packed`].
+    fn packed<'a>(
+        &'a self,
+        _id: &'a AdapterId,
+        _generation: GenerationId,
+        _packing: &'a [u8; 32],
+        _rest: Arc<Rest>,
+    ) -> Answer<'a, Option<Bytes>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// Keeps the packed form of a generation; false if it does not. See [`Store::keep_packed`].
+    fn keep<'a>(
+        &'a self,
+        _id: &'a AdapterId,
+        _generation: GenerationId,
+        _packing: [u8; 32],
+        _packed: Bytes,
+        _rest: Arc<Rest>,
+    ) -> Answer<'a, bool> {
+        Box::pin(async { Ok(false) })
+    }
 }
 
 impl Source for Store {
@@ -54,5 +78,26 @@ impl Source for Store {
         rest: Arc<Rest>,
     ) -> Answer<'a, AdapterFiles> {
         Box::pin(async move { self.fetch_gently(id, &generation, rest).await })
+    }
+
+    fn packed<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        packing: &'a [u8; 32],
+        rest: Arc<Rest>,
+    ) -> Answer<'a, Option<Bytes>> {
+        Box::pin(async move { Self::packed(self, id, &generation, packing, rest).await })
+    }
+
+    fn keep<'a>(
+        &'a self,
+        id: &'a AdapterId,
+        generation: GenerationId,
+        packing: [u8; 32],
+        packed: Bytes,
+        rest: Arc<Rest>,
+    ) -> Answer<'a, bool> {
+        Box::pin(async move { self.keep_packed(id, &generation, packing, packed, rest).await })
     }
 }

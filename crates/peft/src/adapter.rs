@@ -188,7 +188,7 @@ impl Adapter {
         Ok(Self::of(Vec::new(), embeddings))
     }
 
-    fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
+    pub(crate) fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
         Self { tensors: Arc::new(Tensors::new(sites, prompt)), _watch: None }
     }
 
@@ -212,6 +212,21 @@ impl Adapter {
     #[must_use]
     pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
         Self { tensors: Arc::clone(&self.tensors), _watch: Some(Watch(Some(Box::new(dropped)))) }
+    }
+
+    /// By [`SiteId::index`]; empty if it has none.
+    pub(crate) fn sites(&self) -> &[Option<AdapterSite>] {
+        &self.tensors.sites
+    }
+
+    /// The embeddings of virtual tokens.
+    pub(crate) fn prompt(&self) -> &[Values] {
+        &self.tensors.prompt
+    }
+
+    /// All tensors, site by site, then the prompt's.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &Values> {
+        self.tensors.values()
     }
 
     fn at(&self, id: SiteId) -> Option<&AdapterSite> {

@@ -158,6 +158,7 @@ impl Store {
             created_at: self.now(),
             origin: if target.finish.is_some() { Origin::Trained } else { Origin::Imported },
             pinned: false,
+            packed: None,
         };
         self.blobs().write(folder, [(Config.name(), new_config), (Weights.name(), new_weights)]).await?;
 
@@ -346,5 +347,5 @@ async fn record(
     sql::generations::move_to(db, user, &new.id, &new.folder).await?;
     sql::garbage::insert(db, &target.adapter, &old.folder).await?;
     let replaced = old.folder.clone();
-    Ok((Generation { folder: new.folder, ..old }, Some(replaced)))
+    Ok((Generation { folder: new.folder, packed: None, ..old }, Some(replaced)))
 }

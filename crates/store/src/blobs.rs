@@ -23,6 +23,8 @@ const ROOT: &str = "adapters";
 /// The blob store.
 pub(crate) struct Blobs {
     store: Arc<dyn ObjectStore>,
+    /// The same for files that may be lost.
+    unsynced: Arc<dyn ObjectStore>,
     /// The folder on this machine, if it is one: then there are folders to sync and to remove.
     root: Option<PathBuf>,
     /// Folders are made and removed one at a time, so that none is removed as empty while a file
@@ -37,13 +39,16 @@ impl Blobs {
         let root = folder.canonicalize().map_err(failed)?;
         fs::create_dir_all(root.join(ROOT)).map_err(failed)?;
         disk::sync_up_to(&root, &root.join(ROOT)).map_err(failed)?;
-        let store = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
-        Ok(Self { store: Arc::new(store), root: Some(root), turn: Mutex::new(()) })
+        let unsynced = LocalFileSystem::new_with_prefix(&root)?;
+        let store = unsynced.clone().with_fsync(true);
+        let (store, unsynced) = (Arc::new(store), Arc::new(unsynced));
+        Ok(Self { store, unsynced, root: Some(root), turn: Mutex::new(()) })
     }
 
     /// Files in memory.
     pub(crate) fn in_memory() -> Self {
-        Self { store: Arc::new(InMemory::new()), root: None, turn: Mutex::new(()) }
+        let store = Arc::new(InMemory::new());
+        Self { unsynced: Arc::clone(&store) as _, store, root: None, turn: Mutex::new(()) }
     }
 
     /// A name for a folder that nobody has used or will use again.
@@ -75,6 +80,13 @@ impl Blobs {
             // call has just created may not be on disk yet.
             on_disk(root.join(folder), move |folder| disk::sync_up_to(&root, folder)).await?;
         }
+        Ok(())
+    }
+
+    /// Writes a file that can be made anew into a folder that is there and stays for the time being. After a power cut it
+    /// may be missing, or hold anything.
+    pub(crate) async fn add(&self, folder: &str, name: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.unsynced.put(&parse(folder)?.join(name), bytes.into()).await?;
         Ok(())
     }
 

@@ -23,6 +23,7 @@ mod jobs;
 mod lessons;
 mod lineage;
 mod moves;
+mod packed;
 mod pauses;
 mod reading;
 mod records;

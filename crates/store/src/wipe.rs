@@ -216,7 +216,7 @@ mod tests {
     async fn what_earlier_versions_have_left_is_wiped_too() {
         let folder = tempfile::tempdir().unwrap();
         let store = with_erased_rows(folder.path()).await;
-        let as_before = "PRAGMA user_version = 0; DELETE FROM _sqlx_migrations WHERE version >= 6";
+        let as_before = "PRAGMA user_version = 0; DELETE FROM _sqlx_migrations WHERE version = 6";
         sqlx::raw_sql(as_before).execute(store.writer()).await.unwrap();
         assert_ne!(secrets(&store, folder.path()).await, 0);
         store.close().await;

@@ -74,6 +74,8 @@ pub struct CacheSnapshot {
     pub misses: u64,
     /// Loads from the store.
     pub loads: u64,
+    /// Adapters written to the store in the form that they are served in.
+    pub packed: u64,
     /// Copies from host memory into slots.
     pub uploads: u64,
     /// Requests that wait for a load or for room.
@@ -187,6 +189,8 @@ impl CacheSnapshot {
         out.metric("atelier_adapter_cache_hits", "Requests whose adapter was in memory, by tier", &hits)?;
         out.counter("atelier_adapter_cache_misses", "Requests that waited for a load", self.misses)?;
         out.counter("atelier_adapter_cache_loads", "Adapter loads from the store", self.loads)?;
+        let help = "Adapters written to the store in the form that they are served in";
+        out.counter("atelier_adapter_cache_packed", help, self.packed)?;
         out.counter("atelier_adapter_cache_uploads", "Adapters copied into slots", self.uploads)?;
         out.gauge("atelier_adapter_cache_waiting", "Requests that wait for an adapter", self.waiting as f64)
     }

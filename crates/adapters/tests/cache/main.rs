@@ -5,6 +5,7 @@ mod failures;
 mod handed;
 mod held;
 mod markers;
+mod packed;
 mod same_bits;
 mod tiny;
 

@@ -76,6 +76,10 @@ async fn an_answer_is_the_same(kind: &str, storage: Storage) {
             let lease = cache.acquire(&ada).await.unwrap().unwrap();
             answers.push(answer(&engine, generate(&lease, prompt(), 16)).await);
             drop(lease);
+            // The first load is from the files, all others from what it has packed.
+            while start == 0 && storage != Storage::F32 && cache.residency().packed == 0 {
+                tokio::task::yield_now().await;
+            }
             let lease = cache.acquire(&bob).await.unwrap().unwrap();
             let other = answer(&engine, generate(&lease, prompt(), 16)).await;
             assert_ne!(other, answers[0], "negative control: {kind}: the two adapters differ");

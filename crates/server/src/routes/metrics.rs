@@ -80,6 +80,7 @@ pub(crate) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
             host_hits: cache.host_hits,
             misses: cache.misses,
             loads: cache.loads,
+            packed: cache.packed,
             uploads: cache.uploads,
             waiting: cache.waiting,
         },

@@ -20,6 +20,15 @@ pub(crate) struct Generation {
     pub(crate) created_at: Timestamp,
     pub(crate) origin: Origin,
     pub(crate) pinned: bool,
+    pub(crate) packed: Option<Packed>,
+}
+
+/// A third file beside the two, made of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Packed {
+    /// What it is good for.
+    pub(crate) packing: [u8; 32],
+    pub(crate) file: Fingerprint,
 }
 
 impl Generation {
@@ -52,7 +61,16 @@ fn generation(row: &SqliteRow) -> Result<Generation, StoreError> {
         created_at: time(row, "created_at")?,
         origin: origin(row)?,
         pinned: row.try_get("pinned")?,
+        packed: packed(row)?,
     })
+}
+
+fn packed(row: &SqliteRow) -> Result<Option<Packed>, StoreError> {
+    if row.try_get::<Option<&[u8]>, _>("packed_for")?.is_none() {
+        return Ok(None);
+    }
+    let file = Fingerprint { bytes: count(row, "packed_bytes")?, sha256: hash(row, "packed_sha256")? };
+    Ok(Some(Packed { packing: hash(row, "packed_for")?, file }))
 }
 
 fn origin(row: &SqliteRow) -> Result<Origin, StoreError> {
@@ -154,19 +172,39 @@ pub(crate) async fn insert(
     Ok(())
 }
 
-/// Points a generation to another copy of its files.
+/// Notes the packed file of a generation.
+pub(crate) async fn set_packed(
+    db: &mut Connection,
+    adapter: &AdapterId,
+    id: &GenerationId,
+    packed: &Packed,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE generations SET packed_for = $4, packed_bytes = $5, packed_sha256 = $6
+         WHERE user_id = (SELECT id FROM users WHERE tenant = $1 AND name = $2) AND id = $3",
+    )
+    .bind(adapter.tenant.as_str())
+    .bind(adapter.owner.to_string())
+    .bind(id.as_bytes().as_slice())
+    .bind(packed.packing.as_slice())
+    .bind(packed.file.bytes as i64)
+    .bind(packed.file.sha256.as_slice())
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Points a generation to another copy of its files, which has nothing packed.
 pub(crate) async fn move_to(
     db: &mut Connection,
     user: UserKey,
     id: &GenerationId,
     folder: &str,
 ) -> Result<(), StoreError> {
-    sqlx::query("UPDATE generations SET folder = $3 WHERE user_id = $1 AND id = $2")
-        .bind(user.0)
-        .bind(id.as_bytes().as_slice())
-        .bind(folder)
-        .execute(db)
-        .await?;
+    let set =
+        "UPDATE generations SET folder = $3, packed_for = NULL, packed_bytes = NULL, packed_sha256 = NULL
+         WHERE user_id = $1 AND id = $2";
+    sqlx::query(set).bind(user.0).bind(id.as_bytes().as_slice()).bind(folder).execute(db).await?;
     Ok(())
 }
 

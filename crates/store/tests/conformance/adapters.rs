@@ -1,5 +1,7 @@
 //! Properties of generations and heads.
 
+use std::sync::Arc;
+
 use store::{AdapterFile, NewGeneration, StoreError};
 use types::{GenerationId, JobState};
 
@@ -31,6 +33,39 @@ pub(crate) async fn a_generation_comes_back(t: Trial) {
     assert!(matches!(missing, Err(StoreError::NotFound { what: "generation", .. })));
     assert_eq!(t.store.generation(&alice(), &generation(4).id).await.unwrap(), None);
     assert_eq!(t.store.generations(&bob()).await.unwrap(), []);
+}
+
+pub(crate) async fn what_is_packed_comes_back(t: Trial) {
+    let (id, one, other) = (generation(1).id, [1; 32], [2; 32]);
+    let keep = async |who: &_, packing, bytes: &'static [u8]| {
+        t.store.keep_packed(who, &id, packing, bytes.into(), Arc::new(|_| {})).await.unwrap()
+    };
+    let packed = async |who: &_, packing| {
+        let found = t.store.packed(who, &id, &packing, Arc::new(|_| {})).await.unwrap();
+        found.map(|bytes| bytes.to_vec())
+    };
+    assert!(!keep(&alice(), one, b"nobody's").await, "there is no such user");
+    for who in [alice(), bob()] {
+        t.publish(&who, generation(1), None).await;
+        assert_eq!(packed(&who, one).await, None);
+    }
+    assert!(keep(&alice(), one, b"first").await);
+    assert_eq!(packed(&alice(), one).await.unwrap(), b"first");
+    assert_eq!((packed(&alice(), other).await, packed(&bob(), one).await), (None, None));
+    assert!(keep(&alice(), other, b"second, longer").await);
+    assert_eq!(
+        (packed(&alice(), one).await, packed(&alice(), other).await.unwrap()),
+        (None, b"second, longer".to_vec())
+    );
+    // The files are those that were published, whatever lies beside them.
+    assert_eq!(t.store.fetch(&alice(), &id).await.unwrap().weights, generation(1).weights);
+    // Another copy of the files has nothing packed.
+    t.publish(&alice(), generation(1), Some(id)).await;
+    assert_eq!(packed(&alice(), other).await, None);
+    assert!(keep(&alice(), other, b"third").await);
+    assert!(t.store.erase_user(&alice()).await.unwrap());
+    assert_eq!(packed(&alice(), other).await, None);
+    assert!(!keep(&alice(), other, b"nobody's").await);
 }
 
 pub(crate) async fn publishing_ends_the_job(t: Trial) {

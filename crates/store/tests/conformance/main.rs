@@ -52,7 +52,7 @@ conformance! {
     adapters:
         a_generation_comes_back, publishing_ends_the_job, a_stale_publisher_changes_nothing,
         one_of_two_publishers_wins, one_of_many_equal_publishers_wins, republishing_is_harmless,
-        an_id_means_its_bytes, a_cancelled_publish_is_whole_or_absent;
+        an_id_means_its_bytes, what_is_packed_comes_back, a_cancelled_publish_is_whole_or_absent;
     learning:
         a_cancelled_job_is_over, a_pause_holds_jobs_back, a_pause_of_the_server_holds_everybody,
         a_job_says_what_it_waits_for, tenants_take_turns, a_job_waits_as_the_policy_says,
