@@ -1,9 +1,9 @@
 //! Configs and files of every kind: read as HF peft reads them, written back the same, refused by name.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod fixtures;
 
-use common::{KINDS, contents, files, shape};
+use fixtures::{KINDS, contents, files, shape};
 use peft::{
     Adapter, AdapterConfig, AdapterWeights, Ia3Config, Ia3Scale, LoraConfig, LoraWeights, Storage,
     TargetModules,

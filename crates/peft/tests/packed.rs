@@ -1,9 +1,9 @@
 //! Packed adapters: the same to the bit, refused when they do not fit.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod fixtures;
 
-use common::{KINDS, contents, files, shape};
+use fixtures::{KINDS, contents, files, shape};
 use kernels::codes_stride;
 use peft::{Adapter, PagePool, Storage, packing};
 use rand::rngs::StdRng;
