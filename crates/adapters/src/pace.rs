@@ -20,6 +20,8 @@ const PARTS: u32 = 20;
 const SEVERAL: u32 = 4;
 /// Work at a stretch.
 const STRETCH: Duration = Duration::from_micros(250);
+/// Work that is not counted before there is so much of it.
+const PIECE: Duration = Duration::from_micros(50);
 /// Work that goes at once when there was none for a while.
 const SAVED: Duration = Duration::from_micros(500);
 /// What a piece counts for at most, so that nobody waits for long after one (and where time is not that of a core, see
@@ -73,10 +75,13 @@ impl Pace {
 
     /// To be called between the pieces of work that begins now.
     pub(crate) fn rests(&self) -> impl FnMut() {
-        let mut start = thread_time();
+        let (mut begun, mut start) = (Instant::now(), thread_time());
         move || {
-            self.worked(thread_time().saturating_sub(start));
-            start = thread_time();
+            // To ask for the core's time costs as much as many a piece.
+            if begun.elapsed() >= PIECE {
+                self.worked(thread_time().saturating_sub(start));
+                (begun, start) = (Instant::now(), thread_time());
+            }
         }
     }
 
@@ -95,8 +100,6 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::*;
-
-    const PIECE: Duration = Duration::from_micros(40);
 
     /// The part of the time that work takes, of several who work as much as they may: each does a piece, rests, goes on.
     fn share(pace: &Pace, workers: usize, pieces: u32) -> f64 {
@@ -167,6 +170,29 @@ mod tests {
         let pace = Pace::new(Arc::new(|| true));
         let now = Instant::now() + Duration::from_secs(3600);
         assert!(pace.rest(Duration::from_secs(60), now) <= MOST * PARTS);
+    }
+
+    #[test]
+    fn work_is_counted_in_pieces() {
+        let looks = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&looks);
+        let pace = Pace::new(Arc::new(move || {
+            seen.fetch_add(1, Ordering::Relaxed);
+            false
+        }));
+        let mut between = pace.rests();
+        for pieces in 1..=20 {
+            let begun = Instant::now();
+            while begun.elapsed() < PIECE {
+                std::hint::spin_loop();
+            }
+            between();
+            assert_eq!(looks.load(Ordering::Relaxed), pieces);
+        }
+        let (begun, before) = (Instant::now(), looks.load(Ordering::Relaxed));
+        (0..1_000).for_each(|_| between());
+        let most = begun.elapsed().as_nanos() / PIECE.as_nanos();
+        assert!((looks.load(Ordering::Relaxed) - before) as u128 <= most, "short ones are counted together");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use futures::TryStreamExt as _;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{GetResult, GetResultPayload, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
+use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use tokio::sync::Mutex;
 use types::{AdapterId, GenerationId, JobId};
 use uuid::Uuid;
@@ -99,24 +99,19 @@ impl Blobs {
         bytes: u64,
         rest: Arc<Rest>,
     ) -> Result<Option<(Fingerprint, Bytes)>, StoreError> {
-        let found = match self.store.get(&parse(folder)?.join(name)).await {
-            Ok(found) => found,
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+        let path = parse(folder)?.join(name);
+        if let Some(root) = &self.root {
+            // The blob store would open the file on one thread, to be read on another.
+            let path = root.join(path.as_ref());
+            let failed = |source| StoreError::Folder { folder: path.clone(), source };
+            return reading::read(path.clone(), bytes, rest).await?.map_err(failed);
+        }
+        let found = match self.store.get(&path).await {
+            Ok(found) if found.meta.size == bytes => found,
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        if found.meta.size != bytes {
-            return Ok(None);
-        }
-        match found.payload {
-            GetResultPayload::File(file, path) => {
-                let failed = |source| StoreError::Folder { folder: path, source };
-                reading::read(file, bytes, rest).await?.map(Some).map_err(failed)
-            }
-            payload @ GetResultPayload::Stream(_) => {
-                let bytes = GetResult { payload, ..found }.bytes().await?;
-                reading::fingerprint(bytes, rest).await.map(Some)
-            }
-        }
+        reading::fingerprint(found.bytes().await?, rest).await.map(Some)
     }
 
     /// Deletes a folder that [`Blobs::new_folder`] has named. It is no error if it is gone already.

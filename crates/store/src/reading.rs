@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,13 +52,21 @@ pub(crate) async fn fingerprint(bytes: Bytes, rest: Arc<Rest>) -> Result<(Finger
     .await
 }
 
-/// The content of a file and what it is. A file that has grown beyond `bytes` is read a byte further only.
+/// The content of a file of `bytes` bytes and what it is; `None` if it is missing or has another length. One that grows
+/// meanwhile is read a byte further only.
 pub(crate) async fn read(
-    file: File,
+    path: PathBuf,
     bytes: u64,
     rest: Arc<Rest>,
-) -> Result<io::Result<(Fingerprint, Bytes)>, StoreError> {
+) -> Result<io::Result<Option<(Fingerprint, Bytes)>>, StoreError> {
     blocking(move || {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        if file.metadata()?.len() != bytes {
+            return Ok(None);
+        }
         let mut file = file.take(bytes.saturating_add(1));
         let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
         let mut hash = Sha256::new();
@@ -66,7 +75,7 @@ pub(crate) async fn read(
             file.by_ref().take(PIECE as u64).read_to_end(&mut content)?;
             let piece = &content[before..];
             if piece.is_empty() {
-                return Ok((found(content.len(), hash), content.into()));
+                return Ok(Some((found(content.len(), hash), content.into())));
             }
             hash.update(piece);
             rest(thread_time().saturating_sub(start));
@@ -108,20 +117,20 @@ mod tests {
         for len in [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5] {
             let bytes: Vec<u8> = (0..len).map(|at| (at * 31 % 251) as u8).collect();
             std::fs::write(&path, &bytes).expect("it is written");
-            let file = || File::open(&path).expect("it is there");
+            let file = async |bytes, rest| read(path.clone(), bytes, rest).await.expect("it runs");
             let (rests, rest) = counted();
-            let (found, content) =
-                read(file(), len as u64, rest).await.expect("it runs").expect("it is read");
+            let (found, content) = file(len as u64, rest).await.expect("it is read").expect("it is there");
             assert_eq!(rests.load(Ordering::Relaxed), len.div_ceil(PIECE), "{len} bytes");
             assert!(content == bytes, "{len} bytes");
             let (expected, bytes) = fingerprint(bytes.into(), at_once()).await.expect("it runs");
             assert_eq!(found, expected);
             assert_eq!(found.sha256, <[u8; 32]>::from(Sha256::digest(&bytes)), "in pieces as at once");
-            // One that was cut or has grown is another.
-            let shorter = (len as u64).saturating_sub(2);
-            let (grown, _) = read(file(), shorter, at_once()).await.expect("it runs").expect("it is read");
-            assert_eq!(grown != found, len > 1, "{len} bytes");
-            assert!(grown.bytes <= shorter + 1, "no more than that is read");
+            for other in [len.wrapping_sub(1), len + 1] {
+                let other = file(other as u64, at_once()).await.expect("it is read");
+                assert_eq!(other, None, "it has another length");
+            }
         }
+        let missing = read(folder.path().join("other"), 0, at_once()).await.expect("it runs");
+        assert_eq!(missing.expect("that is no fault"), None);
     }
 }

@@ -125,10 +125,10 @@ async fn loads_make_way_while_requests_run() {
     let cache = AdapterCache::new(store, base(), CacheSettings { busy, ..settings(4, 4).await });
     let lease = cache.acquire(&user("ada")).await.unwrap().unwrap();
     assert_eq!(mark(&lease), 0.5);
-    // Two files in pieces of 64 KiB, q and v of two blocks, and their four tensors each in a page or more.
-    let (hashed, sites, placed) = (1 + bytes.div_ceil(64 << 10), 4, 1 + 8);
+    // Two files in pieces of 64 KiB; what is made of them comes in pieces of a length in time.
+    let hashed = 1 + bytes.div_ceil(64 << 10);
     assert!(bytes > 64 << 10);
-    assert!(looks.load(Ordering::Relaxed) >= hashed + sites + placed, "{looks:?}");
+    assert!(looks.load(Ordering::Relaxed) >= hashed, "{looks:?}");
 }
 
 #[tokio::test]
