@@ -24,6 +24,8 @@ const STRETCH: Duration = Duration::from_micros(250);
 const PIECE: Duration = Duration::from_micros(50);
 /// Work that goes at once when there was none for a while.
 const SAVED: Duration = Duration::from_micros(500);
+/// What a load takes of a core beside its pieces: a look into the database, and being handed from thread to thread.
+const HANDED: Duration = Duration::from_micros(250);
 /// What a piece counts for at most, so that nobody waits for long after one (and where time is not that of a core, see
 /// [`thread_time`], one that took longer waited for a core itself).
 const MOST: Duration = Duration::from_millis(5);
@@ -55,6 +57,10 @@ impl Pace {
     /// A load begins, or begins to wait for its turn.
     pub(crate) fn load(&self) -> Underway<'_> {
         self.loads.fetch_add(1, Ordering::Relaxed);
+        if (self.busy)() {
+            // The next piece rests for it.
+            self.rest(HANDED, Instant::now());
+        }
         Underway(&self.loads)
     }
 
