@@ -14,10 +14,10 @@ use store::thread_time;
 pub type Busy = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// While requests run, a load takes one part in so many of one core. What it takes is at most added to the time of a step.
-const PARTS: u32 = 20;
+const PARTS: u32 = 32;
 /// Where several loads are to be made, all of them together take so many times as much: whoever waits for one is missing
 /// in the batch, and then more is gained than lost.
-const SEVERAL: u32 = 4;
+const SEVERAL: u32 = 6;
 /// Work at a stretch.
 const STRETCH: Duration = Duration::from_micros(250);
 /// Work that is not counted before there is so much of it.

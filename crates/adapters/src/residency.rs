@@ -33,7 +33,7 @@ pub struct CacheSettings {
     pub waiting: usize,
     /// Called with the time that each load took.
     pub on_load: Arc<dyn Fn(Duration) + Send + Sync>,
-    /// Whether requests run: then a load takes a twentieth of a core, several together a fifth, else what there is.
+    /// Whether requests run: then a load takes a thirtieth of a core, several together a fifth, else what there is.
     pub busy: Busy,
 }
 
