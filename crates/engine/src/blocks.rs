@@ -108,6 +108,8 @@ pub struct BlockPool {
     next_number: u64,
     evictions: u64,
     sharing: bool,
+    /// All blocks from this one on were never held.
+    untouched: u32,
 }
 
 impl BlockPool {
@@ -124,6 +126,7 @@ impl BlockPool {
             next_number: 0,
             evictions: 0,
             sharing,
+            untouched: 0,
         }
     }
 
@@ -131,6 +134,12 @@ impl BlockPool {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// The first of the blocks that nobody has ever held; they are handed out in their order.
+    #[must_use]
+    pub fn untouched(&self) -> usize {
+        self.untouched as usize
     }
 
     /// Whether blocks are published at all.
@@ -199,6 +208,7 @@ impl BlockPool {
                 return;
             };
             self.blocks[block as usize].holders = 1;
+            self.untouched = self.untouched.max(block + 1);
             table.blocks.push(block);
         }
     }

@@ -97,7 +97,11 @@ impl Runner {
     fn receive(&mut self) -> bool {
         if self.sequences.is_empty() {
             let begun = Instant::now();
-            match self.inbox.recv() {
+            let mut arrival = self.inbox.try_recv();
+            while matches!(arrival, Err(TryRecvError::Empty)) && self.kv.take_ahead(self.blocks.untouched()) {
+                arrival = self.inbox.try_recv();
+            }
+            match arrival.or_else(|_| self.inbox.recv()) {
                 Ok(arrival) => self.add(arrival),
                 Err(_) => return false,
             }

@@ -19,7 +19,15 @@ pub struct KvPool {
     precision: Precision,
     numbers: PageBuffer,
     blocks: usize,
+    /// Bytes, from the first block on, that the system has given memory for.
+    taken: usize,
 }
+
+/// Memory that is taken at a time, and the distance in which the system is asked for it again at the latest.
+const PIECE: usize = 2 << 20;
+const PAGE: usize = 4 << 10;
+/// Memory that is taken ahead of what is used.
+const AHEAD: usize = 64 << 20;
 
 impl KvPool {
     /// A pool of `blocks` blocks: bfloat16 in fast precision, float32 in exact.
@@ -37,6 +45,7 @@ impl KvPool {
             precision,
             numbers: PageBuffer::zeroed(bytes),
             blocks,
+            taken: 0,
         })
     }
 
@@ -54,6 +63,22 @@ impl KvPool {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
+    }
+
+    /// Takes some memory for the blocks from `untouched` on, none of which may ever have been used; false if there is enough
+    /// of it for a while.
+    ///
+    /// The system gives memory when it is first written to, and clears it then: that takes longer than to compute the
+    /// keys and values that go there, and is better done while there is nothing else to do.
+    pub fn take_ahead(&mut self, untouched: usize) -> bool {
+        let used = untouched * (self.numbers.bytes() / self.blocks);
+        self.taken = self.taken.max(used);
+        let end = self.numbers.bytes().min(used + AHEAD);
+        let piece = self.taken..end.min(self.taken + PIECE);
+        self.taken = piece.end.max(self.taken);
+        let bytes = self.numbers.i8_mut();
+        piece.clone().step_by(PAGE).for_each(|at| bytes[at] = 0);
+        !piece.is_empty()
     }
 
     /// Makes block `to` a copy of block `from` in every layer.
@@ -109,4 +134,29 @@ fn attend<E: KvElement>(
     kernels::rotate_and_store(means, rotary, &mut store, pages, q, k, v);
     let KvStoreMut { layout, numbers, layer } = store;
     kernels::paged_attention(means, &KvStore { layout, numbers, layer, window }, pages, heads, q, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_taken_ahead_and_never_of_what_is_used() {
+        let layout = KvLayout { layers: 30, kv_heads: 3, head_dim: 64 };
+        let bytes = layout.block_values() * size_of::<u16>();
+        let blocks = 3 * AHEAD / bytes;
+        let (windows, numbers) = (vec![None; layout.layers], PageBuffer::zeroed(blocks * bytes));
+        let mut pool = KvPool { layout, windows, precision: Precision::Fast, numbers, blocks, taken: 0 };
+        let mut used = 0;
+        for of_all in [0, blocks / 3, blocks / 2, blocks] {
+            // What the blocks in use hold.
+            pool.numbers.i8_mut()[used * bytes..of_all * bytes].fill(1);
+            used = of_all;
+            while pool.take_ahead(used) {}
+            assert_eq!(pool.taken, (used * bytes + AHEAD).min(blocks * bytes));
+            let (held, others) = pool.numbers.i8().split_at(used * bytes);
+            assert!(held.iter().all(|byte| *byte == 1), "{used} of {blocks}");
+            assert!(others.iter().all(|byte| *byte == 0), "{used} of {blocks}");
+        }
+    }
 }
