@@ -27,7 +27,7 @@ use types::{DEFAULT_MAX_RANK, SystemClock};
 
 use crate::row::{Goal, Row, median, percentile};
 use crate::traffic::{Traffic, ask};
-use crate::users::{publish, user, weights};
+use crate::users::{publish, publish_after, user, weights};
 
 /// Sequences in a batch.
 const BATCH: usize = 16;
@@ -225,7 +225,7 @@ impl Bench {
             let upload = start.elapsed().as_secs_f64() * 1e3;
             let new = weights(&self.base, RANK, at as u64);
             let files;
-            (head, files) = users::replace(&self.store, &self.base, &ada, &new, head).await?;
+            (head, files) = publish_after(&self.store, &self.base, &ada, &new, Some(head)).await?;
             let start = Instant::now();
             cache.announce(&ada, &head, Some(files));
             ours.push(traffic.first_token_of(&ada, start).await?);
@@ -249,7 +249,7 @@ fn main() -> anyhow::Result<()> {
         let cache = bench.cache(BATCH, BATCH)?;
         for number in 0..many {
             let (weights, user) = (weights(&bench.base, RANK, number as u64), user("user", number)?);
-            let (head, files) = users::first(&bench.store, &bench.base, &user, &weights).await?;
+            let (head, files) = publish_after(&bench.store, &bench.base, &user, &weights, None).await?;
             // As the server does.
             cache.announce(&user, &head, Some(files));
             while cache.residency().packed <= number as u64 {

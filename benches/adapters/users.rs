@@ -45,28 +45,8 @@ pub(crate) async fn publish(
     Ok(publish_after(store, base, id, weights, head).await?.0)
 }
 
-/// Makes it the user's first adapter.
-pub(crate) async fn first(
-    store: &Store,
-    base: &BaseModel,
-    id: &AdapterId,
-    weights: &LoraWeights,
-) -> anyhow::Result<(GenerationId, AdapterFiles)> {
-    publish_after(store, base, id, weights, None).await
-}
-
-/// Makes it the head after `head`.
-pub(crate) async fn replace(
-    store: &Store,
-    base: &BaseModel,
-    id: &AdapterId,
-    weights: &LoraWeights,
-    head: GenerationId,
-) -> anyhow::Result<(GenerationId, AdapterFiles)> {
-    publish_after(store, base, id, weights, Some(head)).await
-}
-
-async fn publish_after(
+/// Makes it the user's head after `head`; what was published.
+pub(crate) async fn publish_after(
     store: &Store,
     base: &BaseModel,
     id: &AdapterId,

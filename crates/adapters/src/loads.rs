@@ -30,7 +30,7 @@ pub(crate) struct Loads {
     page_bytes: usize,
     /// What packed forms are good for here.
     packing: [u8; 32],
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     /// One packed form is made and written at a time.
     keeping: Arc<Semaphore>,
     pace: Arc<Pace>,
@@ -48,7 +48,7 @@ impl Loads {
     ) -> Arc<Self> {
         Arc::new(Self {
             packing: packing(&base.hash(), settings.storage),
-            turns: Semaphore::new(settings.parallel_loads.max(1)),
+            turns: Arc::new(Semaphore::new(settings.parallel_loads.max(1))),
             keeping: Arc::new(Semaphore::new(1)),
             pages: pool.pages(),
             page_bytes: pool.page_bytes(),
@@ -74,13 +74,7 @@ impl Loads {
         files: Option<AdapterFiles>,
     ) -> Result<Hosted<Arc<Adapter>>, AcquireError> {
         let _underway = self.pace.load();
-        let turn = self.turns.try_acquire().ok();
-        // Files that wait would be memory that nobody counts.
-        let files = files.filter(|_| turn.is_some());
-        let _turn = match turn {
-            Some(turn) => turn,
-            None => self.turns.acquire().await.map_err(|_| AcquireError::Stopped)?,
-        };
+        let (_turn, files) = turn(&self.turns, files).await?;
         let start = Instant::now();
         let adapter = match files {
             Some(files) => self.load_files(id, generation, files).await?,
@@ -126,13 +120,7 @@ impl Loads {
         generation: GenerationId,
         files: AdapterFiles,
     ) -> Result<(), AcquireError> {
-        let turn = Arc::clone(&self.keeping).try_acquire_owned().ok();
-        // As in a load.
-        let files = Some(files).filter(|_| turn.is_some());
-        let turn = match turn {
-            Some(turn) => turn,
-            None => Arc::clone(&self.keeping).acquire_owned().await.map_err(|_| AcquireError::Stopped)?,
-        };
+        let (turn, files) = turn(&self.keeping, Some(files)).await?;
         let files = match files {
             Some(files) => files,
             None => self.source.files(id, generation, self.rest()).await?,
@@ -202,6 +190,19 @@ impl Loads {
         let pace = Arc::clone(&self.pace);
         Arc::new(move |time| pace.worked(time))
     }
+}
+
+/// A turn, at once with the files or later without: files that wait would be memory that nobody counts.
+async fn turn(
+    turns: &Arc<Semaphore>,
+    files: Option<AdapterFiles>,
+) -> Result<(OwnedSemaphorePermit, Option<AdapterFiles>), AcquireError> {
+    if let Ok(turn) = Arc::clone(turns).try_acquire_owned() {
+        return Ok((turn, files));
+    }
+    drop(files);
+    let turn = Arc::clone(turns).acquire_owned().await.map_err(|_| AcquireError::Stopped)?;
+    Ok((turn, None))
 }
 
 /// What goes wrong with packing is no harm: the next load makes up for it.

@@ -69,6 +69,41 @@ pub struct LowRank<'a> {
     pub scales: &'a [f32],
 }
 
+impl LowRank<'_> {
+    /// Whether it fits a layer of `n` outputs and `k` inputs.
+    ///
+    /// # Errors
+    /// Says what does not.
+    pub fn fits(&self, n: usize, k: usize) -> Result<(), String> {
+        self.kept(n, k).map(|_| ())
+    }
+
+    fn kept(&self, n: usize, k: usize) -> Result<Kept, String> {
+        let rank = self.rank;
+        let (kept, a, b) = match (self.a, self.b) {
+            (Numbers::F32(a), Numbers::F32(b)) => (Kept::Single, a.len(), b.len()),
+            (Numbers::Bf16(a), Numbers::Bf16(b)) => (Kept::Brain, a.len(), b.len()),
+            (Numbers::I8(a), Numbers::I8(b)) => (Kept::Codes, a.len(), b.len()),
+            _ => return Err("A and B are kept in different precisions".to_owned()),
+        };
+        let (stride, scales) = if kept == Kept::Codes { (codes_stride(k), rank) } else { (k, 0) };
+        let is = |len, stride| rank.checked_mul(stride) == Some(len);
+        if rank == 0 {
+            Err("an update of rank 0".to_owned())
+        } else if kept == Kept::Codes && !k.is_multiple_of(32) {
+            Err(format!("{k} columns are no whole blocks"))
+        } else if !is(a, stride) {
+            Err(format!("A is not {rank} x {k}"))
+        } else if !is(b, n.next_multiple_of(PANEL)) {
+            Err(format!("B is not {n} x {rank}"))
+        } else if self.scales.len() != scales {
+            Err(format!("there are not {scales} scales"))
+        } else {
+            Ok(kept)
+        }
+    }
+}
+
 /// Codes of one row of A in eight bits, for so many input features.
 #[must_use]
 pub const fn codes_stride(cols: usize) -> usize {
@@ -122,20 +157,14 @@ impl Route {
     /// # Panics
     /// When the factors do not fit.
     pub(crate) fn new(update: &LowRank<'_>, n: usize, k: usize) -> Self {
-        let rank = update.rank;
-        assert!(rank >= 1, "an update of rank 0");
-        let (kept, a, b) = match (update.a, update.b) {
-            (Numbers::F32(a), Numbers::F32(b)) => (Kept::Single, a.as_ptr().cast(), b.as_ptr().cast()),
-            (Numbers::Bf16(a), Numbers::Bf16(b)) => (Kept::Brain, a.as_ptr().cast(), b.as_ptr().cast()),
-            (Numbers::I8(a), Numbers::I8(b)) => (Kept::Codes, a.as_ptr().cast(), b.as_ptr().cast()),
-            _ => panic!("A and B are kept in different precisions"),
+        let kept = update.kept(n, k).unwrap_or_else(|problem| panic!("{problem}"));
+        let start = |numbers| match numbers {
+            Numbers::F32(values) => values.as_ptr().cast(),
+            Numbers::Bf16(values) => values.as_ptr().cast(),
+            Numbers::I8(codes) => codes.as_ptr().cast(),
         };
-        let (stride, scales) = if kept == Kept::Codes { (codes_stride(k), rank) } else { (k, 0) };
-        assert!(kept != Kept::Codes || k.is_multiple_of(32), "{k} columns are no whole blocks");
-        assert_eq!(update.a.len(), rank * stride, "A is not {rank} x {k}");
-        assert_eq!(update.b.len(), n.div_ceil(PANEL) * PANEL * rank, "B is not {n} x {rank}");
-        assert_eq!(update.scales.len(), scales, "there are not {scales} scales");
-        Self { rank, kept, a, b, scales: update.scales.as_ptr() }
+        let (a, b) = (start(update.a), start(update.b));
+        Self { rank: update.rank, kept, a, b, scales: update.scales.as_ptr() }
     }
 
     /// Asks for the panels `from..to` of B ahead of their use.

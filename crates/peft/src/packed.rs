@@ -3,7 +3,7 @@
 //! All little endian: the length of the header in four bytes, the header in JSON, then the tensors, one after the other in
 //! the order in which the header names them.
 
-use kernels::{Numbers, codes_stride};
+use kernels::Numbers;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use types::Site;
@@ -15,8 +15,6 @@ use crate::storage::Storage;
 
 /// Another number for every change of this form, or of what is computed of an adapter's files.
 const VERSION: &str = "packed adapter 1";
-/// B comes in panels of so many rows.
-const PANEL: usize = 16;
 
 /// What a packed adapter is good for: a base (a task adapter is part of its hash), numbers of one kind, and this version.
 #[must_use]
@@ -35,7 +33,7 @@ struct Header {
     prompt: Vec<Tensor>,
 }
 
-/// A site's index, its rank, and what there is of A, B, their scales, and the vectors for input, output and bias.
+/// A site's index, its rank, and what there is of its [`AdapterSite::parts`].
 #[derive(Serialize, Deserialize)]
 struct PackedSite(usize, usize, [Option<Tensor>; 6]);
 
@@ -69,17 +67,8 @@ impl Adapter {
     pub fn pack(&self) -> Vec<u8> {
         let site = |(at, site): (usize, &Option<AdapterSite>)| {
             let site = site.as_ref()?;
-            let (factors, vectors) = (site.low_rank.as_ref(), site.vectors.as_deref());
-            let parts = [
-                factors.map(|factors| &factors.a),
-                factors.map(|factors| &factors.b),
-                factors.and_then(|factors| factors.scales.as_ref()),
-                vectors.and_then(|vectors| vectors.input.as_ref()),
-                vectors.and_then(|vectors| vectors.output.as_ref()),
-                vectors.and_then(|vectors| vectors.bias.as_ref()),
-            ];
-            let rank = factors.map_or(0, |factors| factors.rank);
-            Some(PackedSite(at, rank, parts.map(|values| values.map(Tensor::of))))
+            let rank = site.low_rank.as_ref().map_or(0, |factors| factors.rank);
+            Some(PackedSite(at, rank, site.parts().map(|values| values.map(Tensor::of))))
         };
         let header = Header {
             sites: self.sites().iter().enumerate().filter_map(site).collect(),
@@ -179,17 +168,6 @@ impl AdapterSite {
                 && is_floats(&vectors.output, out)
                 && is_floats(&vectors.bias, out)
         });
-        let factors = self.low_rank.as_ref().is_none_or(|Factors { rank, a, b, scales }| {
-            let (Tensor(a, a_len), Tensor(b, b_len)) = (Tensor::of(a), Tensor::of(b));
-            let coded = scales.is_some();
-            let row = if coded { codes_stride(input) } else { input };
-            let lens = rank.checked_mul(row).zip(rank.checked_mul(out.next_multiple_of(PANEL)));
-            *rank > 0
-                && lens == Some((a_len, b_len))
-                && a == b
-                && (a == Kind::I8) == coded
-                && is_floats(scales, *rank)
-        });
-        vectors && factors
+        vectors && self.update().is_none_or(|update| update.fits(out, input).is_ok())
     }
 }

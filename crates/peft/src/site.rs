@@ -116,9 +116,20 @@ impl Values {
 
 impl AdapterSite {
     pub(crate) fn values(&self) -> impl Iterator<Item = &Values> {
-        let factors = self.low_rank.iter().flat_map(|f| [Some(&f.a), Some(&f.b), f.scales.as_ref()]);
-        let vectors = self.vectors.iter().flat_map(|v| [&v.input, &v.output, &v.bias].map(Option::as_ref));
-        factors.chain(vectors).flatten()
+        self.parts().into_iter().flatten()
+    }
+
+    /// A, B, their scales, and the vectors for input, output and bias: all that there can be, in a fixed order.
+    pub(crate) fn parts(&self) -> [Option<&Values>; 6] {
+        let (factors, vectors) = (self.low_rank.as_ref(), self.vectors.as_deref());
+        [
+            factors.map(|factors| &factors.a),
+            factors.map(|factors| &factors.b),
+            factors.and_then(|factors| factors.scales.as_ref()),
+            vectors.and_then(|vectors| vectors.input.as_ref()),
+            vectors.and_then(|vectors| vectors.output.as_ref()),
+            vectors.and_then(|vectors| vectors.bias.as_ref()),
+        ]
     }
 
     /// What is done here, in short.

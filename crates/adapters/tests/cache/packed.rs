@@ -7,13 +7,10 @@ use std::sync::Arc;
 use adapters::{AcquireError, AdapterCache, CacheSettings};
 use peft::Storage;
 use store::Store;
-use types::SystemClock;
+use tempfile::TempDir;
+use types::{AdapterId, SystemClock};
 
 use crate::{base, mark, publish, publish_with_files, user};
-
-async fn open(folder: &Path) -> Store {
-    Store::open(folder, Arc::new(SystemClock)).await.unwrap()
-}
 
 fn cache(store: &Store, storage: Storage) -> AdapterCache {
     AdapterCache::new(store.clone(), base(), CacheSettings::new(storage, 1 << 20))
@@ -23,6 +20,14 @@ async fn packed(cache: &AdapterCache, count: u64) {
     while cache.residency().packed < count {
         tokio::task::yield_now().await;
     }
+}
+
+/// A folder with a store in which a user has an adapter.
+async fn published(mark: f32) -> (TempDir, Store, AdapterId) {
+    let (folder, ada) = (tempfile::tempdir().unwrap(), user("ada"));
+    let store = Store::open(folder.path(), Arc::new(SystemClock)).await.unwrap();
+    publish(&store, &ada, mark, None).await;
+    (folder, store, ada)
 }
 
 /// Files of this name below a folder.
@@ -49,10 +54,8 @@ fn damage(folder: &Path, name: &str) {
 
 #[tokio::test]
 async fn the_next_load_reads_what_was_packed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (ada, bob) = (user("ada"), user("bob"));
-    let store = open(folder.path()).await;
-    publish(&store, &ada, 1.0, None).await;
+    let (folder, store, ada) = published(1.0).await;
+    let bob = user("bob");
     let first = cache(&store, Storage::Bf16);
     assert_eq!(mark(&first.acquire(&ada).await.unwrap().unwrap()), 1.0);
     packed(&first, 1).await;
@@ -76,10 +79,7 @@ async fn the_next_load_reads_what_was_packed() {
 
 #[tokio::test]
 async fn what_is_damaged_is_made_anew() {
-    let folder = tempfile::tempdir().unwrap();
-    let ada = user("ada");
-    let store = open(folder.path()).await;
-    publish(&store, &ada, 1.0, None).await;
+    let (folder, store, ada) = published(1.0).await;
     for _ in 0..3 {
         let cache = cache(&store, Storage::Bf16);
         assert_eq!(mark(&cache.acquire(&ada).await.unwrap().unwrap()), 1.0);
@@ -90,11 +90,8 @@ async fn what_is_damaged_is_made_anew() {
 
 #[tokio::test]
 async fn what_was_packed_in_other_numbers_is_not_served() {
-    let folder = tempfile::tempdir().unwrap();
-    let ada = user("ada");
-    let store = open(folder.path()).await;
     // Float32 has it to the bit, bfloat16 does not.
-    publish(&store, &ada, 1.001, None).await;
+    let (folder, store, ada) = published(1.001).await;
     let half = cache(&store, Storage::Bf16);
     assert_eq!(mark(&half.acquire(&ada).await.unwrap().unwrap()), 1.0);
     packed(&half, 1).await;
