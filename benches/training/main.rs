@@ -88,7 +88,7 @@ impl Control for Watched<'_> {
     }
 }
 
-/// Seconds of a joint training, one of those that `bar` counts.
+/// Seconds of a joint training, one of those that `bar` counts; on threads of its own, as the worker has them.
 fn seconds(
     base: &BaseModel,
     recipe: &Recipe,
@@ -97,8 +97,9 @@ fn seconds(
 ) -> anyhow::Result<f64> {
     let job = |examples| TrainJob { recipe, start: None, examples, resume: None };
     let jobs: Vec<TrainJob<'_>> = users.iter().map(|examples| job(examples.as_slice())).collect();
+    let pool = rayon::ThreadPoolBuilder::new().build()?;
     let start = Instant::now();
-    let ends = train_jointly(base, &jobs, &mut Watched(bar));
+    let ends = pool.install(|| train_jointly(base, &jobs, &mut Watched(bar)));
     let seconds = start.elapsed().as_secs_f64();
     bar.inc(1);
     for end in ends {

@@ -3,9 +3,12 @@
 //!
 //! A step with few rows waits for memory more than for arithmetic: half of the threads do it in less than twice the time.
 //! The engine measures in how much, and while a guest is there it leaves half of the threads' cores to it in every step
-//! that then takes no longer than the longest steps of late would take if nothing were given: whoever is served gets
-//! most tokens later, but hardly waits longer for any than before. Where that is less than a fair share, the engine
-//! pauses between steps as long as that holds too; where it is less than the floor, in any case.
+//! that then takes not much longer than the longest steps of late would take if nothing were given: whoever is served
+//! gets most tokens later, but hardly waits longer for any than before. The longest steps are those that take in prompts
+//! (at half load one token in a hundred comes of a longer one): they get all threads, and the others may lend up to
+//! [`STRETCH`]. Where that is less than the floor, the engine pauses between steps. It pauses for nothing else: a pause
+//! lets a guest have the cores for about a millisecond, too short to spread its work, and whoever arrives then waits for
+//! the longest steps after it.
 //!
 //! What is given makes more requests run at once, and those make steps longer: a rule that took that for the measure
 //! would give ever more, the less there is. So steps count with the rows that they would have had (`Host::undelayed`).
@@ -27,14 +30,12 @@ const MEASURE: u32 = 32;
 const WEIGHT: f64 = 0.125;
 /// The same for the rows of a step and the time from step to step.
 const SLOW: f64 = 1.0 / 64.0;
-/// Share of the threads' time that a guest gets as long as nobody waits longer than the longest steps take.
-const FAIR: f64 = 0.5;
-/// A pause shorter than this is saved up.
+/// How much longer than the longest steps of late one that takes in no prompt may take by lending.
+const STRETCH: f64 = 1.5;
+/// A shorter pause is of no use.
 const LEAST_PAUSE: f64 = 1e-3;
-/// Seconds of all threads that are remembered as given too much or too little of a fair share.
-const MEMORY: f64 = 0.1;
-/// And of the floor: in dense moments it can be put off.
-const FLOOR_MEMORY: f64 = 2.0;
+/// Seconds of all threads that are remembered as given too much or too little: in dense moments the floor can be put off.
+const MEMORY: f64 = 2.0;
 
 /// Says to the engine whether a guest is there. Clones speak of the same.
 #[derive(Debug, Clone, Default)]
@@ -82,6 +83,13 @@ pub(crate) struct Rows {
     pub(crate) tokens: usize,
 }
 
+impl Rows {
+    /// Whether there are some of prompts.
+    fn take_in_prompts(self) -> bool {
+        self.all > self.tokens
+    }
+}
+
 /// What the guest is given: a rule on step times, without clock or threads.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -95,9 +103,7 @@ pub(crate) struct Host {
     /// Rows of a step, and seconds from step to step.
     rows: f64,
     between: f64,
-    /// Seconds of a thread that the guest has not had of a fair share.
-    owed: f64,
-    /// And of the floor.
+    /// Seconds of a thread that the guest has not had of the floor.
     due: f64,
 }
 
@@ -107,7 +113,7 @@ impl Host {
         let floor = floor.clamp(0.0, 0.9);
         let times = [Times::default(); 64];
         let (longest, rows, between) = (0.0, 0.0, 0.0);
-        Self { threads, floor, times, longest, cost: GUESS, rows, between, owed: 0.0, due: 0.0 }
+        Self { threads, floor, times, longest, cost: GUESS, rows, between, due: 0.0 }
     }
 
     /// Where the times of steps of about so many rows are: an entry for each number below sixteen, then four for each power
@@ -127,12 +133,6 @@ impl Host {
     fn lending(&self, rows: usize) -> Option<f64> {
         let times = &self.times[self.at(rows)];
         times.all.map(|all| times.lending.unwrap_or(all * self.cost))
-    }
-
-    /// Seconds that a step of so many rows takes if it lends where it may.
-    fn expected(&self, rows: usize) -> Option<f64> {
-        let lending = self.lending(rows).filter(|lending| *lending <= self.longest);
-        lending.or(self.times[self.at(rows)].all)
     }
 
     /// The fewest rows of an entry.
@@ -178,7 +178,8 @@ impl Host {
 
     /// Threads that a step runs on while a guest is there.
     pub(crate) fn threads(&mut self, rows: Rows) -> usize {
-        let (most, cost) = (self.longest, self.cost);
+        let most = self.longest * if rows.take_in_prompts() { 1.0 } else { STRETCH };
+        let cost = self.cost;
         let lending = self.lending(rows.all);
         let times = self.of(rows.all);
         times.steps = times.steps.wrapping_add(1);
@@ -208,42 +209,32 @@ impl Host {
     }
 
     /// The pause that is due after a step on so many threads that took so many seconds.
-    pub(crate) fn pause(&mut self, rows: Rows, threads: usize, seconds: f64) -> Option<Duration> {
-        let (all, lent, fair) = (self.threads as f64, (self.threads - threads) as f64, self.fair());
-        self.give(seconds * (lent - all * fair), seconds * (lent - all * self.floor));
-        // A pause gives all threads, and its own time counts. It is one after which the next tokens come as late as others
-        // do; a longer one when what is due can be put off no more.
-        let next = self.expected(rows.tokens).unwrap_or(seconds);
-        let mut pause = f64::min(self.owed / (all * (1.0 - fair)), self.longest - next);
+    pub(crate) fn pause(&mut self, threads: usize, seconds: f64) -> Option<Duration> {
+        let lent = (self.threads - threads) as f64;
+        self.give(lent * seconds, seconds);
         // Half of what is remembered is for what comes in between.
-        if self.due >= FLOOR_MEMORY * all / 2.0 {
-            pause = pause.max(2.0 * seconds * self.floor / (1.0 - self.floor));
-        }
-        Some(pause).filter(|pause| *pause >= LEAST_PAUSE).map(Duration::from_secs_f64)
+        let is_due = self.due >= MEMORY * self.threads as f64 / 2.0;
+        let pause = LEAST_PAUSE.max(2.0 * seconds * self.floor / (1.0 - self.floor));
+        is_due.then(|| Duration::from_secs_f64(pause))
     }
 
     /// A pause of so many seconds was taken.
     pub(crate) fn paused(&mut self, seconds: f64) {
-        let given = seconds * self.threads as f64;
-        self.give(given * (1.0 - self.fair()), given * (1.0 - self.floor));
+        self.give(self.threads as f64 * seconds, seconds);
         self.between += SLOW * seconds;
     }
 
     /// The engine had nothing to do for so many seconds.
     pub(crate) fn idle(&mut self, seconds: f64) {
-        let given = seconds * self.threads as f64;
-        self.give(given, given);
+        // Time without requests asks for nothing, and counts in full.
+        self.give(self.threads as f64 * seconds, 0.0);
     }
 
-    fn fair(&self) -> f64 {
-        self.floor.max(FAIR)
-    }
-
-    /// So many seconds of a thread were given beyond a fair share, and beyond the floor.
-    fn give(&mut self, fair: f64, floor: f64) {
-        let [fair_most, floor_most] = [MEMORY, FLOOR_MEMORY].map(|seconds| seconds * self.threads as f64);
-        self.owed = (self.owed - fair).clamp(-fair_most, fair_most);
-        self.due = (self.due - floor).clamp(-floor_most, floor_most);
+    /// The guest had so many seconds of a thread within so many of all of them.
+    fn give(&mut self, lent: f64, seconds: f64) {
+        let all = self.threads as f64;
+        let most = MEMORY * all;
+        self.due = (self.due + all * seconds * self.floor - lent).clamp(-most, most);
     }
 }
 
@@ -293,7 +284,7 @@ mod tests {
             let threads = if visit { host.threads(rows) } else { 2 };
             let seconds = takes(rows.all, threads, visit);
             host.measured(rows, threads, seconds);
-            let pause = if visit { host.pause(rows, threads, seconds) } else { None };
+            let pause = if visit { host.pause(threads, seconds) } else { None };
             let pause = pause.unwrap_or_default().as_secs_f64();
             self.lent += f64::from(u8::from(threads < 2));
             self.steps += 1.0;
@@ -358,8 +349,8 @@ mod tests {
             let quiet = serve(&mut Host::new(2, 0.2), rate, false);
             let shared = serve(&mut Host::new(2, 0.2), rate, true);
             let ratio = shared.p99() / quiet.p99();
-            assert!(ratio < 1.3, "{rate}: {ratio}");
-            assert!(shared.share() > 0.42, "{rate}: {}", shared.share());
+            assert!(ratio < 1.4, "{rate}: {ratio}");
+            assert!(shared.share() > 0.45, "{rate}: {}", shared.share());
             // Negative control: a guest who is given more than that costs more.
             let greedy = serve(&mut Host::new(2, 0.6), rate, true).p99() / quiet.p99();
             assert!(greedy > 1.5, "{rate}: {greedy}");
@@ -369,7 +360,7 @@ mod tests {
     #[test]
     fn near_the_limit_requests_do_not_pile_up_by_what_is_given() {
         // The last is near the limit with a guest who is given nothing, as what it leaves in the caches slows all steps.
-        for (rate, most) in [(7.0, 1.5), (9.0, 1.6), (12.0, 2.3)] {
+        for (rate, most) in [(7.0, 1.6), (9.0, 1.7), (12.0, 2.1)] {
             let quiet = serve(&mut Host::new(2, 0.05), rate, false);
             let shared = serve(&mut Host::new(2, 0.05), rate, true);
             let ratio = shared.p99() / quiet.p99();
@@ -388,7 +379,7 @@ mod tests {
         run(&mut host, mixed());
         let given = run(&mut host, mixed());
         assert!(given.lent / given.steps > 0.8, "{}", given.lent / given.steps);
-        assert!((given.share() - FAIR).abs() < 0.05, "{}", given.share());
+        assert!(given.share() > 0.4, "{}", given.share());
         assert_eq!(host.threads(Rows { all: 20, tokens: 3 }), 2, "what is long already is not made longer");
     }
 
@@ -410,7 +401,7 @@ mod tests {
         for step in 0..4000 {
             assert_eq!(host.threads(row), 1);
             host.measured(row, 1, 5e-3);
-            let pause = host.pause(row, 1, 5e-3).unwrap_or_default().as_secs_f64();
+            let pause = host.pause(1, 5e-3).unwrap_or_default().as_secs_f64();
             host.paused(pause);
             // What is due is put off for some seconds.
             paused += if step < 3000 { 0.0 } else { pause };
@@ -419,11 +410,25 @@ mod tests {
     }
 
     #[test]
+    fn the_floor_is_kept_beside_steps_so_short_that_their_share_is_less_than_the_least_pause() {
+        let mut host = Host::new(1, 0.1);
+        let row = Rows { all: 1, tokens: 1 };
+        let mut paused = 0.0;
+        for step in 0..40_000 {
+            host.measured(row, 1, 1e-3);
+            let pause = host.pause(1, 1e-3).unwrap_or_default().as_secs_f64();
+            host.paused(pause);
+            paused += if step < 20_000 { 0.0 } else { pause };
+        }
+        assert!((paused / (paused + 20.0) - 0.1).abs() < 0.01, "{paused}");
+    }
+
+    #[test]
     fn a_floor_of_nothing_asks_for_no_pause_that_is_felt_and_idle_time_counts() {
         let row = Rows { all: 1, tokens: 1 };
         let step = |host: &mut Host| {
             host.measured(row, 2, 0.01);
-            let pause = host.pause(row, 2, 0.01).unwrap_or_default().as_secs_f64();
+            let pause = host.pause(2, 0.01).unwrap_or_default().as_secs_f64();
             host.paused(pause);
             pause
         };

@@ -160,7 +160,7 @@ impl Runner {
         self.carry_out(&step);
         let seconds = begun.elapsed().as_secs_f64();
         self.host.measured(rows, threads, seconds);
-        let pause = if guest { self.host.pause(rows, threads, seconds) } else { None };
+        let pause = if guest { self.host.pause(threads, seconds) } else { None };
         self.step = step;
         pause
     }
