@@ -4,6 +4,7 @@
 //! bfloat16 in [`crate::many_rows_bf16`].
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
@@ -246,11 +247,15 @@ pub(crate) unsafe fn decode_turned<L: Lanes>(
     [from, to]: [usize; 2],
     out: *mut f32,
 ) {
-    let mut block = [[0.0; PANEL]; PANEL];
-    // SAFETY: the caller vouches for the columns and the memory; the block has sixteen times sixteen values.
+    let count = PANEL.min(to - from);
+    let mut block = MaybeUninit::<[[f32; PANEL]; PANEL]>::uninit();
+    let columns = block.as_mut_ptr().cast::<f32>();
+    // SAFETY: the caller vouches for the columns and the memory; the block has sixteen times sixteen values, all written
+    // before they are read.
     unsafe {
-        decode::<L>(weight, index, from, PANEL.min(to - from), block.as_mut_ptr().cast());
-        L::transpose(block.as_ptr().cast(), out);
+        decode::<L>(weight, index, from, count, columns);
+        columns.add(count * PANEL).write_bytes(0, (PANEL - count) * PANEL);
+        L::transpose(columns, out);
     }
 }
 

@@ -211,10 +211,11 @@ pub(crate) fn forwards_body<L: Lanes, P: Pairs<L>>(part: Part<'_>) {
     let pairs = k.div_ceil(2);
     let mut buffer = PAIRED.take();
     let paired = at_a_line(&mut buffer, (last - first) * PANEL * pairs).as_mut_ptr().cast::<u16>();
+    let mut block = [[0.0; PANEL]; PANEL];
     for (at, index) in (first..last).enumerate() {
         for column in (0..k).step_by(PANEL) {
             let count = PANEL.min(k - column);
-            let mut block = [[0.0; PANEL]; PANEL];
+            block[count..].fill([0.0; PANEL]);
             // SAFETY: the panel has these columns, the block sixteen times sixteen values, the buffer `pairs` pairs
             // a panel; this code is compiled for the unit.
             unsafe {
@@ -258,11 +259,11 @@ pub(crate) fn backwards_body<L: Lanes, P: Pairs<L>>(part: Part<'_>) {
     let stride = BACK_OUTPUTS / 2 * PAIR;
     let mut buffer = PAIRED.take();
     let paired = at_a_line(&mut buffer, groups * stride / 2).as_mut_ptr().cast::<u16>();
+    let mut turned = [[0.0; PANEL]; PANEL];
     for first in (0..n).step_by(BACK_OUTPUTS) {
         let count = BACK_OUTPUTS.min(n - first);
         for panel in 0..count.div_ceil(PANEL) {
             for group in 0..groups {
-                let mut turned = [[0.0; PANEL]; PANEL];
                 let own = [from + group * PANEL, to];
                 // SAFETY: the panel has these columns, the block sixteen times sixteen values, the buffer all pairs of
                 // `BACK_OUTPUTS` outputs a group; this code is compiled for the unit.
