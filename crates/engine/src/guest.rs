@@ -4,11 +4,10 @@
 //! A step with few rows waits for memory more than for arithmetic: half of the threads do it in less than twice the time.
 //! The engine measures in how much, and while a guest is there it leaves half of the threads' cores to it in every step
 //! that then takes not much longer than the longest steps of late would take if nothing were given: whoever is served
-//! gets most tokens later, but hardly waits longer for any than before. The longest steps are those that take in prompts
-//! (at half load one token in a hundred comes of a longer one): they get all threads, and the others may lend up to
-//! [`STRETCH`]. Where that is less than the floor, the engine pauses between steps. It pauses for nothing else: a pause
-//! lets a guest have the cores for about a millisecond, too short to spread its work, and whoever arrives then waits for
-//! the longest steps after it.
+//! gets most tokens later, but hardly waits longer for any than before. The longest steps are those that take in prompts;
+//! they are not made longer, while the others may take up to [`STRETCH`] times as long. Where that is less than the floor,
+//! the engine pauses between steps. It pauses for nothing else: a pause gives all cores for about a millisecond, too short
+//! for a guest to spread its work, and who arrives within it meets a longer step after it.
 //!
 //! What is given makes more requests run at once, and those make steps longer: a rule that took that for the measure
 //! would give ever more, the less there is. So steps count with the rows that they would have had (`Host::undelayed`).
