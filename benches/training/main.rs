@@ -41,13 +41,14 @@ fn main() -> anyhow::Result<()> {
     let cache = fetch::cache_folder(None)?;
     let path = fetch::default_model(&cache)?;
     let Loaded { model: base, tokenizer } = model::load(&path, LoadOptions { max_context: Some(2048) })?;
+    let bench = Bench { base, pool: rayon::ThreadPoolBuilder::new().build()? };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     if all || has("rate") {
         let mut peer = Peft::start(&path, threads)?;
-        print(&rate(&base, &mut peer, runs)?);
+        print(&rate(&bench, &mut peer, runs)?);
     }
     if all || has("joint") {
-        print(&joint(&base, if has("--quick") { 4 } else { 16 }, runs)?);
+        print(&joint(&bench, if has("--quick") { 4 } else { 16 }, runs)?);
     }
     if !(all || has("users") || has("service")) {
         return Ok(());
@@ -67,7 +68,7 @@ fn main() -> anyhow::Result<()> {
             users.iter_mut().for_each(|items| items.truncate(12));
         }
         let mut peer = Peft::start(&path, threads)?;
-        print(&users_per_hour(&base, &mut peer, &users, 1)?);
+        print(&users_per_hour(&bench, &mut peer, &users, 1)?);
     }
     Ok(())
 }
@@ -88,18 +89,18 @@ impl Control for Watched<'_> {
     }
 }
 
-/// Seconds of a joint training, one of those that `bar` counts; on threads of its own, as the worker has them.
-fn seconds(
-    base: &BaseModel,
-    recipe: &Recipe,
-    users: &[Vec<Example>],
-    bar: &ProgressBar,
-) -> anyhow::Result<f64> {
+/// The base, and the threads that train on it, as the worker has them.
+struct Bench {
+    base: BaseModel,
+    pool: rayon::ThreadPool,
+}
+
+/// Seconds of a joint training, one of those that `bar` counts.
+fn seconds(bench: &Bench, recipe: &Recipe, users: &[Vec<Example>], bar: &ProgressBar) -> anyhow::Result<f64> {
     let job = |examples| TrainJob { recipe, start: None, examples, resume: None };
     let jobs: Vec<TrainJob<'_>> = users.iter().map(|examples| job(examples.as_slice())).collect();
-    let pool = rayon::ThreadPoolBuilder::new().build()?;
     let start = Instant::now();
-    let ends = pool.install(|| train_jointly(base, &jobs, &mut Watched(bar)));
+    let ends = bench.pool.install(|| train_jointly(&bench.base, &jobs, &mut Watched(bar)));
     let seconds = start.elapsed().as_secs_f64();
     bar.inc(1);
     for end in ends {
@@ -132,7 +133,7 @@ fn faster(peer: &mut Peft) -> anyhow::Result<(&'static str, f64, f64)> {
 }
 
 /// Two steps of 4 x 256 tokens with the whole loss, and what they add to the memory.
-fn rate(base: &BaseModel, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Row>> {
+fn rate(bench: &Bench, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Row>> {
     let users = [(0..4).map(|seed| example(seed, 256, 1)).collect::<Vec<_>>()];
     let recipe = Recipe { epochs: 2, batch: 4, share_prefix: false, ..Recipe::oppu() };
     let fast = Recipe { products: Products::fastest(), ..recipe.clone() };
@@ -144,12 +145,12 @@ fn rate(base: &BaseModel, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Ro
     let mut halves = if hopeless { vec![half] } else { Vec::new() };
     let bar = progress("rate", runs * if hopeless { 3 } else { 4 });
     for _ in 0..runs {
-        ours.push(tokens / seconds(base, &fast, &users, &bar)?);
+        ours.push(tokens / seconds(bench, &fast, &users, &bar)?);
         if !hopeless {
             halves.push(tokens / peer.train(HALF, &recipe, &users[0])?);
             bar.inc(1);
         }
-        ours_single.push(tokens / seconds(base, &recipe, &users, &bar)?);
+        ours_single.push(tokens / seconds(bench, &recipe, &users, &bar)?);
         singles.push(tokens / peer.train(SINGLE, &recipe, &users[0])?);
         bar.inc(1);
     }
@@ -168,7 +169,7 @@ fn rate(base: &BaseModel, peer: &mut Peft, runs: usize) -> anyhow::Result<Vec<Ro
 }
 
 /// Sixteen users with some short items each, at once and one after another.
-fn joint(base: &BaseModel, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> {
+fn joint(bench: &Bench, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> {
     let items =
         |user: u32| (0..count).map(move |at| example(user * 16 + at, 24 + (user + at) % 16, 18)).collect();
     let users: Vec<Vec<Example>> = (0..USERS as u32).map(items).collect();
@@ -176,8 +177,8 @@ fn joint(base: &BaseModel, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> 
     let (mut together, mut apart) = (Vec::new(), Vec::new());
     let bar = progress("joint", runs * (1 + USERS));
     for _ in 0..runs {
-        together.push(3600.0 * USERS as f64 / seconds(base, &recipe, &users, &bar)?);
-        let each = users.iter().map(|user| seconds(base, &recipe, std::slice::from_ref(user), &bar));
+        together.push(3600.0 * USERS as f64 / seconds(bench, &recipe, &users, &bar)?);
+        let each = users.iter().map(|user| seconds(bench, &recipe, std::slice::from_ref(user), &bar));
         apart.push(3600.0 * USERS as f64 / each.sum::<anyhow::Result<f64>>()?);
     }
     bar.finish();
@@ -189,7 +190,7 @@ fn joint(base: &BaseModel, count: u32, runs: usize) -> anyhow::Result<Vec<Row>> 
 
 /// Real histories with OPPU's recipe, all at once here and one after another there.
 fn users_per_hour(
-    base: &BaseModel,
+    bench: &Bench,
     peer: &mut Peft,
     users: &[Vec<Example>],
     runs: usize,
@@ -200,7 +201,7 @@ fn users_per_hour(
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let bar = progress("users", runs * (1 + users.len()));
     for _ in 0..runs {
-        ours.push(3600.0 * users.len() as f64 / seconds(base, &recipe, users, &bar)?);
+        ours.push(3600.0 * users.len() as f64 / seconds(bench, &recipe, users, &bar)?);
         let mut sum = 0.0;
         for user in users {
             sum += peer.train(dtype, &recipe, user)?;
