@@ -393,32 +393,29 @@ mod tests {
         }
     }
 
+    /// Seconds of pauses beside so many steps of a row and of so many seconds on one thread, after as many for which what is
+    /// due may be put off.
+    fn pauses(host: &mut Host, steps: usize, seconds: f64) -> f64 {
+        let row = Rows { all: 1, tokens: 1 };
+        let pauses = (0..2 * steps).map(|_| {
+            assert_eq!(host.threads(row), 1);
+            host.measured(row, 1, seconds);
+            let pause = host.pause(1, seconds).unwrap_or_default().as_secs_f64();
+            host.paused(pause);
+            pause
+        });
+        pauses.skip(steps).sum()
+    }
+
     #[test]
     fn one_thread_is_shared_by_pauses() {
-        let mut host = Host::new(1, 0.2);
-        let (mut paused, row) = (0.0, Rows { all: 1, tokens: 1 });
-        for step in 0..4000 {
-            assert_eq!(host.threads(row), 1);
-            host.measured(row, 1, 5e-3);
-            let pause = host.pause(1, 5e-3).unwrap_or_default().as_secs_f64();
-            host.paused(pause);
-            // What is due is put off for some seconds.
-            paused += if step < 3000 { 0.0 } else { pause };
-        }
-        assert!((paused / (paused + 5.0) - 0.2).abs() < 0.02, "{paused}");
+        let paused = pauses(&mut Host::new(1, 0.2), 3000, 5e-3);
+        assert!((paused / (paused + 15.0) - 0.2).abs() < 0.02, "{paused}");
     }
 
     #[test]
     fn the_floor_is_kept_beside_steps_so_short_that_their_share_is_less_than_the_least_pause() {
-        let mut host = Host::new(1, 0.1);
-        let row = Rows { all: 1, tokens: 1 };
-        let mut paused = 0.0;
-        for step in 0..40_000 {
-            host.measured(row, 1, 1e-3);
-            let pause = host.pause(1, 1e-3).unwrap_or_default().as_secs_f64();
-            host.paused(pause);
-            paused += if step < 20_000 { 0.0 } else { pause };
-        }
+        let paused = pauses(&mut Host::new(1, 0.1), 20_000, 1e-3);
         assert!((paused / (paused + 20.0) - 0.1).abs() < 0.01, "{paused}");
     }
 
