@@ -5,9 +5,8 @@
 
 use crate::lanes::Lanes;
 use crate::linear::LAYERS;
-use crate::low_rank::{PREFETCHED, Route};
+use crate::low_rank::PREFETCHED;
 use crate::memory::LINE;
-use crate::panel::View;
 
 /// Memory that will be read soon.
 #[derive(Debug, Clone, Copy)]
@@ -82,62 +81,13 @@ impl Soon<'_> {
     }
 
     #[inline(always)]
-    fn ask<L: Lanes>(&mut self) {
+    pub(crate) fn ask<L: Lanes>(&mut self) {
         if let Some(first) = self.rest.first() {
             for line in self.line..self.line + self.share {
                 L::prefetch(first.start.wrapping_add(line * LINE));
             }
             self.line += self.share;
             self.settle();
-        }
-    }
-}
-
-/// What to ask for while the panels of a stripe are computed.
-pub(crate) struct Ahead<'a> {
-    /// By row; null if the rows are so many that they share adapters.
-    routes: *const Route,
-    /// Panels of B.
-    panels: [usize; 2],
-    end: usize,
-    soon: Soon<'a>,
-}
-
-impl<'a> Ahead<'a> {
-    /// For the panels `from..to`, whose rows have these routes.
-    pub(crate) fn new(
-        routes: Option<*const Route>,
-        view: &View,
-        from: usize,
-        to: usize,
-        soon: Soon<'a>,
-    ) -> Self {
-        let routes = routes.filter(|_| view.rows <= PREFETCHED).unwrap_or(std::ptr::null());
-        Self { routes, panels: [from, from], end: to, soon }
-    }
-
-    /// Turns to a panel: its own B, unless an earlier panel has asked for it, and the next one's.
-    #[inline(always)]
-    pub(crate) fn turn_to(&mut self, panel: usize) {
-        self.panels = [self.panels[1].max(panel), (panel + 2).min(self.end)];
-    }
-
-    /// Asks for a row's share.
-    ///
-    /// # Safety
-    /// There is a route for the row.
-    #[inline(always)]
-    pub(crate) unsafe fn ask<L: Lanes>(&mut self, row: usize) {
-        self.soon.ask::<L>();
-        if !self.routes.is_null() {
-            // SAFETY: the caller vouches for the route, and every row before has one.
-            unsafe {
-                let route = self.routes.add(row);
-                // Rows of one adapter follow each other.
-                if row == 0 || (*route).b != (*route.sub(1)).b {
-                    (*route).prefetch_up::<L>(self.panels[0], self.panels[1]);
-                }
-            }
         }
     }
 }

@@ -42,6 +42,7 @@ mod rotary;
 mod sequence_attention;
 mod team;
 mod transpose;
+mod updates;
 mod vectors;
 mod weight;
 

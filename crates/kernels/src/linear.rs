@@ -7,13 +7,14 @@
 //! quantisation, `A x`), then every task takes some panels of sixteen outputs, computes them for all rows and adds
 //! `B (A x)` while they are in the cache.
 
-use crate::ahead::{Ahead, Announced, Soon};
+use crate::ahead::{Announced, Soon};
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::low_rank::{Kept, LowRank, PREFETCHED, Route, expand};
+use crate::low_rank::{Kept, LowRank, PREFETCHED, Route};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::team::{Rayon, Workers};
+use crate::updates::{Updated, Updates};
 use crate::vectors::{Adapted, RowVectors, Vectors};
 use crate::weight::{PANEL, Weight};
 
@@ -381,53 +382,75 @@ fn stripe_body<L: Lanes>(
     soon: Soon<'_>,
 ) {
     let adapted = !prepared.vectors.is_null() || prepared.under[site].rank > 0;
-    let routes = (prepared.sites > 0).then(|| prepared.routes.wrapping_add(site * prepared.view.rows));
-    let mut ahead = Ahead::new(routes, &prepared.view, from, to, soon);
+    let updates = Updates::new(prepared, site, to);
+    if let Some(updates) = &updates {
+        updates.ask::<L>(from);
+    }
+    let mut columns = Columns::<L> { target, panel: from, bias: L::zero(), rest: None, updates, soon };
     for panel in from..to {
         let width = PANEL.min(target.n - panel * PANEL);
+        let plain = width == PANEL && !adapted;
+        columns.panel = panel;
         // SAFETY: `Prepared` describes valid buffers, filled for this precision; tasks own disjoint columns.
         unsafe {
-            let plain = width == PANEL && !adapted;
-            let bias = match target.bias {
-                Some(bias) if plain => L::load(bias[panel * PANEL..][..PANEL].as_ptr()),
-                _ => L::zero(),
-            };
-            let rest = (!plain).then(|| Adapted::new(L::ISA, target, panel, width, site, prepared));
-            ahead.turn_to(panel);
-            let columns = &mut Columns::<L> { target, panel, bias, rest, ahead: &mut ahead };
-            panel_product(weight, panel, &prepared.view, columns);
-            if prepared.sites > 0 {
-                expand::<L>(target, panel, width, site, prepared);
+            if let Some(bias) = target.bias.filter(|_| plain) {
+                columns.bias = L::load(bias[panel * PANEL..][..PANEL].as_ptr());
             }
+            columns.rest = (!plain).then(|| Adapted::new(L::ISA, target, panel, width, site, prepared));
+            panel_product(weight, panel, &prepared.view, &mut columns);
         }
     }
 }
 
 /// The columns of a panel.
-struct Columns<'a, 'b, L> {
+struct Columns<'a, L> {
     target: Target<'a>,
     panel: usize,
     bias: L,
     /// For the last columns of a matrix whose rows do not divide by sixteen, and for rows whose adapters do more.
     rest: Option<Adapted<'a>>,
-    ahead: &'a mut Ahead<'b>,
+    updates: Option<Updates>,
+    soon: Soon<'a>,
 }
 
-impl<L: Lanes> Sink<L> for Columns<'_, '_, L> {
+impl<L: Lanes> Sink<L> for Columns<'_, L> {
     #[inline(always)]
-    fn put(&mut self, row: usize, sums: L) {
-        // SAFETY: there is a route for every row.
-        unsafe { self.ahead.ask::<L>(row) };
-        if let Some(rest) = &self.rest {
-            // One call instead of a copy in every kernel.
-            return rest.put(row, &sums.to_array());
+    fn put<const M: usize>(&mut self, row: usize, mut sums: [L; M]) {
+        for _ in 0..M {
+            self.soon.ask::<L>();
         }
-        // SAFETY: tasks own disjoint columns; one part is alive at a time.
+        if let Some(rest) = &self.rest {
+            // One call for each row instead of a copy in every kernel.
+            for i in 0..M {
+                rest.put(row + i, &sums[i].to_array());
+            }
+            if let Some(updates) = &self.updates {
+                // SAFETY: the tile's rows are there; tasks own disjoint columns.
+                unsafe { updates.add::<L>(row, M, self.panel, self.target) };
+            }
+            return;
+        }
+        let mut updated = Updated::new();
+        if let Some(updates) = &self.updates {
+            // SAFETY: the tile's rows are there.
+            unsafe { updates.of::<L>(row, M, self.panel, &mut updated) };
+        }
+        // SAFETY: tasks own disjoint columns; one part is alive at a time; there is an update for each of the tile's rows.
         unsafe {
-            let y = self.target.y.part(row * self.target.n + self.panel * PANEL, PANEL).as_mut_ptr();
-            let sums = if self.target.bias.is_some() { sums.add(self.bias) } else { sums };
-            let sums = if self.target.add { L::load(y).add(sums) } else { sums };
-            sums.store(y);
+            for i in 0..M {
+                let y =
+                    self.target.y.part((row + i) * self.target.n + self.panel * PANEL, PANEL).as_mut_ptr();
+                if self.target.bias.is_some() {
+                    sums[i] = sums[i].add(self.bias);
+                }
+                if self.target.add {
+                    sums[i] = L::load(y).add(sums[i]);
+                }
+                if self.updates.is_some() {
+                    sums[i] = sums[i].add(L::load(updated.row(i)));
+                }
+                sums[i].store(y);
+            }
         }
     }
 }

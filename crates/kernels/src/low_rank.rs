@@ -2,9 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::input::Prepared;
 use crate::lanes::{Lanes, brain_to_f32, isa, multiversion};
-use crate::linear::Target;
 use crate::panel::{TILE, View};
 use crate::weight::PANEL;
 
@@ -134,7 +132,7 @@ pub(crate) enum Kept {
 }
 
 impl Kept {
-    const fn width(self) -> usize {
+    pub(crate) const fn width(self) -> usize {
         match self {
             Self::Single => 4,
             Self::Brain => 2,
@@ -165,16 +163,6 @@ impl Route {
         };
         let (a, b) = (start(update.a), start(update.b));
         Self { rank: update.rank, kept, a, b, scales: update.scales.as_ptr() }
-    }
-
-    /// Asks for the panels `from..to` of B ahead of their use.
-    #[inline(always)]
-    pub(crate) fn prefetch_up<L: Lanes>(&self, from: usize, to: usize) {
-        let bytes = self.rank * PANEL * self.kept.width();
-        let start = self.b.wrapping_add(from * bytes);
-        for line in 0..((to - from) * bytes).div_ceil(64) {
-            L::prefetch(start.wrapping_add(line * 64));
-        }
     }
 }
 
@@ -340,65 +328,6 @@ unsafe fn sums_of<L: Lanes, const M: usize>(
         }
     }
     sums
-}
-
-/// Adds `B u` to a panel's columns of the rows that have an adapter.
-///
-/// # Safety
-/// `prepared` describes valid buffers, `A x` computed; the panel's columns belong to this task.
-#[inline(always)]
-pub(crate) unsafe fn expand<L: Lanes>(
-    target: Target<'_>,
-    panel: usize,
-    width: usize,
-    site: usize,
-    prepared: &Prepared,
-) {
-    let rows = prepared.view.rows;
-    let mut row = 0;
-    while row < rows {
-        // SAFETY: the caller vouches for the buffers; B has a panel of (rank, 16) for every panel of the weight.
-        unsafe {
-            let routes = prepared.routes.add(site * rows + row);
-            let route = *routes;
-            if route.rank == 0 {
-                row += 1;
-                continue;
-            }
-            // Rows of one adapter share the reading of B.
-            let mut alike = 1;
-            while alike < ABREAST && row + alike < rows && (*routes.add(alike)).b == route.b {
-                alike += 1;
-            }
-            let alike = if alike == ABREAST { ABREAST } else { 1 };
-            let u = prepared.shrunk.add((site * rows + row) * prepared.rank_stride);
-            if alike == ABREAST {
-                let sums: [L; ABREAST] = up(&route, panel, u, prepared.rank_stride);
-                for (i, sums) in sums.into_iter().enumerate() {
-                    add_to::<L>(target, row + i, panel, width, sums);
-                }
-            } else {
-                let [sums] = up(&route, panel, u, 0);
-                add_to::<L>(target, row, panel, width, sums);
-            }
-            row += alike;
-        }
-    }
-}
-
-/// # Safety
-/// The columns of the panel in this row belong to this task.
-#[inline(always)]
-unsafe fn add_to<L: Lanes>(target: Target<'_>, row: usize, panel: usize, width: usize, sums: L) {
-    // SAFETY: the caller vouches for the columns.
-    unsafe {
-        let y = target.y.part(row * target.n + panel * PANEL, width);
-        if width == PANEL {
-            L::load(y.as_ptr()).add(sums).store(y.as_mut_ptr());
-        } else {
-            y.iter_mut().zip(sums.to_array()).for_each(|(y, sum)| *y += sum);
-        }
-    }
 }
 
 /// B of shape (output features, rank) in the panels of [`LowRank::b`].

@@ -10,6 +10,9 @@ use crate::weight::{Panel, Weight};
 /// Rows whose quants lie together.
 pub(crate) const TILE: usize = 8;
 
+/// The most rows that are computed at a time.
+pub(crate) const TALLEST: usize = 12;
+
 /// Activations as the products read them. Quants lie in tiles of [`TILE`] rows, the last one lower: within a tile
 /// (blocks of 32 columns, rows, 32), so that a tile is read from one end to the other; what belongs to a block likewise.
 #[derive(Clone, Copy)]
@@ -56,8 +59,8 @@ impl View {
 
 /// Where the sums of a tile of rows go.
 pub(crate) trait Sink<L: Lanes> {
-    /// Takes row `row`'s sixteen sums.
-    fn put(&mut self, row: usize, sums: L);
+    /// Takes the sixteen sums of each of the rows from `row` on.
+    fn put<const M: usize>(&mut self, row: usize, sums: [L; M]);
 }
 
 /// All rows of `x` times panel `index` of `weight`.
@@ -205,9 +208,7 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
             }
         }
     }
-    for (i, sums) in sums.into_iter().enumerate() {
-        sink.put(row + i, sums);
-    }
+    sink.put(row, sums);
 }
 
 /// What the codes' offset adds to a block's integer sum.
@@ -263,9 +264,7 @@ unsafe fn exact_tile<L: Lanes, C: Columns, const M: usize>(
             }
         }
     }
-    for i in 0..M {
-        sink.put(row + i, even[i].add(odd[i]));
-    }
+    sink.put(row, std::array::from_fn::<_, M, _>(|i| even[i].add(odd[i])));
 }
 
 /// Decodes a whole panel to row-major (16, cols).
