@@ -131,24 +131,32 @@ fn of_rows_body<L: Lanes>(updates: &Updates, row: usize, count: usize, panel: us
                 at += 1;
                 continue;
             }
-            if panel + 1 < updates.end {
-                updates.ask_for::<L>(row + at, panel + 1);
-            }
             let alike = |i: usize| (*routes.add(at + i)).b == route.b;
             if at + ABREAST <= count && alike(1) && alike(2) && alike(3) {
+                if panel + 1 < updates.end {
+                    updates.ask_for::<L>(row + at, panel + 1);
+                }
                 let sums: [L; ABREAST] = up(&route, panel, u, stride);
                 for (i, sums) in sums.into_iter().enumerate() {
                     sums.store(to.add(i * PANEL));
                 }
                 at += ABREAST;
-            } else {
-                let sums = match (route.kept, route.rank) {
-                    (Kept::Codes, 8) => eight_codes::<L>(route.b.add(panel * 8 * PANEL), u),
-                    _ => up::<L, 1>(&route, panel, u, 0)[0],
-                };
-                sums.store(to);
-                at += 1;
+                continue;
             }
+            if (route.kept, route.rank) == (Kept::Codes, 8) {
+                let b = route.b.add(panel * 8 * PANEL);
+                if panel + 1 < updates.end {
+                    L::prefetch(b.wrapping_add(8 * PANEL));
+                    L::prefetch(b.wrapping_add(8 * PANEL + LINE));
+                }
+                eight_codes::<L>(b, u).store(to);
+            } else {
+                if panel + 1 < updates.end {
+                    updates.ask_for::<L>(row + at, panel + 1);
+                }
+                up::<L, 1>(&route, panel, u, 0)[0].store(to);
+            }
+            at += 1;
         }
     }
 }
