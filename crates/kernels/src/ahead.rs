@@ -3,6 +3,8 @@
 //! Rows of one batch have different adapters, which no hardware prefetcher foresees; a row at a time is asked for, so that
 //! the requests never queue up.
 
+use std::ops::Range;
+
 use crate::lanes::Lanes;
 use crate::linear::LAYERS;
 use crate::low_rank::PREFETCHED;
@@ -50,10 +52,11 @@ impl Announced {
         self.last = [0; LAYERS];
     }
 
-    /// From the `part`th of `parts` equal parts on.
-    pub(crate) fn from(&self, part: usize, parts: usize) -> Soon<'_> {
-        let line = self.total * part / parts.max(1);
-        let mut soon = Soon { rest: &self.lines, line, share: self.total.div_ceil(parts.max(1)) };
+    /// Some of so many equal parts, in order.
+    pub(crate) fn some(&self, parts: Range<usize>, of: usize) -> Soon<'_> {
+        let of = of.max(1);
+        let [line, end] = [parts.start, parts.end].map(|part| self.total * part / of);
+        let mut soon = Soon { rest: &self.lines, line, left: end - line, share: self.total.div_ceil(of) };
         soon.settle();
         soon
     }
@@ -65,6 +68,8 @@ pub(crate) struct Soon<'a> {
     rest: &'a [Lines],
     /// In the first of the rest.
     line: usize,
+    /// Lines that are still to be asked for.
+    left: usize,
     /// Lines to ask for at a time.
     share: usize,
 }
@@ -81,12 +86,38 @@ impl Soon<'_> {
     }
 
     #[inline(always)]
+    pub(crate) fn any(&self) -> bool {
+        self.left > 0
+    }
+
+    /// The next four lines, if any are left; behind the last of a run lie some that nobody has announced.
+    #[inline(always)]
+    pub(crate) fn four(&mut self) -> *const u8 {
+        match self.rest.split_first() {
+            Some((first, rest)) if self.left > 0 => {
+                let start = first.start.wrapping_add(self.line * LINE);
+                self.left = self.left.saturating_sub((first.count - self.line).min(4));
+                self.line += 4;
+                if self.line >= first.count {
+                    (self.rest, self.line) = (rest, 0);
+                }
+                start
+            }
+            _ => std::ptr::null(),
+        }
+    }
+
+    /// Asks for a share.
+    #[inline(always)]
     pub(crate) fn ask<L: Lanes>(&mut self) {
-        if let Some(first) = self.rest.first() {
+        if self.left > 0
+            && let Some(first) = self.rest.first()
+        {
             for line in self.line..self.line + self.share {
                 L::prefetch(first.start.wrapping_add(line * LINE));
             }
             self.line += self.share;
+            self.left = self.left.saturating_sub(self.share);
             self.settle();
         }
     }
@@ -95,6 +126,11 @@ impl Soon<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Lines that come before.
+    fn before(announced: &Announced, soon: &Soon<'_>) -> usize {
+        announced.total + soon.line - soon.rest.iter().map(|lines| lines.count).sum::<usize>()
+    }
 
     /// Every part begins where the one before ends, and all lines are in one of them.
     #[test]
@@ -105,17 +141,39 @@ mod tests {
             announced.push(0, (memory[at..].as_ptr(), bytes));
         }
         assert_eq!((announced.lines.len(), announced.total), (4, 10 + 1 + 1 + 24));
-        let left = |soon: &Soon<'_>| soon.rest.iter().map(|lines| lines.count).sum::<usize>() - soon.line;
         for parts in [1, 5, 36, 100] {
+            let mut next = 0;
             for part in 0..parts {
-                let soon = announced.from(part, parts);
-                let next = left(&announced.from(part + 1, parts));
-                assert_eq!(left(&soon), announced.total - announced.total * part / parts);
-                assert!(left(&soon) - next <= soon.share, "{part} of {parts}");
+                let soon = announced.some(part..part + 1, parts);
+                assert_eq!(before(&announced, &soon), next, "{part} of {parts}");
+                assert!(soon.left <= soon.share, "{part} of {parts}");
+                next += soon.left;
             }
-            assert!(announced.from(parts, parts).rest.is_empty());
+            assert_eq!(next, announced.total);
+            assert!(!announced.some(parts..parts, parts).any());
         }
         announced.clear();
-        assert!(announced.from(0, 3).rest.is_empty());
+        assert!(!announced.some(0..3, 3).any());
+    }
+
+    /// By fours, every line of the part comes, none of a run that has ended, and then nothing more.
+    #[test]
+    fn fours_cover_a_part() {
+        let memory = [0u8; 4096];
+        let mut announced = Announced::default();
+        for (at, bytes) in [(0, 640), (1024, 64), (2048, 512)] {
+            announced.push(0, (memory[at..].as_ptr(), bytes));
+        }
+        let all = |mut soon: Soon<'_>| -> Vec<usize> {
+            let mut starts = Vec::new();
+            while soon.any() {
+                starts.push(soon.four().addr() - memory.as_ptr().addr());
+            }
+            assert!(soon.four().is_null());
+            starts
+        };
+        assert_eq!(all(announced.some(0..1, 1)), [0, 256, 512, 1024, 2048, 2304]);
+        // Lines 9 to 13 of 19: the last of the first run, the second, three of the third.
+        assert_eq!(all(announced.some(9..14, 19)), [576, 1024, 2048]);
     }
 }

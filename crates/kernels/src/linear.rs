@@ -341,7 +341,6 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared, ann
     // Small enough that nobody waits long for the last task, large enough to read memory in long runs.
     let each = panels.div_ceil(means.workers.threads() * 12).clamp(1, 32);
     let each = if means.workers.threads() == 1 { panels } else { each };
-    let parts = panels * prepared.view.rows;
     means.workers.run(panels.div_ceil(each), &|task| {
         let mut before = 0;
         let mut at = task * each;
@@ -349,8 +348,9 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared, ann
         for (site, (weight, target)) in targets.iter().flatten().enumerate() {
             let own = weight.panels();
             if at < own {
-                let soon = announced.from((before + at) * prepared.view.rows, parts);
-                stripe(means.isa, weight, at, end.min(own), *target, site, prepared, soon);
+                let (to, rows) = (end.min(own), prepared.view.rows);
+                let soon = announced.some((before + at) * rows..(before + to) * rows, panels * rows);
+                stripe(means.isa, weight, at, to, *target, site, prepared, soon);
                 if end <= own {
                     break;
                 }
@@ -386,7 +386,9 @@ fn stripe_body<L: Lanes>(
     if let Some(updates) = &updates {
         updates.ask::<L>(from);
     }
-    let mut columns = Columns::<L> { target, panel: from, bias: L::zero(), rest: None, updates, soon };
+    let between = !L::TALL || prepared.view.rows < 2 * TILE || prepared.view.quants.is_null();
+    let mut columns =
+        Columns::<L> { target, panel: from, bias: L::zero(), rest: None, updates, soon, between };
     for panel in from..to {
         let width = PANEL.min(target.n - panel * PANEL);
         let plain = width == PANEL && !adapted;
@@ -411,13 +413,27 @@ struct Columns<'a, L> {
     rest: Option<Adapted<'a>>,
     updates: Option<Updates>,
     soon: Soon<'a>,
+    /// Whether what is needed soon is asked for between the tiles, not within.
+    between: bool,
 }
 
 impl<L: Lanes> Sink<L> for Columns<'_, L> {
     #[inline(always)]
+    fn asks(&self) -> bool {
+        !self.between && self.soon.any()
+    }
+
+    #[inline(always)]
+    fn soon(&mut self) -> *const u8 {
+        self.soon.four()
+    }
+
+    #[inline(always)]
     fn put<const M: usize>(&mut self, row: usize, mut sums: [L; M]) {
-        for _ in 0..M {
-            self.soon.ask::<L>();
+        if self.between {
+            for _ in 0..M {
+                self.soon.ask::<L>();
+            }
         }
         if let Some(rest) = &self.rest {
             // One call for each row instead of a copy in every kernel.

@@ -5,6 +5,7 @@
 
 use crate::lanes::Lanes;
 use crate::layout::{Codes, Columns, with_layout};
+use crate::memory::LINE;
 use crate::weight::{Panel, Weight};
 
 /// Rows whose quants lie together.
@@ -59,6 +60,12 @@ impl View {
 
 /// Where the sums of a tile of rows go.
 pub(crate) trait Sink<L: Lanes> {
+    /// Whether a tile of [`TILE`] rows that is not the first shall ask for what will be read soon.
+    fn asks(&self) -> bool;
+
+    /// Four cache lines that will be read soon, if there are any.
+    fn soon(&mut self) -> *const u8;
+
     /// Takes the sixteen sums of each of the rows from `row` on.
     fn put<const M: usize>(&mut self, row: usize, sums: [L; M]);
 }
@@ -135,8 +142,36 @@ unsafe fn fast<L: Lanes, C: Codes>(panel: Panel, x: &View, sink: &mut impl Sink<
     }
 }
 
+/// What comes out of memory while a tile is computed.
+mod ahead {
+    pub(super) const NOTHING: u8 = 0;
+    /// The next panel.
+    pub(super) const PANEL: u8 = 1;
+    /// What the sink says.
+    pub(super) const SOON: u8 = 2;
+}
+
 #[inline(always)]
 unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
+    panel: Panel,
+    x: &View,
+    row: usize,
+    sink: &mut impl Sink<L>,
+) {
+    // SAFETY: the caller vouches for it.
+    unsafe {
+        if row == 0 {
+            fast_tile_with::<L, C, M, { ahead::PANEL }>(panel, x, row, sink);
+        } else if M == TILE && sink.asks() {
+            fast_tile_with::<L, C, M, { ahead::SOON }>(panel, x, row, sink);
+        } else {
+            fast_tile_with::<L, C, M, { ahead::NOTHING }>(panel, x, row, sink);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn fast_tile_with<L: Lanes, C: Codes, const M: usize, const AHEAD: u8>(
     panel: Panel,
     x: &View,
     row: usize,
@@ -155,11 +190,14 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
         for block in 0..x.cols / 32 {
             let at = block * height + row % TILE;
             let quants = tile.quants.add(at * 32);
-            // The next panel comes out of memory while this one is computed.
-            let ahead = panel.codes.wrapping_add(panel.next + block * C::BLOCK_BYTES);
-            if row == 0 {
-                L::prefetch(panel.header.wrapping_add(panel.next + block * C::HEADER_BYTES));
-            }
+            let ahead = match AHEAD {
+                ahead::PANEL => {
+                    L::prefetch(panel.header.wrapping_add(panel.next + block * C::HEADER_BYTES));
+                    panel.codes.wrapping_add(panel.next + block * C::BLOCK_BYTES)
+                }
+                ahead::SOON => sink.soon(),
+                _ => std::ptr::null(),
+            };
             for half in 0..(if C::HALVES { 2 } else { 1 }) {
                 let mut dots = [L::ints(0); M];
                 if C::OFFSET != 0 && !shorts && !(C::WIDE && L::CENTRED) {
@@ -172,11 +210,16 @@ unsafe fn fast_tile<L: Lanes, C: Codes, const M: usize>(
                     let low = C::group::<L>(panel, block * 8 + pair * 2);
                     let high = C::group::<L>(panel, block * 8 + pair * 2 + 1);
                     let quants = quants.add(pair * 8);
-                    if row == 0 {
-                        L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4)));
-                        if C::BLOCK_BYTES > 256 {
-                            L::prefetch(ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4) + 64));
+                    match AHEAD {
+                        ahead::PANEL => {
+                            let ahead = ahead.wrapping_add(pair * (C::BLOCK_BYTES / 4));
+                            L::prefetch(ahead);
+                            if C::BLOCK_BYTES > 4 * LINE {
+                                L::prefetch(ahead.wrapping_add(LINE));
+                            }
                         }
+                        ahead::SOON if !ahead.is_null() => L::prefetch(ahead.wrapping_add(pair * LINE)),
+                        _ => {}
                     }
                     for (weights, x) in [(low, quants), (high, quants.add(4))] {
                         for i in 0..M {
