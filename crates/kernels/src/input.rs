@@ -7,8 +7,8 @@
 use crate::lanes::{Lanes, multiversion};
 use crate::linear::LAYERS;
 use crate::low_rank::{Route, shrink};
-use crate::panel::{TILE, View};
-use crate::pointwise::{inverse_rms, silu};
+use crate::panel::{TILE, Tile, View};
+use crate::pointwise::silu;
 use crate::vectors::RowVectors;
 
 /// What a fused linear layer reads.
@@ -91,10 +91,7 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
                 // SAFETY: tasks have disjoint rows; the buffer holds `rows * cols` values.
                 let values = unsafe { row_of(*out, row) };
                 let x = &x[row * cols..][..cols];
-                let scale = inverse_rms(x, eps);
-                for i in 0..cols {
-                    values[i] = x[i] * scale * weight[i];
-                }
+                norm::<L>(x, weight, eps, values);
                 values
             }
             Input::SwiGlu { gate, up } => {
@@ -162,35 +159,91 @@ unsafe fn row_of<'a>(out: Prepared, row: usize) -> &'a mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(start, out.view.cols) }
 }
 
+/// `x / rms(x) * weight`.
+#[inline(always)]
+fn norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, to: &mut [f32]) {
+    let (places, tail) = to.as_chunks_mut::<16>();
+    let ((x, x_tail), (weight, weight_tail)) = (x.as_chunks::<16>(), weight.as_chunks::<16>());
+    let count = (16 * x.len() + x_tail.len()) as f32;
+    let mut squares = [L::zero(); 2];
+    for (at, x) in x.iter().enumerate() {
+        // SAFETY: sixteen values.
+        let x = unsafe { L::load(x.as_ptr()) };
+        squares[at % 2] = squares[at % 2].fma(x, x);
+    }
+    let rest: f32 = x_tail.iter().map(|x| x * x).sum();
+    let scale = 1.0 / ((squares[0].add(squares[1]).sum() + rest) / count + eps).sqrt();
+    for ((to, x), weight) in places.iter_mut().zip(x).zip(weight) {
+        // SAFETY: sixteen values each.
+        unsafe {
+            let x = L::load(x.as_ptr()).mul(L::splat(scale));
+            x.mul(L::load(weight.as_ptr())).store(to.as_mut_ptr());
+        }
+    }
+    for ((to, x), weight) in tail.iter_mut().zip(x_tail).zip(weight_tail) {
+        *to = x * scale * weight;
+    }
+}
+
 /// # Safety
 /// The view's buffers have the shapes it states; the CPU has the unit of `L`.
 #[inline(always)]
 unsafe fn quantise<L: Lanes>(values: &[f32], row: usize, view: &View) {
+    let blocks = view.cols / 32;
+    let tile = view.tile(row);
+    let place = row % TILE;
+    // NaN and infinity make it NaN, which no comparison would see.
+    let mut poison = L::zero();
+    let mut block = 0;
     // SAFETY: all places are those of this row; a block has 32 values.
     unsafe {
-        let tile = view.tile(row);
-        let place = row % TILE;
-        // NaN and infinity make it NaN, which no comparison below would see.
-        let mut poison = L::zero();
-        for block in 0..view.cols / 32 {
-            let values = values.as_ptr().add(block * 32);
-            let (low, high) = (L::load(values), L::load(values.add(16)));
-            poison = poison.fma(low, L::zero()).fma(high, L::zero());
-            let max = L::zero().max_abs(low).max_abs(high).max_lane();
-            let scale = max / 127.0;
-            let inverse = L::splat(if max > 0.0 { 127.0 / max } else { 0.0 });
-            let at = block * tile.rows + place;
-            let quants = tile.quants.cast_mut().add(at * 32);
-            let counts = [low.mul(inverse).store_i8(quants), high.mul(inverse).store_i8(quants.add(16))];
-            *tile.scales.cast_mut().add(at) = scale;
-            *tile.sums.cast_mut().add(at) = scale * (counts[0] + counts[1]) as f32;
-            *tile.counts.cast_mut().add(2 * at) = counts[0];
-            *tile.counts.cast_mut().add(2 * at + 1) = counts[1];
+        while block + 4 <= blocks {
+            poison = quantise_blocks::<L, 4>(values, block, place, &tile, poison);
+            block += 4;
+        }
+        while block < blocks {
+            poison = quantise_blocks::<L, 1>(values, block, place, &tile, poison);
+            block += 1;
         }
         if poison.sum().is_nan() {
-            for block in 0..view.cols / 32 {
+            for block in 0..blocks {
                 *tile.scales.cast_mut().add(block * tile.rows + place) = f32::NAN;
             }
         }
     }
+}
+
+/// # Safety
+/// As for [`quantise`]; the blocks are there.
+#[inline(always)]
+unsafe fn quantise_blocks<L: Lanes, const N: usize>(
+    values: &[f32],
+    block: usize,
+    place: usize,
+    tile: &Tile,
+    mut poison: L,
+) -> L {
+    // SAFETY: the caller vouches for the places.
+    unsafe {
+        let value = |i: usize, half: usize| L::load(values.as_ptr().add((block + i) * 32 + half * 16));
+        let mut largest = [L::zero(); N];
+        for (i, largest) in largest.iter_mut().enumerate() {
+            let (low, high) = (value(i, 0), value(i, 1));
+            poison = poison.fma(low, L::zero()).fma(high, L::zero());
+            *largest = largest.max_abs(low).max_abs(high);
+        }
+        let largest = L::max_lanes(largest);
+        let scales = largest.map(|max| max / 127.0);
+        let inverses = largest.map(|max| if max > 0.0 { 127.0 / max } else { 0.0 });
+        for i in 0..N {
+            let at = (block + i) * tile.rows + place;
+            let inverse = L::splat(inverses[i]);
+            let quants = tile.quants.cast_mut().add(at * 32);
+            let counts = L::store_block(value(i, 0).mul(inverse), value(i, 1).mul(inverse), quants);
+            *tile.scales.cast_mut().add(at) = scales[i];
+            *tile.sums.cast_mut().add(at) = scales[i] * (counts[0] + counts[1]) as f32;
+            tile.counts.cast_mut().add(2 * at).cast::<[i32; 2]>().write_unaligned(counts);
+        }
+    }
+    poison
 }

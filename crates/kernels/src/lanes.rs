@@ -121,12 +121,22 @@ pub(crate) trait Lanes: Copy {
     fn max_abs(self, b: Self) -> Self;
     /// The largest lane, none being NaN.
     fn max_lane(self) -> f32;
-    /// Stores the lanes, rounded to the nearest integer (ties to even), as signed bytes, and returns their sum; lanes
-    /// lie within ±127 or are NaN, which may become anything.
+    /// The largest lane of each, none being NaN.
+    #[inline(always)]
+    fn max_lanes<const N: usize>(of: [Self; N]) -> [f32; N] {
+        of.map(Self::max_lane)
+    }
+    /// Stores the lanes, rounded to the nearest integer (ties to even), as signed bytes; lanes lie within ±127 or are NaN,
+    /// which may become anything.
     ///
     /// # Safety
     /// `to` is valid for writing sixteen bytes, and the CPU has the implementation's unit.
-    unsafe fn store_i8(self, to: *mut i8) -> i32;
+    unsafe fn store_i8(self, to: *mut i8);
+    /// As [`Lanes::store_i8`] of two vectors one behind the other, and the sums of their bytes.
+    ///
+    /// # Safety
+    /// `to` is valid for writing 32 bytes, and the CPU has the implementation's unit.
+    unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2];
     /// The sixteen lanes as an array.
     fn to_array(self) -> [f32; 16];
     /// The sum of the lanes: halves are added until one value is left.
@@ -298,11 +308,17 @@ impl Lanes for Portable {
         self.0.iter().fold(0.0, |max, &v| if v > max { v } else { max })
     }
     #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+    unsafe fn store_i8(self, to: *mut i8) {
         let bytes = self.0.map(|v| v.round_ties_even() as i8);
         // SAFETY: the caller vouches for sixteen writable bytes.
         unsafe { to.cast::<[i8; 16]>().write_unaligned(bytes) };
-        bytes.iter().map(|&byte| i32::from(byte)).sum()
+    }
+    #[inline(always)]
+    unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2] {
+        let bytes = [low, high].map(|half| half.0.map(|v| v.round_ties_even() as i8));
+        // SAFETY: the caller vouches for 32 writable bytes.
+        unsafe { to.cast::<[[i8; 16]; 2]>().write_unaligned(bytes) };
+        bytes.map(|half| half.into_iter().map(i32::from).sum())
     }
     #[inline(always)]
     fn to_array(self) -> [f32; 16] {

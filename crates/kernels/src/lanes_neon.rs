@@ -28,6 +28,22 @@ macro_rules! neon_lanes {
         #[derive(Clone, Copy)]
         pub(crate) struct $name(Four<float32x4_t>);
 
+        impl $name {
+            /// Rounded, ties to even.
+            #[inline(always)]
+            fn to_bytes(self) -> int8x16_t {
+                // SAFETY: as for `splat`.
+                unsafe {
+                    let ints = all!(|I| vcvtnq_s32_f32(self.0[I]));
+                    let words = [
+                        vqmovn_high_s32(vqmovn_s32(ints[0]), ints[1]),
+                        vqmovn_high_s32(vqmovn_s32(ints[2]), ints[3]),
+                    ];
+                    vqmovn_high_s16(vqmovn_s16(words[0]), words[1])
+                }
+            }
+        }
+
         impl Lanes for $name {
             type Ints = Four<int32x4_t>;
             type Bytes = Four<uint8x16_t>;
@@ -122,16 +138,18 @@ macro_rules! neon_lanes {
                 unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(a, b), vmaxq_f32(c, d))) }
             }
             #[inline(always)]
-            unsafe fn store_i8(self, to: *mut i8) -> i32 {
+            unsafe fn store_i8(self, to: *mut i8) {
+                // SAFETY: as for `splat`; the caller vouches for the memory.
+                unsafe { vst1q_s8(to, self.to_bytes()) }
+            }
+            #[inline(always)]
+            unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2] {
                 // SAFETY: as for `splat`; the caller vouches for the memory.
                 unsafe {
-                    let ints = all!(|I| vcvtnq_s32_f32(self.0[I]));
-                    let words = [
-                        vqmovn_high_s32(vqmovn_s32(ints[0]), ints[1]),
-                        vqmovn_high_s32(vqmovn_s32(ints[2]), ints[3]),
-                    ];
-                    vst1q_s8(to, vqmovn_high_s16(vqmovn_s16(words[0]), words[1]));
-                    vaddvq_s32(vaddq_s32(vaddq_s32(ints[0], ints[1]), vaddq_s32(ints[2], ints[3])))
+                    let bytes = [low.to_bytes(), high.to_bytes()];
+                    vst1q_s8(to, bytes[0]);
+                    vst1q_s8(to.add(16), bytes[1]);
+                    bytes.map(|half| i32::from(vaddlvq_s8(half)))
                 }
             }
             #[inline(always)]

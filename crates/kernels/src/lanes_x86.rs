@@ -84,12 +84,31 @@ impl Lanes for Avx512 {
         unsafe { _mm512_reduce_max_ps(self.0) }
     }
     #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+    fn max_lanes<const N: usize>(of: [Self; N]) -> [f32; N] {
+        let mut largest = [0.0; N];
+        let (fours, rest) = of.as_chunks::<4>();
+        for (at, four) in fours.iter().enumerate() {
+            // SAFETY: as for `zero`; there are four places.
+            unsafe { _mm_storeu_ps(largest.as_mut_ptr().add(4 * at), max_of_four(four.map(|of| of.0))) };
+        }
+        for (largest, of) in largest[N - rest.len()..].iter_mut().zip(rest) {
+            *largest = of.max_lane();
+        }
+        largest
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))) }
+    }
+    #[inline(always)]
+    unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2] {
         // SAFETY: as for `zero`; the caller vouches for the memory.
         unsafe {
-            let ints = _mm512_cvtps_epi32(self.0);
-            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(ints));
-            _mm512_reduce_add_epi32(ints)
+            let [low, high] = [low, high].map(|half| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(half.0)));
+            let bytes = _mm256_set_m128i(high, low);
+            _mm256_storeu_si256(to.cast(), bytes);
+            sums_of_halves(_mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes))
         }
     }
     #[inline(always)]
@@ -196,6 +215,41 @@ impl Lanes for Avx512 {
     }
 }
 
+/// The sums of the lower and of the higher four.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn sums_of_halves(eight: __m256i) -> [i32; 2] {
+    // SAFETY: the caller vouches for the unit.
+    unsafe {
+        let pairs = _mm256_add_epi32(eight, _mm256_shuffle_epi32::<0b01_00_11_10>(eight));
+        let sums = _mm256_add_epi32(pairs, _mm256_shuffle_epi32::<0b10_11_00_01>(pairs));
+        [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)]
+            .map(|half| _mm_cvtsi128_si32(half))
+    }
+}
+
+/// The largest lane of each of four.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn max_of_four([a, b, c, d]: [__m512; 4]) -> __m128 {
+    // SAFETY: the caller vouches for the unit.
+    unsafe {
+        let ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        // In every quarter, one of each.
+        let all = _mm512_max_ps(
+            _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd),
+            _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd),
+        );
+        let half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps::<1>(all));
+        _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+    }
+}
+
 /// The sum of eight lanes: halves are added until one value is left.
 ///
 /// # Safety
@@ -229,6 +283,19 @@ macro_rules! both {
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2([__m256; 2]);
+
+impl Avx2 {
+    /// Rounded, ties to even.
+    #[inline(always)]
+    fn to_bytes(self) -> __m128i {
+        // SAFETY: as for `zero`.
+        unsafe {
+            let ints = both!(self.0, |half| _mm256_cvtps_epi32(half));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(ints[0], ints[1]));
+            _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+        }
+    }
+}
 
 impl Lanes for Avx2 {
     type Ints = [__m256i; 2];
@@ -334,17 +401,18 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8) -> i32 {
+    unsafe fn store_i8(self, to: *mut i8) {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe { _mm_storeu_si128(to.cast(), self.to_bytes()) }
+    }
+    #[inline(always)]
+    unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2] {
         // SAFETY: as for `zero`; the caller vouches for the memory.
         unsafe {
-            let ints = both!(self.0, |half| _mm256_cvtps_epi32(half));
-            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(ints[0], ints[1]));
-            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-            _mm_storeu_si128(to.cast(), bytes);
-            let eight = _mm256_add_epi32(ints[0], ints[1]);
-            let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
-            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b00_00_11_10>(four));
-            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b00_00_00_01>(two)))
+            let bytes = _mm256_set_m128i(high.to_bytes(), low.to_bytes());
+            _mm256_storeu_si256(to.cast(), bytes);
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+            sums_of_halves(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
     #[inline(always)]
