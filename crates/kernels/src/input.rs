@@ -8,7 +8,7 @@ use crate::lanes::{Lanes, multiversion};
 use crate::linear::LAYERS;
 use crate::low_rank::{Route, shrink};
 use crate::panel::{TILE, Tile, View};
-use crate::pointwise::silu;
+use crate::pointwise::{silu, silu_with};
 use crate::vectors::RowVectors;
 
 /// What a fused linear layer reads.
@@ -99,7 +99,8 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
                 let values = unsafe { row_of(*out, row) };
                 let (gate, up) = (&gate[row * cols..][..cols], &up[row * cols..][..cols]);
                 for i in 0..cols {
-                    values[i] = silu(gate[i]) * up[i];
+                    let gated = if L::FUSED { silu_with::<true>(gate[i]) } else { silu(gate[i]) };
+                    values[i] = gated * up[i];
                 }
                 values
             }

@@ -74,6 +74,8 @@ pub(crate) trait Lanes: Copy {
     const SHORTS: bool = false;
     /// [`Lanes::dot`] of wide bytes takes 128 off each.
     const CENTRED: bool = false;
+    /// [`f32::mul_add`] is an instruction.
+    const FUSED: bool = true;
     /// The unit.
     const ISA: Isa;
 
@@ -237,6 +239,7 @@ impl Lanes for Portable {
     type Bytes = [u8; 64];
     type Signed = [[i8; 32]; 2];
     const TALL: bool = false;
+    const FUSED: bool = cfg!(target_arch = "aarch64");
     const ISA: Isa = Isa::Portable;
 
     #[inline(always)]
