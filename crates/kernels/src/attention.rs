@@ -62,8 +62,11 @@ pub fn paged_attention<E: KvElement>(
     }
     let shared = Shared::new(out);
     let task = |index: usize| {
-        // Late rows have most to do and go first.
-        let (mut tile, kv_head) = (tiles - 1 - index / kv_heads, index % kv_heads);
+        let (mut tile, kv_head) = (index / kv_heads, index % kv_heads);
+        if tiles > pages.sequences.len() {
+            // Late rows have most to do and go first.
+            tile = tiles - 1 - tile;
+        }
         let mut places = pages.with_rows();
         let place = places.find(|(_, sequence)| {
             let own = sequence.rows.div_ceil(TILE_ROWS);

@@ -14,6 +14,7 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16_x86;
 mod buffer;
+mod cut;
 mod format;
 mod input;
 mod lanes;

@@ -7,7 +7,10 @@
 //! quantisation, `A x`), then every task takes some panels of sixteen outputs, computes them for all rows and adds
 //! `B (A x)` while they are in the cache.
 
+use std::ops::Range;
+
 use crate::ahead::{Announced, Soon};
+use crate::cut::Cut;
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
 use crate::low_rank::{Kept, LowRank, PREFETCHED, Route};
@@ -338,13 +341,10 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared, ann
     }
     let targets = &targets[..count];
     let panels: usize = targets.iter().flatten().map(|(weight, _)| weight.panels()).sum();
-    // Small enough that nobody waits long for the last task, large enough to read memory in long runs.
-    let each = panels.div_ceil(means.workers.threads() * 12).clamp(1, 32);
-    let each = if means.workers.threads() == 1 { panels } else { each };
-    means.workers.run(panels.div_ceil(each), &|task| {
+    let cut = Cut::new(panels, means.workers.threads());
+    means.workers.run(cut.tasks(), &|task| {
+        let Range { start: mut at, mut end } = cut.panels(task);
         let mut before = 0;
-        let mut at = task * each;
-        let mut end = (at + each).min(panels);
         for (site, (weight, target)) in targets.iter().flatten().enumerate() {
             let own = weight.panels();
             if at < own {
