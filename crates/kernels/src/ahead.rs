@@ -1,7 +1,7 @@
 //! What comes out of memory while frozen products are computed: the rows' B, and what the call after this one begins with.
 //!
-//! Rows of one batch have different adapters, which no hardware prefetcher foresees; a row at a time is asked for, so that
-//! the requests never queue up.
+//! Rows of one batch have different adapters, which no hardware prefetcher foresees. Each thread asks for what it will read
+//! itself, a few lines at a time between its products, so that the requests never queue up.
 
 use std::ops::Range;
 
@@ -27,14 +27,23 @@ unsafe impl Sync for Lines {}
 pub(crate) struct Announced {
     lines: Vec<Lines>,
     total: usize,
-    /// By site, where the last row's begins.
+    /// By thread, how many lines it and those before it have.
+    ends: Vec<usize>,
+    /// By site, where the thread's last row's begins.
     last: [usize; LAYERS],
 }
 
 impl Announced {
     /// Makes room for a call's rows and layers, once for all.
-    pub(crate) fn reserve(&mut self) {
+    pub(crate) fn reserve(&mut self, threads: usize) {
         self.lines.reserve((LAYERS * PREFETCHED).saturating_sub(self.lines.len()));
+        self.ends.reserve(threads.saturating_sub(self.ends.len()));
+    }
+
+    /// What follows is for the next thread.
+    pub(crate) fn end_thread(&mut self) {
+        self.ends.push(self.total);
+        self.last = [0; LAYERS];
     }
 
     pub(crate) fn push(&mut self, site: usize, (start, bytes): (*const u8, usize)) {
@@ -48,15 +57,17 @@ impl Announced {
 
     pub(crate) fn clear(&mut self) {
         self.lines.clear();
+        self.ends.clear();
         self.total = 0;
         self.last = [0; LAYERS];
     }
 
-    /// Some of so many equal parts, in order.
-    pub(crate) fn some(&self, parts: Range<usize>, of: usize) -> Soon<'_> {
-        let of = of.max(1);
-        let [line, end] = [parts.start, parts.end].map(|part| self.total * part / of);
-        let mut soon = Soon { rest: &self.lines, line, left: end - line, share: self.total.div_ceil(of) };
+    /// Some of so many equal parts of what a thread has, in order.
+    pub(crate) fn some(&self, thread: usize, parts: Range<usize>, of: usize) -> Soon<'_> {
+        let [first, end] = [thread.wrapping_sub(1), thread].map(|at| self.ends.get(at).copied().unwrap_or(0));
+        let (own, of) = (end.saturating_sub(first), of.max(1));
+        let [line, end] = [parts.start, parts.end].map(|part| first + own * part / of);
+        let mut soon = Soon { rest: &self.lines, line, left: end - line, share: own.div_ceil(of) };
         soon.settle();
         soon
     }
@@ -132,7 +143,7 @@ mod tests {
         announced.total + soon.line - soon.rest.iter().map(|lines| lines.count).sum::<usize>()
     }
 
-    /// Every part begins where the one before ends, and all lines are in one of them.
+    /// Every part begins where the one before ends, and all of a thread's lines are in one of them.
     #[test]
     fn parts_cover_what_was_announced() {
         let memory = [0u8; 4096];
@@ -140,20 +151,27 @@ mod tests {
         for (at, bytes) in [(0, 640), (0, 640), (700, 64), (900, 1), (1000, 1500)] {
             announced.push(0, (memory[at..].as_ptr(), bytes));
         }
-        assert_eq!((announced.lines.len(), announced.total), (4, 10 + 1 + 1 + 24));
+        announced.end_thread();
+        // What both threads read, each of them asks for.
+        announced.push(0, (memory[1000..].as_ptr(), 1500));
+        announced.end_thread();
+        assert_eq!((announced.lines.len(), announced.total), (5, 10 + 1 + 1 + 24 + 24));
         for parts in [1, 5, 36, 100] {
             let mut next = 0;
-            for part in 0..parts {
-                let soon = announced.some(part..part + 1, parts);
-                assert_eq!(before(&announced, &soon), next, "{part} of {parts}");
-                assert!(soon.left <= soon.share, "{part} of {parts}");
-                next += soon.left;
+            for (thread, end) in [(0, 36), (1, 60)] {
+                for part in 0..parts {
+                    let soon = announced.some(thread, part..part + 1, parts);
+                    assert_eq!(before(&announced, &soon), next, "{part} of {parts}");
+                    assert!(soon.left <= soon.share, "{part} of {parts}");
+                    next += soon.left;
+                }
+                assert_eq!(next, end);
+                assert!(!announced.some(thread, parts..parts, parts).any());
             }
-            assert_eq!(next, announced.total);
-            assert!(!announced.some(parts..parts, parts).any());
+            assert!(!announced.some(2, 0..parts, parts).any());
         }
         announced.clear();
-        assert!(!announced.some(0..3, 3).any());
+        assert!(!announced.some(0, 0..3, 3).any());
     }
 
     /// By fours, every line of the part comes, none of a run that has ended, and then nothing more.
@@ -164,6 +182,7 @@ mod tests {
         for (at, bytes) in [(0, 640), (1024, 64), (2048, 512)] {
             announced.push(0, (memory[at..].as_ptr(), bytes));
         }
+        announced.end_thread();
         let all = |mut soon: Soon<'_>| -> Vec<usize> {
             let mut starts = Vec::new();
             while soon.any() {
@@ -172,8 +191,8 @@ mod tests {
             assert!(soon.four().is_null());
             starts
         };
-        assert_eq!(all(announced.some(0..1, 1)), [0, 256, 512, 1024, 2048, 2304]);
+        assert_eq!(all(announced.some(0, 0..1, 1)), [0, 256, 512, 1024, 2048, 2304]);
         // Lines 9 to 13 of 19: the last of the first run, the second, three of the third.
-        assert_eq!(all(announced.some(9..14, 19)), [576, 1024, 2048]);
+        assert_eq!(all(announced.some(0, 9..14, 19)), [576, 1024, 2048]);
     }
 }

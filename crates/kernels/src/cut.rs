@@ -26,10 +26,15 @@ impl Cut {
         self.threads * self.tasks
     }
 
+    /// The thread whose task it is, and all panels of it.
+    pub(crate) fn thread(&self, task: usize) -> (usize, Range<usize>) {
+        let thread = task / self.tasks;
+        (thread, self.panels * thread / self.threads..self.panels * (thread + 1) / self.threads)
+    }
+
     pub(crate) fn panels(&self, task: usize) -> Range<usize> {
-        let (thread, nth) = (task / self.tasks, task % self.tasks);
-        let [first, end] = [thread, thread + 1].map(|thread| self.panels * thread / self.threads);
-        let mut start = first;
+        let (_, Range { mut start, end }) = self.thread(task);
+        let nth = task % self.tasks;
         for _ in 0..nth {
             start += (end - start).div_ceil(3);
         }

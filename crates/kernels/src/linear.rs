@@ -104,20 +104,25 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Says that the call after the next one has these adapters for `rows` rows, by layer: what it begins with comes out of
-    /// memory while the next one computes.
-    pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize) {
-        self.announced.reserve();
-        if rows > PREFETCHED || layers.iter().all(|layer| layer.max_rank() == 0) {
-            return;
-        }
-        // Row by row, as they are prepared: the half that a thread asks for is the half it will read.
-        for row in 0..rows {
-            for (site, layer) in layers.iter().enumerate() {
-                if let Some(update) = layer.at(row) {
-                    self.announced.push(site, update.a.memory());
+    /// Says that the call after the next one has these adapters for `rows` rows, by layer, and `threads` threads: what it
+    /// begins with comes out of memory while the next one computes.
+    pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize, threads: usize) {
+        self.announced.reserve(threads);
+        let first = (0..rows).find_map(|row| layers.iter().find_map(|layer| layer.at(row)));
+        let Some(first) = first.filter(|_| rows <= PREFETCHED) else { return };
+        let each = prepared_together(rows, first.a.len() / first.rank);
+        let tasks = rows.div_ceil(each);
+        for thread in 0..threads {
+            // As a team deals them out, row by row: what a thread asks for it will read.
+            let [from, to] = [thread, thread + 1].map(|thread| (tasks * thread / threads * each).min(rows));
+            for row in from..to {
+                for (site, layer) in layers.iter().enumerate() {
+                    if let Some(update) = layer.at(row) {
+                        self.announced.push(site, update.a.memory());
+                    }
                 }
             }
+            self.announced.end_thread();
         }
     }
 }
@@ -186,12 +191,7 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
     let prepared = buffers(scratch, input, layers, rows, cols, Needs { fast, scaled });
     let has_updates = prepared.sites > 0 || prepared.under_rank > 0;
     if fast || has_updates || scaled || !matches!(input, Input::Plain(_)) {
-        // Whole tiles, whose rows share cache lines; a single tile is split all the same.
-        let each = match rows {
-            _ if rows * cols < ALONE => rows,
-            ..=TILE => rows.div_ceil(2),
-            _ => TILE,
-        };
+        let each = prepared_together(rows, cols);
         means.workers.run(rows.div_ceil(each), &|task| {
             let (from, to) = (task * each, (task * each + each).min(rows));
             prepare(means.isa, input, from, to, &prepared);
@@ -199,6 +199,15 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
     }
     multiply(means, layers, &prepared, &scratch.announced);
     scratch.announced.clear();
+}
+
+/// Rows that one task prepares: whole tiles, whose rows share cache lines; a single tile is split all the same.
+fn prepared_together(rows: usize, cols: usize) -> usize {
+    match rows {
+        _ if rows * cols < ALONE => rows.max(1),
+        ..=TILE => rows.div_ceil(2),
+        _ => TILE,
+    }
 }
 
 /// Whether rows' inputs are scaled before the product.
@@ -343,13 +352,15 @@ fn multiply(means: Means<'_>, layers: &mut [Layer<'_>], prepared: &Prepared, ann
     let panels: usize = targets.iter().flatten().map(|(weight, _)| weight.panels()).sum();
     let cut = Cut::new(panels, means.workers.threads());
     means.workers.run(cut.tasks(), &|task| {
+        let (thread, all) = cut.thread(task);
         let Range { start: mut at, mut end } = cut.panels(task);
         let mut before = 0;
         for (site, (weight, target)) in targets.iter().flatten().enumerate() {
             let own = weight.panels();
             if at < own {
                 let (to, rows) = (end.min(own), prepared.view.rows);
-                let soon = announced.some((before + at) * rows..(before + to) * rows, panels * rows);
+                let place = |panel: usize| (before + panel - all.start) * rows;
+                let soon = announced.some(thread, place(at)..place(to), all.len() * rows);
                 stripe(means.isa, weight, at, to, *target, site, prepared, soon);
                 if end <= own {
                     break;

@@ -174,6 +174,7 @@ impl BaseModel {
         let Runtime { team, precision, scratch, x, q, k, v, attended, gate, up, last } = runtime;
         let means = Means { isa: kernels::isa(), workers: team, precision: *precision };
         let (rows, hidden, vocab) = (input.rows(), config.hidden, config.vocab);
+        let threads = means.workers.threads();
         let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let x = at_a_line(x, rows * hidden);
         for (at, (&token, row)) in input.tokens.iter().zip(x.chunks_exact_mut(hidden)).enumerate() {
@@ -197,7 +198,7 @@ impl BaseModel {
 
             let [at_q, at_k, at_v, at_o, at_gate, at_up, at_down] = Site::ALL.map(site);
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
-            scratch.announce(&[&at_o], rows);
+            scratch.announce(&[&at_o], rows, threads);
             fused_linear(
                 scratch,
                 means,
@@ -215,7 +216,7 @@ impl BaseModel {
                 eps,
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
-            scratch.announce(&[&at_gate, &at_up], rows);
+            scratch.announce(&[&at_gate, &at_up], rows, threads);
             fused_linear(
                 scratch,
                 means,
@@ -224,7 +225,7 @@ impl BaseModel {
             );
 
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
-            scratch.announce(&[&at_down], rows);
+            scratch.announce(&[&at_down], rows, threads);
             fused_linear(
                 scratch,
                 means,
@@ -237,7 +238,7 @@ impl BaseModel {
             let gated = Input::SwiGlu { gate, up };
             if index + 1 < self.blocks().len() {
                 let next = |site| adapters.site(SiteId::new(index + 1, site));
-                scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows);
+                scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows, threads);
             }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }
