@@ -3,6 +3,7 @@
 //!
 //! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
 
+mod arrange;
 mod blocks;
 mod draw;
 mod guest;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use model::{BaseModel, BatchInput, KvPool, Logits, Runtime};
 use peft::AdapterBatch;
 
+use crate::arrange::arrange;
 use crate::blocks::BlockPool;
 use crate::guest::{Guest, Host, Rows};
 use crate::request::{Event, Generate, TokenSink};
@@ -28,6 +29,8 @@ pub(crate) struct Runner {
     pub(crate) adapters: AdapterBatch,
     pub(crate) logits: Logits,
     pub(crate) step: Step,
+    /// For [`arrange`].
+    pub(crate) arranged: Vec<(usize, Work)>,
     pub(crate) blocks: BlockPool,
     pub(crate) scheduler: Scheduler,
     pub(crate) eos: Vec<u32>,
@@ -149,6 +152,10 @@ impl Runner {
         let mut step = std::mem::take(&mut self.step);
         let mut held = Held { pool: &mut self.blocks, kv: &mut self.kv, sequences: &mut self.sequences };
         self.scheduler.plan(&mut held, &mut step);
+        arrange(&mut step.work, &mut self.arranged, |work| {
+            let adapter = self.sequences.get(&work.id).and_then(Sequence::adapter);
+            adapter.map_or(0, |adapter| Arc::as_ptr(adapter).addr())
+        });
         let guest = self.guest.is_there();
         let rows = Rows {
             all: step.work.iter().map(|work| work.tokens).sum(),

@@ -103,6 +103,7 @@ impl ModelEngine {
             adapters: AdapterBatch::default(),
             logits: Logits::default(),
             step: Step::default(),
+            arranged: Vec::new(),
             blocks: BlockPool::new(blocks as u32, settings.prefix_cache),
             scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
             eos: settings.eos,
