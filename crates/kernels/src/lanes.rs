@@ -444,9 +444,9 @@ macro_rules! multiversion {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-                fn avx512($($arg: $ty),*) { $body::<crate::lanes_x86::Avx512>($($arg),*) }
+                fn avx512($($arg: $ty),*) { $body::<crate::lanes_avx512::Avx512>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2($($arg: $ty),*) { $body::<crate::lanes_x86::Avx2>($($arg),*) }
+                fn avx2($($arg: $ty),*) { $body::<crate::lanes_avx2::Avx2>($($arg),*) }
                 match isa {
                     // SAFETY: the assertion above: the unit was detected.
                     crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },

@@ -18,10 +18,12 @@ mod cut;
 mod format;
 mod input;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lanes_avx2;
+#[cfg(target_arch = "x86_64")]
+mod lanes_avx512;
 #[cfg(target_arch = "aarch64")]
 mod lanes_neon;
-#[cfg(target_arch = "x86_64")]
-mod lanes_x86;
 mod layout;
 mod linear;
 mod lines;
