@@ -51,6 +51,8 @@ pub(crate) struct Prepared {
     /// (sites, rows).
     pub(crate) routes: *const Route,
     pub(crate) sites: usize,
+    /// By site, whether any row has an adapter.
+    pub(crate) adapted: [bool; LAYERS],
     /// (sites, rows, rank_stride): `A x` of each row at each site.
     pub(crate) shrunk: *mut f32,
     pub(crate) rank_stride: usize,

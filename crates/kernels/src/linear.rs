@@ -4,8 +4,8 @@
 //! `y[i] = o_s * (W (i_s * x[i])) + bias + c_s + B_s (A_s x[i])`, where `s` is the adapter of row `i`, if it has one (LoRA,
 //! Hu et al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023); most
 //! adapters have no scales `o`, `i` and no `c` ([`Vectors`]). Two rounds of work: rows are prepared (norm, scale,
-//! quantisation, `A x`), then every task takes some panels of sixteen outputs, computes them for all rows and adds
-//! `B (A x)` while they are in the cache.
+//! quantisation, `A x`), then every task takes some panels of sixteen outputs and computes them for all rows, `B (A x)`
+//! being added before they are stored.
 
 use std::ops::Range;
 
@@ -270,9 +270,10 @@ fn buffers(
         grow(&mut scratch.counts, 2 * blocks, 0);
     }
     scratch.routes.clear();
+    let mut adapted = [false; LAYERS];
     if sites > 0 {
         grow(&mut scratch.shrunk, sites * rows * rank_stride, 0.0);
-        for layer in layers {
+        for (layer, adapted) in layers.iter().zip(&mut adapted) {
             let n = layer.weight.rows();
             for row in 0..rows {
                 let route = layer.adapters.at(row).map_or(Route::NONE, |update| {
@@ -281,6 +282,7 @@ fn buffers(
                     assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
                     route
                 });
+                *adapted |= route.rank > 0;
                 scratch.routes.push(route);
             }
         }
@@ -318,6 +320,7 @@ fn buffers(
         },
         routes: scratch.routes.as_ptr(),
         sites,
+        adapted,
         shrunk: scratch.shrunk.as_mut_ptr(),
         rank_stride,
         vectors: if has_vectors { scratch.vectors.as_ptr() } else { std::ptr::null() },

@@ -43,10 +43,10 @@ impl Updated {
 }
 
 impl Updates {
-    /// Of a stripe of panels that ends before `end`; none if no row has an adapter.
+    /// Of a stripe of panels that ends before `end`; none if no row has an adapter there.
     pub(crate) fn new(prepared: &Prepared, site: usize, end: usize) -> Option<Self> {
         let rows = prepared.view.rows;
-        (prepared.sites > 0).then(|| Self {
+        prepared.adapted[site].then(|| Self {
             routes: prepared.routes.wrapping_add(site * rows),
             rows,
             shrunk: prepared.shrunk.wrapping_add(site * rows * prepared.rank_stride),
@@ -105,8 +105,12 @@ impl Updates {
             self.of::<L>(row, count, panel, &mut updated);
             for at in 0..count {
                 let y = target.y.part((row + at) * target.n + panel * PANEL, width);
-                let update = std::slice::from_raw_parts(updated.row(at), width);
-                y.iter_mut().zip(update).for_each(|(y, update)| *y += update);
+                let update = L::load(updated.row(at));
+                if width == PANEL {
+                    L::load(y.as_ptr()).add(update).store(y.as_mut_ptr());
+                } else {
+                    y.iter_mut().zip(update.to_array()).for_each(|(y, update)| *y += update);
+                }
             }
         }
     }
