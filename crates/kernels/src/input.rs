@@ -168,14 +168,15 @@ fn norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, to: &mut [f32]) {
     let (places, tail) = to.as_chunks_mut::<16>();
     let ((x, x_tail), (weight, weight_tail)) = (x.as_chunks::<16>(), weight.as_chunks::<16>());
     let count = (16 * x.len() + x_tail.len()) as f32;
-    let mut squares = [L::zero(); 2];
-    for (at, x) in x.iter().enumerate() {
+    // As `inverse_rms` adds them up.
+    let mut squares = L::zero();
+    for x in x {
         // SAFETY: sixteen values.
         let x = unsafe { L::load(x.as_ptr()) };
-        squares[at % 2] = squares[at % 2].fma(x, x);
+        squares = squares.add(x.mul(x));
     }
-    let rest: f32 = x_tail.iter().map(|x| x * x).sum();
-    let scale = 1.0 / ((squares[0].add(squares[1]).sum() + rest) / count + eps).sqrt();
+    let squares = squares.to_array().iter().sum::<f32>() + x_tail.iter().fold(0.0, |sum, x| sum + x * x);
+    let scale = 1.0 / (squares / count + eps).sqrt();
     for ((to, x), weight) in places.iter_mut().zip(x).zip(weight) {
         // SAFETY: sixteen values each.
         unsafe {
