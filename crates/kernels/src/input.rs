@@ -8,7 +8,7 @@ use crate::lanes::{Lanes, multiversion};
 use crate::linear::LAYERS;
 use crate::low_rank::{Route, shrink};
 use crate::panel::{TILE, Tile, View};
-use crate::pointwise::{silu, silu_with};
+use crate::pointwise::{fused_silu, norm_row, silu};
 use crate::vectors::RowVectors;
 
 /// What a fused linear layer reads.
@@ -93,7 +93,7 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
                 // SAFETY: tasks have disjoint rows; the buffer holds `rows * cols` values.
                 let values = unsafe { row_of(*out, row) };
                 let x = &x[row * cols..][..cols];
-                norm::<L>(x, weight, eps, values);
+                norm_row(x, weight, eps, values);
                 values
             }
             Input::SwiGlu { gate, up } => {
@@ -101,7 +101,7 @@ fn prepare_body<L: Lanes>(input: Input<'_>, from: usize, to: usize, out: &Prepar
                 let values = unsafe { row_of(*out, row) };
                 let (gate, up) = (&gate[row * cols..][..cols], &up[row * cols..][..cols]);
                 for i in 0..cols {
-                    let gated = if L::FUSED { silu_with::<true>(gate[i]) } else { silu(gate[i]) };
+                    let gated = if L::FUSED { fused_silu(gate[i]) } else { silu(gate[i]) };
                     values[i] = gated * up[i];
                 }
                 values
@@ -160,33 +160,6 @@ unsafe fn row_of<'a>(out: Prepared, row: usize) -> &'a mut [f32] {
     let start = out.view.values.cast_mut().wrapping_add(row * out.view.cols);
     // SAFETY: the caller vouches for the row.
     unsafe { std::slice::from_raw_parts_mut(start, out.view.cols) }
-}
-
-/// `x / rms(x) * weight`.
-#[inline(always)]
-fn norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, to: &mut [f32]) {
-    let (places, tail) = to.as_chunks_mut::<16>();
-    let ((x, x_tail), (weight, weight_tail)) = (x.as_chunks::<16>(), weight.as_chunks::<16>());
-    let count = (16 * x.len() + x_tail.len()) as f32;
-    // As `inverse_rms` adds them up.
-    let mut squares = L::zero();
-    for x in x {
-        // SAFETY: sixteen values.
-        let x = unsafe { L::load(x.as_ptr()) };
-        squares = squares.add(x.mul(x));
-    }
-    let squares = squares.to_array().iter().sum::<f32>() + x_tail.iter().fold(0.0, |sum, x| sum + x * x);
-    let scale = 1.0 / (squares / count + eps).sqrt();
-    for ((to, x), weight) in places.iter_mut().zip(x).zip(weight) {
-        // SAFETY: sixteen values each.
-        unsafe {
-            let x = L::load(x.as_ptr()).mul(L::splat(scale));
-            x.mul(L::load(weight.as_ptr())).store(to.as_mut_ptr());
-        }
-    }
-    for ((to, x), weight) in tail.iter_mut().zip(x_tail).zip(weight_tail) {
-        *to = x * scale * weight;
-    }
 }
 
 /// # Safety

@@ -29,17 +29,17 @@ multiversion! {
     fn norm_grad(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) = norm_grad_body
 }
 
-/// Sum of `f(i)` over `0..n` in sixteen lanes, a shape the compiler turns into vector code.
+/// Sum of `f(i, values[i])` in sixteen lanes, a shape the compiler turns into vector code.
 #[inline(always)]
-pub(crate) fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn lane_sum(values: &[f32], f: impl Fn(usize, f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
-    let body = n - n % 16;
-    for at in (0..body).step_by(16) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += f(at + lane);
+    let (body, tail) = values.as_chunks::<16>();
+    for (at, part) in body.iter().enumerate() {
+        for lane in 0..16 {
+            lanes[lane] += f(16 * at + lane, part[lane]);
         }
     }
-    let tail = (body..n).fold(0.0, |sum, at| sum + f(at));
+    let tail = tail.iter().enumerate().fold(0.0, |sum, (at, &value)| sum + f(16 * body.len() + at, value));
     lanes.iter().sum::<f32>() + tail
 }
 
@@ -60,17 +60,23 @@ pub(crate) fn lane_max(values: &[f32]) -> f32 {
 /// `1 / rms(x)`.
 #[inline(always)]
 pub(crate) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+    1.0 / (lane_sum(x, |_, x| x * x) / x.len() as f32 + eps).sqrt()
 }
 
 #[inline(always)]
 fn norm_body(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let n = weight.len();
     for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
-        let scale = inverse_rms(x, eps);
-        for i in 0..n {
-            y[i] = x[i] * scale * weight[i];
-        }
+        norm_row(x, weight, eps, y);
+    }
+}
+
+/// [`rms_norm`] of one row.
+#[inline(always)]
+pub(crate) fn norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let scale = inverse_rms(x, eps);
+    for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+        *y = x * scale * weight;
     }
 }
 
@@ -91,7 +97,7 @@ fn norm_grad_body(x: &[f32], weight: &[f32], eps: f32, dy: &mut [f32]) {
     let n = weight.len();
     for (x, dy) in x.chunks_exact(n).zip(dy.chunks_exact_mut(n)) {
         let scale = inverse_rms(x, eps);
-        let along = lane_sum(n, |i| weight[i] * dy[i] * x[i]) / n as f32 * scale * scale;
+        let along = lane_sum(x, |i, x| weight[i] * dy[i] * x) / n as f32 * scale * scale;
         for i in 0..n {
             dy[i] = scale * (weight[i] * dy[i] - x[i] * along);
         }
@@ -147,10 +153,10 @@ pub(crate) fn silu(v: f32) -> f32 {
     v * sigmoid(v)
 }
 
-/// As [`silu`], see [`exp_with`].
+/// As [`silu`], with products that are added without rounding between.
 #[inline(always)]
-pub(crate) fn silu_with<const FUSED: bool>(v: f32) -> f32 {
-    v / (1.0 + exp_with::<FUSED>(-v))
+pub(crate) fn fused_silu(v: f32) -> f32 {
+    v / (1.0 + exp_with::<true>(-v))
 }
 
 #[inline(always)]
@@ -215,7 +221,7 @@ fn powers_in_place_body(logits: &mut [f32], max: &mut f32, sum: &mut f64) {
             let power = *logit - *max;
             *logit = if power < -60.0 { 0.0 } else { exp(power) };
         }
-        *sum += f64::from(lane_sum(logits.len(), |i| logits[i]));
+        *sum += f64::from(lane_sum(logits, |_, logit| logit));
     }
 }
 

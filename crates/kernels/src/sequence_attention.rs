@@ -222,7 +222,7 @@ impl Block {
             let seen = &mut scores[first..=last];
             let max = lane_max(seen);
             seen.iter_mut().for_each(|score| *score = exp((*score - max) * scale));
-            let share = 1.0 / lane_sum(seen.len(), |i| seen[i]);
+            let share = 1.0 / lane_sum(seen, |_, power| power);
             seen.iter_mut().for_each(|score| *score *= share);
         }
     }
