@@ -108,8 +108,11 @@ impl Scratch {
     /// begins with comes out of memory while the next one computes.
     pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize, threads: usize) {
         self.announced.reserve(threads);
+        if rows > PREFETCHED || layers.iter().all(|layer| layer.max_rank() == 0) {
+            return;
+        }
         let first = (0..rows).find_map(|row| layers.iter().find_map(|layer| layer.at(row)));
-        let Some(first) = first.filter(|_| rows <= PREFETCHED) else { return };
+        let Some(first) = first else { return };
         let each = prepared_together(rows, first.a.len() / first.rank);
         let tasks = rows.div_ceil(each);
         for thread in 0..threads {
