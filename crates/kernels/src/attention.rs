@@ -62,6 +62,7 @@ pub fn paged_attention<E: KvElement>(
     }
     let shared = Shared::new(out);
     let task = |index: usize| {
+        // A thread's first tasks are of the rows whose keys it has stored.
         let (mut tile, kv_head) = (index / kv_heads, index % kv_heads);
         if tiles > pages.sequences.len() {
             // Late rows have most to do and go first.

@@ -140,7 +140,13 @@ pub(crate) trait Lanes: Copy {
     /// `to` is valid for writing 32 bytes, and the CPU has the implementation's unit.
     unsafe fn store_block(low: Self, high: Self, to: *mut i8) -> [i32; 2];
     /// The sixteen lanes as an array.
-    fn to_array(self) -> [f32; 16];
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        // SAFETY: the array has sixteen values; a value exists only where the CPU has the unit.
+        unsafe { self.store(out.as_mut_ptr()) };
+        out
+    }
     /// The sum of the lanes: halves are added until one value is left.
     #[inline(always)]
     fn sum(self) -> f32 {

@@ -157,13 +157,6 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        // SAFETY: as for `zero`; the array has sixteen values.
-        unsafe { self.store(out.as_mut_ptr()) };
-        out
-    }
-    #[inline(always)]
     fn ints(value: i32) -> [__m256i; 2] {
         // SAFETY: as for `zero`.
         unsafe { [_mm256_set1_epi32(value); 2] }

@@ -112,13 +112,6 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        // SAFETY: as for `zero`; the array has sixteen values.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
-        out
-    }
-    #[inline(always)]
     fn ints(value: i32) -> __m512i {
         // SAFETY: as for `zero`.
         unsafe { _mm512_set1_epi32(value) }

@@ -153,13 +153,6 @@ macro_rules! neon_lanes {
                 }
             }
             #[inline(always)]
-            fn to_array(self) -> [f32; 16] {
-                let mut out = [0.0; 16];
-                // SAFETY: the array has sixteen values.
-                unsafe { self.store(out.as_mut_ptr()) };
-                out
-            }
-            #[inline(always)]
             fn ints(value: i32) -> Four<int32x4_t> {
                 // SAFETY: as for `splat`.
                 [unsafe { vdupq_n_s32(value) }; 4]

@@ -309,7 +309,7 @@ pub(crate) unsafe fn up<L: Lanes, const M: usize>(
 /// # Safety
 /// As for [`up`].
 #[inline(always)]
-unsafe fn sums_of<L: Lanes, const M: usize>(
+pub(crate) unsafe fn sums_of<L: Lanes, const M: usize>(
     b: *const u8,
     rank: usize,
     u: *const f32,

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use crate::input::Prepared;
 use crate::lanes::{Lanes, multiversion};
 use crate::linear::Target;
-use crate::low_rank::{Kept, PREFETCHED, Route, up};
+use crate::low_rank::{Kept, PREFETCHED, Route, sums_of, up};
 use crate::memory::LINE;
 use crate::panel::TALLEST;
 use crate::weight::PANEL;
@@ -153,7 +153,9 @@ fn of_rows_body<L: Lanes>(updates: &Updates, row: usize, count: usize, panel: us
                     L::prefetch(b.wrapping_add(8 * PANEL));
                     L::prefetch(b.wrapping_add(8 * PANEL + LINE));
                 }
-                eight_codes::<L>(b, u).store(to);
+                // The rank is known: no loop.
+                let [sums] = sums_of::<L, 1>(b, 8, u, 0, |b| L::load_i8(b), PANEL);
+                sums.store(to);
             } else {
                 if panel + 1 < updates.end {
                     updates.ask_for::<L>(row + at, panel + 1);
@@ -163,18 +165,4 @@ fn of_rows_body<L: Lanes>(updates: &Updates, row: usize, count: usize, panel: us
             at += 1;
         }
     }
-}
-
-/// As [`up`] of one row with the usual rank, without a loop.
-///
-/// # Safety
-/// `b` is a panel of (8, 16) codes; `u` has eight values.
-#[inline(always)]
-unsafe fn eight_codes<L: Lanes>(b: *const u8, u: *const f32) -> L {
-    let mut sums = L::zero();
-    for rank in 0..8 {
-        // SAFETY: the caller vouches for B and `u`.
-        unsafe { sums = sums.fma(L::load_i8(b.add(rank * PANEL)), L::splat(*u.add(rank))) };
-    }
-    sums
 }
