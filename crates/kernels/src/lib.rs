@@ -42,6 +42,7 @@ mod parallel;
 mod pointwise;
 pub mod reference;
 mod rotary;
+mod routing;
 mod sequence_attention;
 mod team;
 mod transpose;
@@ -54,7 +55,7 @@ pub use buffer::{PageBuffer, at_a_line, first_at_a_line};
 pub use format::{Format, WeightError};
 pub use input::Input;
 pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};
-pub use linear::{Layer, Means, NoAdapters, Precision, Routing, Scratch, fused_linear, linear};
+pub use linear::{Layer, Means, Precision, Scratch, fused_linear, linear};
 pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b};
 pub use low_rank_codes::quantise_low_rank;
 pub use many_rows::{Products, linear_many, linear_transposed};
@@ -65,6 +66,7 @@ pub use pointwise::{
     Thinning, rms_norm, rms_norm_grad, softmax_loss, softmax_weights, swiglu, swiglu_grad, thin_out,
 };
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
+pub use routing::{Listing, NoAdapters, RouteTable, Routing};
 pub use sequence_attention::{Group, Span, SpanAttention, span_attention, span_attention_grad};
 pub use team::{Rayon, Team, Workers};
 pub use vectors::Vectors;

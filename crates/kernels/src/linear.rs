@@ -3,7 +3,7 @@
 //!
 //! `y[i] = o_s * (W (i_s * x[i])) + bias + c_s + B_s (A_s x[i])`, where `s` is the adapter of row `i`, if it has one (LoRA,
 //! Hu et al. 2021; many adapters in one batch as in Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023); most
-//! adapters have no scales `o`, `i` and no `c` ([`Vectors`]). Two rounds of work: rows are prepared (norm, scale,
+//! adapters have no scales `o`, `i` and no `c` ([`crate::Vectors`]). Two rounds of work: rows are prepared (norm, scale,
 //! quantisation, `A x`), then every task takes some panels of sixteen outputs and computes them for all rows, `B (A x)`
 //! being added before they are stored.
 
@@ -13,12 +13,13 @@ use crate::ahead::{Announced, Soon};
 use crate::cut::Cut;
 use crate::input::{Input, Prepared, prepare};
 use crate::lanes::{Isa, Lanes, isa, multiversion};
-use crate::low_rank::{Kept, LowRank, PREFETCHED, Route};
+use crate::low_rank::{PREFETCHED, Route};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
+use crate::routing::{Listing, NoAdapters, Routing, Shape};
 use crate::team::{Rayon, Workers};
 use crate::updates::{Updated, Updates};
-use crate::vectors::{Adapted, RowVectors, Vectors};
+use crate::vectors::{Adapted, RowVectors};
 use crate::weight::{PANEL, Weight};
 
 /// How activations enter the products with quantised weights.
@@ -29,49 +30,6 @@ pub enum Precision {
     Fast,
     /// In float32, as in the reference implementation.
     Exact,
-}
-
-/// Which row has which adapter at one site.
-pub trait Routing: Sync {
-    /// The adapter of a row.
-    fn at(&self, row: usize) -> Option<LowRank<'_>>;
-
-    /// The largest rank at this site; 0 if no row has an adapter.
-    fn max_rank(&self) -> usize;
-
-    /// Whether an update is kept in eight bits here, and the rows must be quantised for it.
-    fn coded(&self) -> bool {
-        false
-    }
-
-    /// What else the adapter of a row does.
-    fn vectors(&self, _row: usize) -> Vectors<'_> {
-        Vectors::default()
-    }
-
-    /// Whether any row's adapter does anything else.
-    fn has_vectors(&self) -> bool {
-        false
-    }
-
-    /// An update of the frozen matrix that all rows share, before what their own adapters do: W + B A in place of W.
-    fn under(&self) -> Option<LowRank<'_>> {
-        None
-    }
-}
-
-/// No adapters.
-#[derive(Debug, Clone, Copy)]
-pub struct NoAdapters;
-
-impl Routing for NoAdapters {
-    fn at(&self, _: usize) -> Option<LowRank<'_>> {
-        None
-    }
-
-    fn max_rank(&self) -> usize {
-        0
-    }
 }
 
 /// One of the linear layers of a call.
@@ -97,6 +55,8 @@ pub struct Scratch {
     sums: Vec<f32>,
     counts: Vec<i32>,
     routes: Vec<Route>,
+    /// Those of the call after the next one.
+    coming: Vec<Route>,
     shrunk: Vec<f32>,
     vectors: Vec<RowVectors>,
     under: Vec<f32>,
@@ -104,24 +64,29 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Says that the call after the next one has these adapters for `rows` rows, by layer, and `threads` threads: what it
-    /// begins with comes out of memory while the next one computes.
-    pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize, threads: usize) {
+    /// Says that the call after the next one has layers of `cols` inputs with these adapters for `rows` rows, and `threads`
+    /// threads: what it begins with comes out of memory while the next one computes.
+    pub fn announce(&mut self, layers: &[&dyn Routing], rows: usize, cols: usize, threads: usize) {
         self.announced.reserve(threads);
+        // Once for all, as there.
+        self.coming.reserve((LAYERS * PREFETCHED).saturating_sub(self.coming.len()));
         if rows > PREFETCHED || layers.iter().all(|layer| layer.max_rank() == 0) {
             return;
         }
-        let first = (0..rows).find_map(|row| layers.iter().find_map(|layer| layer.at(row)));
-        let Some(first) = first else { return };
-        let each = prepared_together(rows, first.a.len() / first.rank);
+        self.coming.clear();
+        for layer in layers {
+            layer.list(rows, &mut Listing::new(&mut self.coming, None));
+        }
+        let each = prepared_together(rows, cols);
         let tasks = rows.div_ceil(each);
         for thread in 0..threads {
             // As a team deals them out, row by row: what a thread asks for it will read.
             let [from, to] = [thread, thread + 1].map(|thread| (tasks * thread / threads * each).min(rows));
             for row in from..to {
-                for (site, layer) in layers.iter().enumerate() {
-                    if let Some(update) = layer.at(row) {
-                        self.announced.push(site, update.a.memory());
+                for site in 0..layers.len() {
+                    let route = &self.coming[site * rows + row];
+                    if route.rank > 0 {
+                        self.announced.push(site, (route.a, route.a_bytes()));
                     }
                 }
             }
@@ -130,7 +95,7 @@ impl Scratch {
     }
 }
 
-// SAFETY: the pointers in `routes` and `vectors` are used within the call that writes them only.
+// SAFETY: the pointers in `routes`, `coming` and `vectors` are used within the call that writes them only.
 unsafe impl Send for Scratch {}
 
 fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, empty: T) {
@@ -277,17 +242,12 @@ fn buffers(
     if sites > 0 {
         grow(&mut scratch.shrunk, sites * rows * rank_stride, 0.0);
         for (layer, adapted) in layers.iter().zip(&mut adapted) {
-            let n = layer.weight.rows();
-            for row in 0..rows {
-                let route = layer.adapters.at(row).map_or(Route::NONE, |update| {
-                    assert!(update.rank <= rank_stride, "rank {} beyond {rank_stride}", update.rank);
-                    let route = Route::new(&update, n, cols);
-                    assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
-                    route
-                });
-                *adapted |= route.rank > 0;
-                scratch.routes.push(route);
-            }
+            let own = scratch.routes.len();
+            let shape = Shape { n: layer.weight.rows(), k: cols, ranks: rank_stride, fast };
+            layer.adapters.list(rows, &mut Listing::new(&mut scratch.routes, Some(shape)));
+            let own = &scratch.routes[own..];
+            assert_eq!(own.len(), rows, "a routing lists {} rows of {rows}", own.len());
+            *adapted = own.iter().any(|route| route.rank > 0);
         }
     }
     scratch.vectors.clear();
@@ -297,13 +257,12 @@ fn buffers(
         let of_row = |row| RowVectors::new(&layer.adapters.vectors(row), n, cols);
         scratch.vectors.extend((0..rows).map(of_row));
     }
-    let mut under = [Route::NONE; LAYERS];
-    let mut under_rank = 0;
-    for (under, layer) in under.iter_mut().zip(layers) {
-        if let Some(update) = layer.adapters.under() {
-            *under = Route::new(&update, layer.weight.rows(), cols);
-            under_rank = update.rank.max(under_rank);
-        }
+    let (mut under, mut under_rank) = ([Route::NONE; LAYERS], 0);
+    for (under, layer) in under.iter_mut().zip(layers).filter(|(_, layer)| layer.adapters.under().is_some()) {
+        let shape = Shape { n: layer.weight.rows(), k: cols, ranks: usize::MAX, fast };
+        Listing::new(&mut scratch.coming, Some(shape)).push(layer.adapters.under());
+        *under = scratch.coming.pop().unwrap_or(Route::NONE);
+        under_rank = under.rank.max(under_rank);
     }
     grow(&mut scratch.under, layers.len() * rows * under_rank, 0.0);
     let values = match input {

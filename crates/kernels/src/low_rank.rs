@@ -1,5 +1,7 @@
 //! The low-rank updates of a batch: every row's way down (`A x`) and up again (`B u`), and the form its factors are kept in.
 
+use std::fmt;
+
 use rayon::prelude::*;
 
 use crate::lanes::{Lanes, brain_to_f32, isa, multiversion};
@@ -19,6 +21,7 @@ pub enum Numbers<'a> {
 
 impl Numbers<'_> {
     /// Number of values.
+    #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
@@ -38,12 +41,21 @@ impl Numbers<'_> {
         }
     }
 
-    /// Where they are, and how many bytes they take.
-    pub(crate) fn memory(&self) -> (*const u8, usize) {
+    #[inline(always)]
+    fn start(&self) -> *const u8 {
         match *self {
-            Self::F32(values) => (values.as_ptr().cast(), size_of_val(values)),
-            Self::Bf16(values) => (values.as_ptr().cast(), size_of_val(values)),
-            Self::I8(codes) => (codes.as_ptr().cast(), size_of_val(codes)),
+            Self::F32(values) => values.as_ptr().cast(),
+            Self::Bf16(values) => values.as_ptr().cast(),
+            Self::I8(codes) => codes.as_ptr().cast(),
+        }
+    }
+
+    #[inline(always)]
+    fn kept(&self) -> Kept {
+        match self {
+            Self::F32(_) => Kept::Single,
+            Self::Bf16(_) => Kept::Brain,
+            Self::I8(_) => Kept::Codes,
         }
     }
 
@@ -73,31 +85,31 @@ impl LowRank<'_> {
     /// # Errors
     /// Says what does not.
     pub fn fits(&self, n: usize, k: usize) -> Result<(), String> {
-        self.kept(n, k).map(|_| ())
+        let misfit = Route::new(self).map_or_else(Some, |route| route.misfit(n, k));
+        misfit.map_or(Ok(()), |misfit| Err(misfit.to_string()))
     }
+}
 
-    fn kept(&self, n: usize, k: usize) -> Result<Kept, String> {
-        let rank = self.rank;
-        let (kept, a, b) = match (self.a, self.b) {
-            (Numbers::F32(a), Numbers::F32(b)) => (Kept::Single, a.len(), b.len()),
-            (Numbers::Bf16(a), Numbers::Bf16(b)) => (Kept::Brain, a.len(), b.len()),
-            (Numbers::I8(a), Numbers::I8(b)) => (Kept::Codes, a.len(), b.len()),
-            _ => return Err("A and B are kept in different precisions".to_owned()),
-        };
-        let (stride, scales) = if kept == Kept::Codes { (codes_stride(k), rank) } else { (k, 0) };
-        let is = |len, stride| rank.checked_mul(stride) == Some(len);
-        if rank == 0 {
-            Err("an update of rank 0".to_owned())
-        } else if kept == Kept::Codes && !k.is_multiple_of(32) {
-            Err(format!("{k} columns are no whole blocks"))
-        } else if !is(a, stride) {
-            Err(format!("A is not {rank} x {k}"))
-        } else if !is(b, n.next_multiple_of(PANEL)) {
-            Err(format!("B is not {n} x {rank}"))
-        } else if self.scales.len() != scales {
-            Err(format!("there are not {scales} scales"))
-        } else {
-            Ok(kept)
+/// Why an update does not fit a layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Misfit {
+    Mixed,
+    NoRank,
+    Blocks { k: usize },
+    A { rank: usize, k: usize },
+    B { n: usize, rank: usize },
+    Scales { scales: usize },
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mixed => f.write_str("A and B are kept in different precisions"),
+            Self::NoRank => f.write_str("an update of rank 0"),
+            Self::Blocks { k } => write!(f, "{k} columns are no whole blocks"),
+            Self::A { rank, k } => write!(f, "A is not {rank} x {k}"),
+            Self::B { n, rank } => write!(f, "B is not {n} x {rank}"),
+            Self::Scales { scales } => write!(f, "there are not {scales} scales"),
         }
     }
 }
@@ -111,8 +123,9 @@ pub const fn codes_stride(cols: usize) -> usize {
 /// Columns of A that are multiplied at a time in eight bits: two blocks of quants.
 const CHUNK: usize = 64;
 
-/// A row's adapter at one site, as the kernels keep it for the time of a call.
+/// A row's adapter at one site, as the kernels read it: all on one cache line.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 pub(crate) struct Route {
     /// 0 without an adapter.
     pub(crate) rank: usize,
@@ -121,7 +134,11 @@ pub(crate) struct Route {
     pub(crate) b: *const u8,
     /// For each rank, in eight bits.
     pub(crate) scales: *const f32,
+    /// Values of A and of B.
+    lens: [usize; 2],
 }
+
+const _: () = assert!(size_of::<Route>() == crate::memory::LINE);
 
 /// How the factors are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,21 +165,48 @@ impl Route {
         a: std::ptr::null(),
         b: std::ptr::null(),
         scales: std::ptr::null(),
+        lens: [0; 2],
     };
 
-    /// The route of an update of a layer of `n` outputs and `k` inputs.
+    /// The route of an update.
     ///
-    /// # Panics
-    /// When the factors do not fit.
-    pub(crate) fn new(update: &LowRank<'_>, n: usize, k: usize) -> Self {
-        let kept = update.kept(n, k).unwrap_or_else(|problem| panic!("{problem}"));
-        let start = |numbers| match numbers {
-            Numbers::F32(values) => values.as_ptr().cast(),
-            Numbers::Bf16(values) => values.as_ptr().cast(),
-            Numbers::I8(codes) => codes.as_ptr().cast(),
-        };
-        let (a, b) = (start(update.a), start(update.b));
-        Self { rank: update.rank, kept, a, b, scales: update.scales.as_ptr() }
+    /// # Errors
+    /// When its parts contradict each other.
+    #[inline(always)]
+    pub(crate) fn new(update: &LowRank<'_>) -> Result<Self, Misfit> {
+        let LowRank { rank, a, b, scales } = *update;
+        let kept = a.kept();
+        let scales_wanted = if kept == Kept::Codes { rank } else { 0 };
+        if kept != b.kept() {
+            Err(Misfit::Mixed)
+        } else if rank == 0 {
+            Err(Misfit::NoRank)
+        } else if scales.len() != scales_wanted {
+            Err(Misfit::Scales { scales: scales_wanted })
+        } else {
+            let lens = [a.len(), b.len()];
+            Ok(Self { rank, kept, a: a.start(), b: b.start(), scales: scales.as_ptr(), lens })
+        }
+    }
+
+    /// What does not fit a layer of `n` outputs and `k` inputs.
+    #[inline(always)]
+    pub(crate) fn misfit(&self, n: usize, k: usize) -> Option<Misfit> {
+        let (rank, [a, b]) = (self.rank, self.lens);
+        let stride = if self.kept == Kept::Codes { codes_stride(k) } else { k };
+        let is = |len, stride| rank.checked_mul(stride) == Some(len);
+        if self.kept == Kept::Codes && !k.is_multiple_of(32) {
+            Some(Misfit::Blocks { k })
+        } else if !is(a, stride) {
+            Some(Misfit::A { rank, k })
+        } else {
+            (!is(b, n.next_multiple_of(PANEL))).then_some(Misfit::B { n, rank })
+        }
+    }
+
+    /// Bytes of A.
+    pub(crate) const fn a_bytes(&self) -> usize {
+        self.lens[0] * self.kept.width()
     }
 }
 

@@ -1,9 +1,9 @@
 //! The same maths written plainly, in float64 sums: the oracle of the fast kernels' tests.
 
 use crate::attention::KvStore;
-use crate::linear::Routing;
 use crate::low_rank::{LowRank, Numbers};
 use crate::paging::{BLOCK, KvElement, Pages};
+use crate::routing::Routing;
 use crate::weight::Weight;
 
 /// One layer of [`crate::fused_linear`]; `quantise` takes the activations of the frozen product in 8 bits.

@@ -1,14 +1,17 @@
 //! The fast kernels against the plain reference, on every vector unit this CPU has.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
+use std::sync::Arc;
+
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
-    Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, LowRank, Means,
-    Numbers, PagedSequence, Pages, Precision, Products, Rayon, Right, RopeTable, Rotary, Routing, Scratch,
-    Span, SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear, linear_many,
-    linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference, rms_norm,
-    rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu, swiglu_grad,
+    Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, Listing, LowRank,
+    Means, Numbers, PagedSequence, Pages, Precision, Products, Rayon, Right, RopeTable, Rotary, RouteTable,
+    Routing, Scratch, Span, SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear,
+    linear_many, linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference,
+    rms_norm, rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu,
+    swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -57,6 +60,7 @@ fn rows_decode_as_in_candle() {
 }
 
 /// Rows, rank, A, B in panels, in either precision, and what else it does.
+#[derive(Clone)]
 struct Update {
     rows: Vec<usize>,
     rank: usize,
@@ -157,6 +161,31 @@ impl Routing for Only<'_> {
 
     fn coded(&self) -> bool {
         self.0.of(self.1).into_iter().chain(&self.0.under).any(|update| update.codes.is_some())
+    }
+}
+
+/// The same updates, listed from a table that has the update of row `row` at place `row + off`.
+struct Tabled<'a> {
+    plain: &'a Updates,
+    table: RouteTable<Vec<(usize, Update)>>,
+    off: usize,
+}
+
+impl Routing for Tabled<'_> {
+    fn at(&self, _: usize) -> Option<LowRank<'_>> {
+        panic!("rows are listed")
+    }
+
+    fn max_rank(&self) -> usize {
+        self.plain.max_rank()
+    }
+
+    fn coded(&self) -> bool {
+        self.plain.coded()
+    }
+
+    fn list<'a>(&'a self, rows: usize, to: &mut Listing<'_, 'a>) {
+        (0..rows).for_each(|row| to.push_at(Some(&self.table), row + self.off));
     }
 }
 
@@ -312,6 +341,35 @@ fn adapters_of_every_rank_equal_the_reference_on_every_unit() {
             assert!(error > 1e-3, "{format:?} rank {rank}: {error}");
         }
     }
+}
+
+#[test]
+fn updates_listed_from_a_table_are_the_same() {
+    let mut rng = StdRng::seed_from_u64(25);
+    let case = Case::new(&mut rng, Format::Q4_1, 9, 64, 544).with_codes(&mut rng);
+    let means = Means { isa: isas()[0], workers: &Rayon, precision: Precision::Fast };
+    let plain = case.run_with(means);
+    let run = |off: usize| {
+        // The table owns copies: what it lists is there after `case` has changed hands.
+        let own = (0..case.m).filter_map(|row| Some((row, case.adapters.of(row)?.clone())));
+        let table = RouteTable::new(Arc::new(own.collect::<Vec<_>>()), case.m, |own, row| {
+            own.iter().find(|(of, _)| *of == row).map(|(_, update)| update.low_rank())
+        });
+        let adapters = Tabled { plain: &case.adapters, table, off };
+        let mut y = vec![0.0; plain.len()];
+        let layer = Layer {
+            weight: &case.weight,
+            bias: Some(&case.bias),
+            adapters: &adapters,
+            y: &mut y,
+            add: false,
+        };
+        fused_linear(&mut Scratch::default(), means, Input::Plain(&case.x), &mut [layer]);
+        y.iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits())
+    };
+    assert!(run(0));
+    // Negative control: every row has the next one's.
+    assert!(!run(1));
 }
 
 #[test]

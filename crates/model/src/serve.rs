@@ -197,8 +197,9 @@ impl BaseModel {
                 [at_a_line(gate, rows * config.feed_forward), at_a_line(up, rows * config.feed_forward)];
 
             let [at_q, at_k, at_v, at_o, at_gate, at_up, at_down] = Site::ALL.map(site);
+            adapters.ask_for(SiteId::new(index, Site::Gate), SiteId::new(index, Site::Down));
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
-            scratch.announce(&[&at_o], rows, threads);
+            scratch.announce(&[&at_o], rows, query, threads);
             fused_linear(
                 scratch,
                 means,
@@ -216,7 +217,7 @@ impl BaseModel {
                 eps,
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
-            scratch.announce(&[&at_gate, &at_up], rows, threads);
+            scratch.announce(&[&at_gate, &at_up], rows, hidden, threads);
             fused_linear(
                 scratch,
                 means,
@@ -224,8 +225,9 @@ impl BaseModel {
                 &mut [layer(block, Site::O, &at_o, x, true)],
             );
 
+            adapters.ask_for(SiteId::new(index + 1, Site::Q), SiteId::new(index + 1, Site::O));
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
-            scratch.announce(&[&at_down], rows, threads);
+            scratch.announce(&[&at_down], rows, config.feed_forward, threads);
             fused_linear(
                 scratch,
                 means,
@@ -238,7 +240,7 @@ impl BaseModel {
             let gated = Input::SwiGlu { gate, up };
             if index + 1 < self.blocks().len() {
                 let next = |site| adapters.site(SiteId::new(index + 1, site));
-                scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows, threads);
+                scratch.announce(&[&next(Site::Q), &next(Site::K), &next(Site::V)], rows, hidden, threads);
             }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }

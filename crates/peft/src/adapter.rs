@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kernels::{LowRank, Numbers, Vectors, pack_b, quantise_low_rank, row_norms};
+use kernels::{LowRank, Numbers, RouteTable, Vectors, pack_b, quantise_low_rank, row_norms};
 use types::{AdapterId, GenerationId, Site, SiteId};
 
 use crate::base::FrozenBase;
@@ -17,7 +17,7 @@ use crate::weights::{AdapterWeights, Ia3Scale, Ia3Weights, LoraTensors, LoraWeig
 
 /// All tensors of an adapter.
 #[derive(Debug)]
-struct Tensors {
+pub(crate) struct Tensors {
     /// By the sites' names: what it does there in any layer.
     effects: [Effects; Site::ALL.len()],
     /// By [`SiteId::index`].
@@ -31,7 +31,7 @@ struct Tensors {
 #[derive(Debug)]
 pub struct Adapter {
     // Dropped in this order: who watches is told when the memory is free.
-    tensors: Arc<Tensors>,
+    routes: RouteTable<Tensors>,
     _watch: Option<Watch>,
 }
 
@@ -60,9 +60,19 @@ impl Tensors {
             effects[at % Site::ALL.len()].join(here);
         }
         let mut tensors = Self { effects, sites, prompt, bytes: 0 };
-        let lists = size_of_val(tensors.sites.as_slice()) + size_of_val(tensors.prompt.as_slice());
+        let listed = tensors.sites.len() * RouteTable::<Self>::SITE_BYTES;
+        let lists = size_of_val(tensors.sites.as_slice()) + size_of_val(tensors.prompt.as_slice()) + listed;
         tensors.bytes = tensors.values().map(Values::bytes).sum::<usize>() + lists;
         tensors
+    }
+
+    fn listed(self) -> RouteTable<Self> {
+        Self::list(Arc::new(self))
+    }
+
+    fn list(tensors: Arc<Self>) -> RouteTable<Self> {
+        let sites = tensors.sites.len();
+        RouteTable::new(tensors, sites, |tensors, site| tensors.sites.get(site)?.as_ref()?.update())
     }
 
     /// All of them, in a fixed order.
@@ -189,48 +199,61 @@ impl Adapter {
     }
 
     pub(crate) fn of(sites: Vec<Option<AdapterSite>>, prompt: Vec<Values>) -> Self {
-        Self { tensors: Arc::new(Tensors::new(sites, prompt)), _watch: None }
+        Self { routes: Tensors::new(sites, prompt).listed(), _watch: None }
     }
 
     /// Pages of `page_bytes` that it takes; `None` if a tensor is larger than a page.
     #[must_use]
     pub fn pages(&self, page_bytes: usize) -> Option<usize> {
-        Plan::new(page_bytes, self.tensors.values().map(Values::bytes)).map(|plan| plan.pages())
+        Plan::new(page_bytes, self.tensors().values().map(Values::bytes)).map(|plan| plan.pages())
     }
 
     /// The same adapter with its tensors in pages of a pool; `None` if there are too few free ones. Calls `between` as
     /// [`Adapter::load`] does.
     #[must_use]
     pub fn upload(&self, pool: &PagePool, between: &mut dyn FnMut()) -> Option<Self> {
-        let values: Vec<Numbers<'_>> = self.tensors.values().map(Values::numbers).collect();
+        let values: Vec<Numbers<'_>> = self.tensors().values().map(Values::numbers).collect();
         let mut spans = pool.store(&values, between)?.into_iter();
-        let paged = self.tensors.map(|own| spans.next().map_or_else(|| own.clone(), Values::Paged));
-        Some(Self { tensors: Arc::new(paged), _watch: None })
+        let paged = self.tensors().map(|own| spans.next().map_or_else(|| own.clone(), Values::Paged));
+        Some(Self { routes: paged.listed(), _watch: None })
     }
 
     /// Another handle on the same weights that calls `dropped` when it goes, after what it alone held is free.
     #[must_use]
     pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
-        Self { tensors: Arc::clone(&self.tensors), _watch: Some(Watch(Some(Box::new(dropped)))) }
+        Self {
+            routes: Tensors::list(Arc::clone(self.routes.owner())),
+            _watch: Some(Watch(Some(Box::new(dropped)))),
+        }
     }
 
     /// By [`SiteId::index`]; empty if it has none.
     pub(crate) fn sites(&self) -> &[Option<AdapterSite>] {
-        &self.tensors.sites
+        &self.tensors().sites
     }
 
     /// The embeddings of virtual tokens.
     pub(crate) fn prompt(&self) -> &[Values] {
-        &self.tensors.prompt
+        &self.tensors().prompt
     }
 
     /// All tensors, site by site, then the prompt's.
     pub(crate) fn values(&self) -> impl Iterator<Item = &Values> {
-        self.tensors.values()
+        self.tensors().values()
+    }
+
+    fn tensors(&self) -> &Tensors {
+        self.routes.owner()
+    }
+
+    /// Its updates by site.
+    #[inline]
+    pub(crate) fn routes(&self) -> &RouteTable<Tensors> {
+        &self.routes
     }
 
     fn at(&self, id: SiteId) -> Option<&AdapterSite> {
-        self.tensors.sites.get(id.index())?.as_ref()
+        self.tensors().sites.get(id.index())?.as_ref()
     }
 
     /// The low-rank update at a site, if the adapter has one there.
@@ -254,20 +277,20 @@ impl Adapter {
 
     /// By the sites' names: what it does there in any layer.
     pub(crate) fn effects(&self) -> &[Effects; Site::ALL.len()] {
-        &self.tensors.effects
+        &self.tensors().effects
     }
 
     /// Tokens of its own that stand before a prompt (prompt tuning); in a sequence they have the ids from the size of the
     /// vocabulary on.
     #[must_use]
     pub fn virtual_tokens(&self) -> usize {
-        self.tensors.prompt.len()
+        self.tensors().prompt.len()
     }
 
     /// Writes the embedding of a virtual token to `out`; false if there is none of that width.
     #[must_use]
     pub fn embed(&self, index: usize, out: &mut [f32]) -> bool {
-        match self.tensors.prompt.get(index).map(Values::numbers) {
+        match self.tensors().prompt.get(index).map(Values::numbers) {
             Some(Numbers::F32(values)) if values.len() == out.len() => out.copy_from_slice(values),
             Some(Numbers::Bf16(values)) if values.len() == out.len() => {
                 out.iter_mut().zip(values).for_each(|(out, &value)| *out = kernels::from_bf16(value));
@@ -280,7 +303,7 @@ impl Adapter {
     /// Bytes it holds in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.tensors.bytes
+        self.tensors().bytes
     }
 }
 

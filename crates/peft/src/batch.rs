@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::{LowRank, Numbers, Routing, Vectors};
+use kernels::{Listing, LowRank, Numbers, Routing, Vectors};
 use types::{Site, SiteId};
 
 use crate::adapter::Adapter;
@@ -55,7 +55,16 @@ impl AdapterBatch {
         SiteRouting { batch: self, id, under: None }
     }
 
+    /// Asks for what the adapters' tables say of a layer's sites from one on, up to another: a step reads much else before
+    /// it comes to them again.
+    pub fn ask_for(&self, from: SiteId, to: SiteId) {
+        for adapter in &self.adapters {
+            adapter.routes().ask_for(from.index()..to.index() + 1);
+        }
+    }
+
     /// A row's adapter.
+    #[inline]
     #[must_use]
     pub fn row(&self, row: usize) -> Option<&Adapter> {
         self.adapters.get(*self.rows.get(row)? as usize).map(|adapter| &**adapter)
@@ -96,6 +105,11 @@ impl Routing for SiteRouting<'_> {
     // Of all layers, which costs a site nothing: to ask every adapter at every site takes longer than some of the products.
     fn max_rank(&self) -> usize {
         self.effects().rank
+    }
+
+    fn list<'a>(&'a self, rows: usize, to: &mut Listing<'_, 'a>) {
+        let site = self.id.index();
+        (0..rows).for_each(|row| to.push_at(self.batch.row(row).map(Adapter::routes), site));
     }
 
     fn coded(&self) -> bool {
