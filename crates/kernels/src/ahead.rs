@@ -36,7 +36,7 @@ pub(crate) struct Announced {
 impl Announced {
     /// Makes room for a call's rows and layers, once for all.
     pub(crate) fn reserve(&mut self, threads: usize) {
-        self.lines.reserve((LAYERS * PREFETCHED).saturating_sub(self.lines.len()));
+        self.lines.reserve((2 * LAYERS * PREFETCHED).saturating_sub(self.lines.len()));
         self.ends.reserve(threads.saturating_sub(self.ends.len()));
     }
 
@@ -46,12 +46,16 @@ impl Announced {
         self.last = [0; LAYERS];
     }
 
-    pub(crate) fn push(&mut self, site: usize, (start, bytes): (*const u8, usize)) {
+    /// What a row reads at a site, a row's first part being enough to know it by.
+    pub(crate) fn push(&mut self, site: usize, parts: [(*const u8, usize); 2]) {
+        let first = parts[0].0.addr();
         // Rows of one adapter follow each other.
-        if std::mem::replace(&mut self.last[site], start.addr()) != start.addr() {
-            let count = bytes.div_ceil(LINE);
-            self.lines.push(Lines { start, count });
-            self.total += count;
+        if std::mem::replace(&mut self.last[site], first) != first {
+            for (start, bytes) in parts.into_iter().filter(|(_, bytes)| *bytes > 0) {
+                let count = bytes.div_ceil(LINE);
+                self.lines.push(Lines { start, count });
+                self.total += count;
+            }
         }
     }
 
@@ -138,6 +142,10 @@ impl Soon<'_> {
 mod tests {
     use super::*;
 
+    fn whole(from: &[u8], bytes: usize) -> [(*const u8, usize); 2] {
+        [(from.as_ptr(), bytes), (std::ptr::null(), 0)]
+    }
+
     /// Lines that come before.
     fn before(announced: &Announced, soon: &Soon<'_>) -> usize {
         announced.total + soon.line - soon.rest.iter().map(|lines| lines.count).sum::<usize>()
@@ -149,11 +157,11 @@ mod tests {
         let memory = [0u8; 4096];
         let mut announced = Announced::default();
         for (at, bytes) in [(0, 640), (0, 640), (700, 64), (900, 1), (1000, 1500)] {
-            announced.push(0, (memory[at..].as_ptr(), bytes));
+            announced.push(0, whole(&memory[at..], bytes));
         }
         announced.end_thread();
         // What both threads read, each of them asks for.
-        announced.push(0, (memory[1000..].as_ptr(), 1500));
+        announced.push(0, whole(&memory[1000..], 1500));
         announced.end_thread();
         assert_eq!((announced.lines.len(), announced.total), (5, 10 + 1 + 1 + 24 + 24));
         for parts in [1, 5, 36, 100] {
@@ -174,13 +182,30 @@ mod tests {
         assert!(!announced.some(0, 0..3, 3).any());
     }
 
+    /// A row's parts come one after the other, once for all rows that have the same first one.
+    #[test]
+    fn parts_of_a_row_go_together() {
+        let memory = [0u8; 4096];
+        let mut announced = Announced::default();
+        let parts = |at: usize| [(memory[at..].as_ptr(), 200), (memory[3000..].as_ptr(), 32)];
+        for at in [0, 0, 1000, 0] {
+            announced.push(1, parts(at));
+        }
+        announced.end_thread();
+        let starts =
+            announced.lines.iter().map(|lines| (lines.start.addr() - memory.as_ptr().addr(), lines.count));
+        let each = |at: usize| [(at, 4), (3000, 1)];
+        assert_eq!(starts.collect::<Vec<_>>(), [each(0), each(1000), each(0)].concat());
+        assert_eq!(announced.total, 15);
+    }
+
     /// By fours, every line of the part comes, none of a run that has ended, and then nothing more.
     #[test]
     fn fours_cover_a_part() {
         let memory = [0u8; 4096];
         let mut announced = Announced::default();
         for (at, bytes) in [(0, 640), (1024, 64), (2048, 512)] {
-            announced.push(0, (memory[at..].as_ptr(), bytes));
+            announced.push(0, whole(&memory[at..], bytes));
         }
         announced.end_thread();
         let all = |mut soon: Soon<'_>| -> Vec<usize> {

@@ -86,7 +86,7 @@ impl Scratch {
                 for site in 0..layers.len() {
                     let route = &self.coming[site * rows + row];
                     if route.rank > 0 {
-                        self.announced.push(site, (route.a, route.a_bytes()));
+                        self.announced.push(site, route.way_down());
                     }
                 }
             }

@@ -204,9 +204,10 @@ impl Route {
         }
     }
 
-    /// Bytes of A.
-    pub(crate) const fn a_bytes(&self) -> usize {
-        self.lens[0] * self.kept.width()
+    /// What the way down reads, and how many bytes: A, and its scales.
+    pub(crate) fn way_down(&self) -> [(*const u8, usize); 2] {
+        let scales = if self.kept == Kept::Codes { self.rank * size_of::<f32>() } else { 0 };
+        [(self.a, self.lens[0] * self.kept.width()), (self.scales.cast(), scales)]
     }
 }
 
