@@ -125,15 +125,26 @@ impl Soon<'_> {
     /// Asks for a share.
     #[inline(always)]
     pub(crate) fn ask<L: Lanes>(&mut self) {
-        if self.left > 0
-            && let Some(first) = self.rest.first()
+        self.take(L::prefetch);
+    }
+
+    /// The lines of a share.
+    #[inline(always)]
+    fn take(&mut self, mut line_at: impl FnMut(*const u8)) {
+        let mut now = self.share.min(self.left);
+        self.left -= now;
+        while now > 0
+            && let Some((first, rest)) = self.rest.split_first()
         {
-            for line in self.line..self.line + self.share {
-                L::prefetch(first.start.wrapping_add(line * LINE));
+            let these = now.min(first.count - self.line);
+            for line in self.line..self.line + these {
+                line_at(first.start.wrapping_add(line * LINE));
             }
-            self.line += self.share;
-            self.left = self.left.saturating_sub(self.share);
-            self.settle();
+            now -= these;
+            self.line += these;
+            if self.line == first.count {
+                (self.rest, self.line) = (rest, 0);
+            }
         }
     }
 }
@@ -180,6 +191,28 @@ mod tests {
         }
         announced.clear();
         assert!(!announced.some(0, 0..3, 3).any());
+    }
+
+    /// By shares, every line of the part comes once, whatever runs they are in.
+    #[test]
+    fn shares_cover_a_part() {
+        let memory = [0u8; 4096];
+        let mut announced = Announced::default();
+        for (at, bytes) in [(0, 640), (1024, 64), (2048, 64), (3000, 512)] {
+            announced.push(0, whole(&memory[at..], bytes));
+        }
+        announced.end_thread();
+        let runs = [(0, 10), (1024, 1), (2048, 1), (3000, 8)];
+        let lines = runs.into_iter().flat_map(|(at, count)| (0..count).map(move |line| at + line * LINE));
+        let lines: Vec<usize> = lines.collect();
+        for parts in [1, 3, 7, 20] {
+            let mut soon = announced.some(0, 0..parts, parts);
+            let mut taken = Vec::new();
+            while soon.any() {
+                soon.take(|line| taken.push(line.addr() - memory.as_ptr().addr()));
+            }
+            assert_eq!(taken, lines, "{parts}");
+        }
     }
 
     /// A row's parts come one after the other, once for all rows that have the same first one.

@@ -16,7 +16,7 @@ use crate::lanes::{Isa, Lanes, isa, multiversion};
 use crate::low_rank::{PREFETCHED, Route};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
-use crate::routing::{Listing, NoAdapters, Routing, Shape};
+use crate::routing::{Listing, NoAdapters, Routing, Shape, route_of};
 use crate::team::{Rayon, Workers};
 use crate::updates::{Updated, Updates};
 use crate::vectors::{Adapted, RowVectors};
@@ -77,6 +77,7 @@ impl Scratch {
         for layer in layers {
             layer.list(rows, &mut Listing::new(&mut self.coming, None));
         }
+        assert_eq!(self.coming.len(), layers.len() * rows, "a routing lists others than {rows} rows");
         let each = prepared_together(rows, cols);
         let tasks = rows.div_ceil(each);
         for thread in 0..threads {
@@ -240,7 +241,8 @@ fn buffers(
     scratch.routes.clear();
     let mut adapted = [false; LAYERS];
     if sites > 0 {
-        grow(&mut scratch.shrunk, sites * rows * rank_stride, 0.0);
+        let places = (sites * rows).checked_mul(rank_stride);
+        grow(&mut scratch.shrunk, places.expect("ranks fit the memory"), 0.0);
         for (layer, adapted) in layers.iter().zip(&mut adapted) {
             let own = scratch.routes.len();
             let shape = Shape { n: layer.weight.rows(), k: cols, ranks: rank_stride, fast };
@@ -252,16 +254,16 @@ fn buffers(
     }
     scratch.vectors.clear();
     let has_vectors = layers.iter().any(|layer| layer.adapters.has_vectors());
+    assert!(has_vectors || !scaled, "a routing has vectors and has none");
     for layer in layers.iter().filter(|_| has_vectors) {
         let n = layer.weight.rows();
         let of_row = |row| RowVectors::new(&layer.adapters.vectors(row), n, cols);
         scratch.vectors.extend((0..rows).map(of_row));
     }
     let (mut under, mut under_rank) = ([Route::NONE; LAYERS], 0);
-    for (under, layer) in under.iter_mut().zip(layers).filter(|(_, layer)| layer.adapters.under().is_some()) {
+    for (under, layer) in under.iter_mut().zip(layers) {
         let shape = Shape { n: layer.weight.rows(), k: cols, ranks: usize::MAX, fast };
-        Listing::new(&mut scratch.coming, Some(shape)).push(layer.adapters.under());
-        *under = scratch.coming.pop().unwrap_or(Route::NONE);
+        *under = shape.checked(route_of(layer.adapters.under()));
         under_rank = under.rank.max(under_rank);
     }
     grow(&mut scratch.under, layers.len() * rows * under_rank, 0.0);

@@ -60,16 +60,22 @@ impl Routing for NoAdapters {
 #[derive(Debug)]
 pub struct RouteTable<T> {
     owner: Arc<T>,
-    /// Into what the owner owns.
-    routes: Box<[Route]>,
+    /// Into what the owner owns, or what nobody owns.
+    routes: Arc<[Route]>,
 }
 
-// SAFETY: the routes are read-only views of what the owner owns.
+impl<T> Clone for RouteTable<T> {
+    fn clone(&self) -> Self {
+        Self { owner: Arc::clone(&self.owner), routes: Arc::clone(&self.routes) }
+    }
+}
+
+// SAFETY: the routes are read-only views of what the owner owns, or of what is there for ever.
 unsafe impl<T: Send + Sync> Send for RouteTable<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send + Sync> Sync for RouteTable<T> {}
 
-impl<T> RouteTable<T> {
+impl<T: 'static> RouteTable<T> {
     /// Bytes it takes for a site.
     pub const SITE_BYTES: usize = size_of::<Route>();
 
@@ -83,7 +89,8 @@ impl<T> RouteTable<T> {
         at: impl for<'a> Fn(&'a T, usize) -> Option<LowRank<'a>>,
     ) -> Self {
         // The updates are borrowed for as long as anyone may borrow the owner. Nobody has it for writing while this has a
-        // share of it, so what is found now stays where it is for as long as this lives.
+        // share of it, so what is found now stays where it is for as long as this lives. An owner that lives only for a
+        // while could name that while in its type, and `at` find what is borrowed for as long: hence `'static`.
         let routes = (0..sites).map(|site| route_of(at(&owner, site))).collect();
         Self { owner, routes }
     }
@@ -103,7 +110,7 @@ impl<T> RouteTable<T> {
 }
 
 #[inline(always)]
-fn route_of(update: Option<LowRank<'_>>) -> Route {
+pub(crate) fn route_of(update: Option<LowRank<'_>>) -> Route {
     update.map_or(Route::NONE, |update| Route::new(&update).unwrap_or_else(|misfit| panic!("{misfit}")))
 }
 
@@ -130,6 +137,25 @@ pub(crate) struct Shape {
     pub(crate) fast: bool,
 }
 
+impl Shape {
+    /// The route, if it fits.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[inline(always)]
+    pub(crate) fn checked(self, route: Route) -> Route {
+        let Self { n, k, ranks, fast } = self;
+        if route.rank > 0 {
+            if let Some(misfit) = route.misfit(n, k) {
+                panic!("{misfit}");
+            }
+            assert!(route.rank <= ranks, "rank {} beyond {ranks}", route.rank);
+            assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
+        }
+        route
+    }
+}
+
 impl<'l, 'a> Listing<'l, 'a> {
     pub(crate) fn new(routes: &'l mut Vec<Route>, shape: Option<Shape>) -> Self {
         Self { routes, shape, lives: PhantomData }
@@ -138,7 +164,7 @@ impl<'l, 'a> Listing<'l, 'a> {
     /// The next row's.
     ///
     /// # Panics
-    /// When it does not fit the layer, or is of a larger rank than the routing says.
+    /// When a call lists and it does not fit the layer, or is of a larger rank than the routing says.
     pub fn push(&mut self, update: Option<LowRank<'a>>) {
         self.push_route(route_of(update));
     }
@@ -148,20 +174,13 @@ impl<'l, 'a> Listing<'l, 'a> {
     /// # Panics
     /// As [`Listing::push`].
     #[inline]
-    pub fn push_at<T>(&mut self, table: Option<&'a RouteTable<T>>, site: usize) {
+    pub fn push_at<T: 'static>(&mut self, table: Option<&'a RouteTable<T>>, site: usize) {
         let route = table.and_then(|table| table.routes.get(site));
         self.push_route(route.copied().unwrap_or(Route::NONE));
     }
 
     #[inline(always)]
     fn push_route(&mut self, route: Route) {
-        if let Some(Shape { n, k, ranks, fast }) = self.shape.filter(|_| route.rank > 0) {
-            if let Some(misfit) = route.misfit(n, k) {
-                panic!("{misfit}");
-            }
-            assert!(route.rank <= ranks, "rank {} beyond {ranks}", route.rank);
-            assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
-        }
-        self.routes.push(route);
+        self.routes.push(self.shape.map_or(route, |shape| shape.checked(route)));
     }
 }

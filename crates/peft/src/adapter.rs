@@ -67,12 +67,8 @@ impl Tensors {
     }
 
     fn listed(self) -> RouteTable<Self> {
-        Self::list(Arc::new(self))
-    }
-
-    fn list(tensors: Arc<Self>) -> RouteTable<Self> {
-        let sites = tensors.sites.len();
-        RouteTable::new(tensors, sites, |tensors, site| tensors.sites.get(site)?.as_ref()?.update())
+        let sites = self.sites.len();
+        RouteTable::new(Arc::new(self), sites, |tensors, site| tensors.sites.get(site)?.as_ref()?.update())
     }
 
     /// All of them, in a fixed order.
@@ -221,10 +217,7 @@ impl Adapter {
     /// Another handle on the same weights that calls `dropped` when it goes, after what it alone held is free.
     #[must_use]
     pub fn watched(&self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
-        Self {
-            routes: Tensors::list(Arc::clone(self.routes.owner())),
-            _watch: Some(Watch(Some(Box::new(dropped)))),
-        }
+        Self { routes: self.routes.clone(), _watch: Some(Watch(Some(Box::new(dropped)))) }
     }
 
     /// By [`SiteId::index`]; empty if it has none.

@@ -9,7 +9,7 @@ use crate::storage::Storage;
 
 /// What an adapter does at one site, ready to serve: `y = output * (W (input * x)) + base's bias + bias + B (A x)`.
 ///
-/// A step reads that of every row at every site, so what is rare lies elsewhere.
+/// What is rare lies elsewhere.
 #[derive(Debug, Default)]
 pub(crate) struct AdapterSite {
     pub(crate) low_rank: Option<Factors>,
