@@ -21,7 +21,6 @@ pub enum Numbers<'a> {
 
 impl Numbers<'_> {
     /// Number of values.
-    #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
@@ -41,7 +40,6 @@ impl Numbers<'_> {
         }
     }
 
-    #[inline(always)]
     fn start(&self) -> *const u8 {
         match *self {
             Self::F32(values) => values.as_ptr().cast(),
@@ -50,7 +48,6 @@ impl Numbers<'_> {
         }
     }
 
-    #[inline(always)]
     fn kept(&self) -> Kept {
         match self {
             Self::F32(_) => Kept::Single,
@@ -85,8 +82,7 @@ impl LowRank<'_> {
     /// # Errors
     /// Says what does not.
     pub fn fits(&self, n: usize, k: usize) -> Result<(), String> {
-        let misfit = Route::new(self).map_or_else(Some, |route| route.misfit(n, k));
-        misfit.map_or(Ok(()), |misfit| Err(misfit.to_string()))
+        Route::new(self).and_then(|route| route.fits(n, k)).map_err(|misfit| misfit.to_string())
     }
 }
 
@@ -172,7 +168,6 @@ impl Route {
     ///
     /// # Errors
     /// When its parts contradict each other.
-    #[inline(always)]
     pub(crate) fn new(update: &LowRank<'_>) -> Result<Self, Misfit> {
         let LowRank { rank, a, b, scales } = *update;
         let kept = a.kept();
@@ -189,18 +184,20 @@ impl Route {
         }
     }
 
-    /// What does not fit a layer of `n` outputs and `k` inputs.
+    /// As [`LowRank::fits`].
     #[inline(always)]
-    pub(crate) fn misfit(&self, n: usize, k: usize) -> Option<Misfit> {
+    pub(crate) fn fits(&self, n: usize, k: usize) -> Result<(), Misfit> {
         let (rank, [a, b]) = (self.rank, self.lens);
         let stride = if self.kept == Kept::Codes { codes_stride(k) } else { k };
         let is = |len, stride| rank.checked_mul(stride) == Some(len);
         if self.kept == Kept::Codes && !k.is_multiple_of(32) {
-            Some(Misfit::Blocks { k })
+            Err(Misfit::Blocks { k })
         } else if !is(a, stride) {
-            Some(Misfit::A { rank, k })
+            Err(Misfit::A { rank, k })
+        } else if !is(b, n.next_multiple_of(PANEL)) {
+            Err(Misfit::B { n, rank })
         } else {
-            (!is(b, n.next_multiple_of(PANEL))).then_some(Misfit::B { n, rank })
+            Ok(())
         }
     }
 

@@ -109,7 +109,6 @@ impl<T: 'static> RouteTable<T> {
     }
 }
 
-#[inline(always)]
 pub(crate) fn route_of(update: Option<LowRank<'_>>) -> Route {
     update.map_or(Route::NONE, |update| Route::new(&update).unwrap_or_else(|misfit| panic!("{misfit}")))
 }
@@ -146,9 +145,7 @@ impl Shape {
     pub(crate) fn checked(self, route: Route) -> Route {
         let Self { n, k, ranks, fast } = self;
         if route.rank > 0 {
-            if let Some(misfit) = route.misfit(n, k) {
-                panic!("{misfit}");
-            }
+            route.fits(n, k).unwrap_or_else(|misfit| panic!("{misfit}"));
             assert!(route.rank <= ranks, "rank {} beyond {ranks}", route.rank);
             assert!(fast || route.kept != Kept::Codes, "the routing hides an adapter in eight bits");
         }

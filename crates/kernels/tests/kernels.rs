@@ -350,21 +350,13 @@ fn updates_listed_from_a_table_are_the_same() {
     let means = Means { isa: isas()[0], workers: &Rayon, precision: Precision::Fast };
     let plain = case.run_with(means);
     let run = |off: usize| {
-        // The table owns copies: what it lists is there after `case` has changed hands.
         let own = (0..case.m).filter_map(|row| Some((row, case.adapters.of(row)?.clone())));
         let table = RouteTable::new(Arc::new(own.collect::<Vec<_>>()), case.m, |own, row| {
             own.iter().find(|(of, _)| *of == row).map(|(_, update)| update.low_rank())
         });
         let adapters = Tabled { plain: &case.adapters, table, off };
         let mut y = vec![0.0; plain.len()];
-        let layer = Layer {
-            weight: &case.weight,
-            bias: Some(&case.bias),
-            adapters: &adapters,
-            y: &mut y,
-            add: false,
-        };
-        fused_linear(&mut Scratch::default(), means, Input::Plain(&case.x), &mut [layer]);
+        case.layer(means, &case.x, &adapters, &mut y);
         y.iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits())
     };
     assert!(run(0));
