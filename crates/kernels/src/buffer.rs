@@ -40,7 +40,19 @@ impl PageBuffer {
     /// When they exceed the address space.
     #[must_use]
     pub fn zeroed(bytes: usize) -> Self {
-        let memory = Memory::zeroed(bytes);
+        Self::new(Memory::zeroed(bytes), bytes)
+    }
+
+    /// As [`Self::zeroed`]; none when the system has not as much.
+    ///
+    /// # Panics
+    /// When they exceed the address space.
+    #[must_use]
+    pub fn try_zeroed(bytes: usize) -> Option<Self> {
+        Memory::try_zeroed(bytes).ok().map(|memory| Self::new(memory, bytes))
+    }
+
+    fn new(memory: Memory, bytes: usize) -> Self {
         Self { memory: Arc::new(memory), start: 0, bytes: bytes.next_multiple_of(LINE) }
     }
 

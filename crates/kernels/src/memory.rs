@@ -29,8 +29,16 @@ impl Memory {
     /// At least so many bytes.
     ///
     /// # Panics
-    /// When they exceed the address space.
+    /// When they exceed the address space. Memory that the system has not ends the process.
     pub(crate) fn zeroed(bytes: usize) -> Self {
+        Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
+    }
+
+    /// As [`Self::zeroed`].
+    ///
+    /// # Errors
+    /// When the system has not as much.
+    pub(crate) fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
         let align = if bytes < HUGE_PAGE { LINE } else { HUGE_PAGE };
         let bytes = bytes.checked_next_multiple_of(align);
         // Room to align in, not an aligned layout: the standard library clears one itself, which takes all of it.
@@ -38,14 +46,14 @@ impl Memory {
             .and_then(|bytes| Layout::from_size_align(bytes.checked_add(align)?, align_of::<usize>()).ok());
         let (bytes, layout) = bytes.zip(layout).expect("memory fits the address space");
         // SAFETY: the layout has a size.
-        let Some(first) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        let first = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(layout)?;
         // SAFETY: the allocation has room for whole alignments.
         let start = unsafe { first.add(first.as_ptr().align_offset(align)) };
         let memory = Self { start, bytes, allocated: (first, layout) };
         if align == HUGE_PAGE {
             memory.ask_for_huge_pages();
         }
-        memory
+        Ok(memory)
     }
 
     pub(crate) fn start(&self) -> *mut u8 {

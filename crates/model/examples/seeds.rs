@@ -35,6 +35,7 @@ fn main() {
             feed_forward: 32,
             vocab: 8,
             context: 64,
+            window: None,
             formats,
         };
         shape.write(&corpus("gguf").join(format!("model-{at}")), at as u64);

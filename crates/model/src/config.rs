@@ -59,6 +59,9 @@ pub struct ModelConfig {
     pub windows: Vec<Option<usize>>,
 }
 
+/// Memory for rotary angles at most: two million positions of heads of 128.
+const MAX_ANGLE_BYTES: usize = 1 << 30;
+
 /// Bounds that no real model exceeds and that keep every product of two dimensions within 64 bits.
 const MAX_DIMENSION: usize = 1 << 20;
 const MAX_LAYERS: usize = 1024;
@@ -89,6 +92,16 @@ impl ModelConfig {
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(ModelError::config("head dimension", "is odd"));
+        }
+        let angle_bytes = self.context * self.head_dim * size_of::<f32>();
+        if angle_bytes > MAX_ANGLE_BYTES {
+            let problem = format!(
+                "is {}, whose rotary angles take {} MiB, more than {}; set a smaller longest context",
+                self.context,
+                angle_bytes >> 20,
+                MAX_ANGLE_BYTES >> 20
+            );
+            return Err(ModelError::config("context length", problem));
         }
         for (field, value) in [("norm eps", f64::from(self.norm_eps)), ("rope theta", self.rope_theta)] {
             if !value.is_finite() || value <= 0.0 {

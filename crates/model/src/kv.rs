@@ -33,17 +33,17 @@ impl KvPool {
     /// A pool of `blocks` blocks: bfloat16 in fast precision, float32 in exact.
     ///
     /// # Errors
-    /// When it would not fit the address space.
+    /// When it would not fit the address space, or the system has not as much memory.
     pub fn new(config: &ModelConfig, blocks: usize, precision: Precision) -> Result<Self, ModelError> {
         let bytes = Self::block_bytes(config, precision).checked_mul(blocks);
         let bytes = bytes.filter(|&bytes| bytes <= MOST_BYTES && u32::try_from(blocks).is_ok());
-        let bytes =
-            bytes.ok_or_else(|| ModelError::Batch(format!("a pool of {blocks} KV blocks is too large")))?;
+        let too_large = || ModelError::Batch(format!("a pool of {blocks} KV blocks is too large"));
+        let numbers = PageBuffer::try_zeroed(bytes.ok_or_else(too_large)?).ok_or_else(too_large)?;
         Ok(Self {
             layout: layout(config),
             windows: config.windows.clone(),
             precision,
-            numbers: PageBuffer::zeroed(bytes),
+            numbers,
             blocks,
             taken: 0,
         })
@@ -139,6 +139,35 @@ fn attend<E: KvElement>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::RopeScaling;
+
+    #[test]
+    fn a_pool_that_no_system_has_memory_for_is_an_error() {
+        let config = ModelConfig {
+            hidden: 64,
+            layers: 30,
+            heads: 3,
+            kv_heads: 3,
+            head_dim: 64,
+            feed_forward: 64,
+            vocab: 8,
+            context: 64,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::None,
+            windows: vec![None; 30],
+        };
+        let each = KvPool::block_bytes(&config, Precision::Exact);
+        // All that 47 bits address, which no process gets; more; and more than a block's number counts.
+        for blocks in [MOST_BYTES / each, MOST_BYTES / each + 1, usize::MAX] {
+            let refused = KvPool::new(&config, blocks, Precision::Exact).map(|pool| pool.blocks());
+            assert!(
+                matches!(&refused, Err(ModelError::Batch(problem)) if problem.contains("too large")),
+                "{blocks}"
+            );
+        }
+        assert!(KvPool::new(&config, 2, Precision::Exact).is_ok());
+    }
 
     #[test]
     fn memory_is_taken_ahead_and_never_of_what_is_used() {

@@ -27,6 +27,7 @@ fn a_step_allocates_nothing_after_warm_up() {
         feed_forward: 256,
         vocab: 100,
         context: 256,
+        window: None,
         formats: &[Format::Q4_1],
     };
     let folder = tempfile::tempdir().unwrap();

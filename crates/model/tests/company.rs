@@ -2,7 +2,7 @@
 //! prefix was computed with it or long before. Compared to the bit.
 //!
 //! The long run: `COMPANY_COMPARISONS=10000 cargo test --release -p model --test company`.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods, reason = "tests")]
 
 #[path = "support/synthetic.rs"]
 mod synthetic;
@@ -28,17 +28,30 @@ const LONGEST: usize = 72;
 const VIRTUAL: usize = 21;
 const BLOCKS: u32 = (LONGEST as u32).div_ceil(BLOCK_LEN as u32);
 
-fn base() -> BaseModel {
-    let shape = Synthetic {
-        hidden: 1120,
-        layers: 2,
-        heads: 14,
-        kv_heads: 2,
-        feed_forward: 1792,
-        vocab: 300,
-        context: 128,
-        formats: &[Format::Q4_1, Format::Q8_0, Format::Q4_0, Format::Bf16],
-    };
+/// Widths that are whole blocks of 32, and keys of all positions.
+const SHORT_BLOCKS: Synthetic = Synthetic {
+    hidden: 1120,
+    layers: 2,
+    heads: 14,
+    kv_heads: 2,
+    feed_forward: 1792,
+    vocab: 300,
+    context: 128,
+    window: None,
+    formats: &[Format::Q4_1, Format::Q8_0, Format::Q4_0, Format::Bf16],
+};
+
+/// Widths that are whole blocks of 256, and a sliding window.
+const LONG_BLOCKS: Synthetic = Synthetic {
+    hidden: 1280,
+    heads: 20,
+    kv_heads: 4,
+    window: Some(23),
+    formats: &[Format::Q4K, Format::Q6K, Format::F32, Format::Q4K, Format::F16],
+    ..SHORT_BLOCKS
+};
+
+fn base(shape: Synthetic) -> BaseModel {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("synthetic.gguf");
     shape.write(&path, 1);
@@ -108,8 +121,8 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(precision: Precision) -> Self {
-        let base = base();
+    fn new(shape: Synthetic, precision: Precision) -> Self {
+        let base = base(shape);
         let kv = KvPool::new(&base.config().clone(), 130 * BLOCKS as usize, precision).unwrap();
         let runtime = |threads| Runtime::new(threads, precision).unwrap();
         Self { base, kv, one: runtime(1), two: runtime(2), logits: Logits::default() }
@@ -215,24 +228,29 @@ enum Fault {
 
 #[test]
 fn a_rows_logits_are_the_same_to_the_bit_in_any_company() {
-    let wanted = option_env!("COMPANY_COMPARISONS").map_or(2_000, |count| count.parse().unwrap());
-    for precision in [Precision::Fast, Precision::Exact] {
+    let wanted = std::env::var("COMPANY_COMPARISONS").map_or(2_000, |count| count.parse().unwrap());
+    let shapes = [("short", SHORT_BLOCKS, wanted / 2), ("long", LONG_BLOCKS, wanted / 4)];
+    let precisions = [Precision::Fast, Precision::Exact];
+    for ((blocks, shape, wanted), precision) in
+        shapes.into_iter().flat_map(|shape| precisions.map(|precision| (shape, precision)))
+    {
         let mut rng = StdRng::seed_from_u64(20);
-        let mut bench = Bench::new(precision);
+        let mut bench = Bench::new(shape, precision);
         let cases = bench.cases(&mut rng, precision);
         assert!(cases.iter().all(|case| case.alone.iter().all(|logit| logit.is_finite())));
         let (mut compared, mut sizes) = (0, SIZES.iter().cycle());
-        while compared < wanted / 2 {
+        while compared < wanted {
             let &size = sizes.next().unwrap();
             let (rows, differ) = bench.compare(&mut rng, &cases, size, None);
             assert_eq!(differ, 0, "of {rows} rows in a batch of {size}, {precision:?}");
             compared += rows;
         }
-        println!("{compared} comparisons in {precision:?} precision");
+        println!("{compared} comparisons in {precision:?} precision, weights in {blocks} blocks");
         for fault in [Fault::NeighboursAdapter, Fault::StalePrefix] {
             let mut batch = || bench.compare(&mut rng, &cases, 128, Some(fault));
-            let (rows, differ) =
-                (0..8).map(|_| batch()).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            let (rows, differ) = (0..(wanted / 60).clamp(1, 8))
+                .map(|_| batch())
+                .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
             assert!(differ > rows / 4, "a seeded bug went unnoticed: {differ} of {rows} rows differ");
         }
     }

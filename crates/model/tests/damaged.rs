@@ -19,19 +19,21 @@ use synthetic::Synthetic;
 #[global_allocator]
 static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
+const SOUND: Synthetic = Synthetic {
+    hidden: 64,
+    layers: 1,
+    heads: 2,
+    kv_heads: 1,
+    feed_forward: 96,
+    vocab: 40,
+    context: 64,
+    window: None,
+    formats: &[Format::Q4_1, Format::Q8_0, Format::F16],
+};
+
 fn sound(folder: &Path) -> Vec<u8> {
-    let shape = Synthetic {
-        hidden: 64,
-        layers: 1,
-        heads: 2,
-        kv_heads: 1,
-        feed_forward: 96,
-        vocab: 40,
-        context: 64,
-        formats: &[Format::Q4_1, Format::Q8_0, Format::F16],
-    };
     let path = folder.join("sound.gguf");
-    shape.write(&path, 1);
+    SOUND.write(&path, 1);
     std::fs::read(path).unwrap()
 }
 
@@ -76,4 +78,19 @@ fn damaged_files_are_errors_of_bounded_cost() {
     }
     println!("{refused} of 4000 damaged files were refused");
     assert!(refused > 2_000);
+}
+
+#[test]
+fn a_context_whose_angles_would_fill_the_memory_is_refused_before_they_are_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("long.gguf");
+    Synthetic { context: 1 << 24, ..SOUND }.write(&path, 1);
+    let region = Region::new(COUNTING);
+    let refused = load(&path, LoadOptions::default()).unwrap_err().to_string();
+    let taken = region.change().bytes_allocated;
+    assert!(refused.contains("context length is 16777216"), "{refused}");
+    assert!(taken < 1 << 20, "{taken} bytes");
+    // The same file serves with a shorter context.
+    let loaded = load(&path, LoadOptions { max_context: Some(64) }).unwrap();
+    assert_eq!(loaded.model.config().context, 64);
 }

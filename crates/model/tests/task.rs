@@ -202,6 +202,7 @@ fn quantised_sites_become_eight_bits_when_a_task_is_merged() {
         feed_forward: 256,
         vocab: 100,
         context: 64,
+        window: None,
         formats: &[Format::Q4_1],
     };
     let folder = tempfile::tempdir().unwrap();

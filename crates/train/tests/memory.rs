@@ -80,6 +80,7 @@ fn training_adds_no_second_copy_of_the_weights() {
             feed_forward: 1536,
             vocab: 100,
             context: 64,
+            window: None,
             formats,
         };
         let folder = tempfile::tempdir().unwrap();

@@ -17,6 +17,8 @@ pub(crate) struct Synthetic {
     pub(crate) feed_forward: usize,
     pub(crate) vocab: usize,
     pub(crate) context: usize,
+    /// How many positions back a row sees, if not all.
+    pub(crate) window: Option<usize>,
     /// Format of the linear layers, by turns.
     pub(crate) formats: &'static [Format],
 }
@@ -80,6 +82,8 @@ impl Synthetic {
             ("feed_forward_length", self.feed_forward),
             ("context_length", self.context),
         ];
+        let ints = ints.into_iter().chain(self.window.map(|window| ("attention.sliding_window", window)));
+        let ints: Vec<_> = ints.collect();
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());
         file.extend((tensors as u64).to_le_bytes());
