@@ -7,7 +7,8 @@
 
 use std::cell::Cell;
 
-use crate::lanes::{Isa, Lanes, brain_to_f32, multiversion};
+use crate::isa::Isa;
+use crate::lanes::{Lanes, brain_to_f32, multiversion};
 use crate::linear::Means;
 use crate::paging::{BLOCK, KvElement, KvLayout, Pages};
 use crate::parallel::Shared;
@@ -56,7 +57,7 @@ pub fn paged_attention<E: KvElement>(
     assert_eq!(q.len(), rows * width, "q is not {rows} x {width}");
     assert_eq!(q.len(), out.len());
     let (mut tiles, mut products) = (0, 0);
-    for sequence in pages.sequences {
+    for sequence in pages.sequences() {
         tiles += sequence.rows.div_ceil(TILE_ROWS);
         products += sequence.rows * (sequence.start + sequence.rows) * width;
     }
@@ -64,7 +65,7 @@ pub fn paged_attention<E: KvElement>(
     let task = |index: usize| {
         // A thread's first tasks are of the rows whose keys it has stored.
         let (mut tile, kv_head) = (index / kv_heads, index % kv_heads);
-        if tiles > pages.sequences.len() {
+        if tiles > pages.sequences().len() {
             // Late rows have most to do and go first.
             tile = tiles - 1 - tile;
         }

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanes::{Isa, isa};
+use crate::isa::{Isa, isa};
 use crate::lanes_avx512::Avx512;
 use crate::many_rows_bf16::{Pairs, Part, backwards_body, forwards_body, round_body};
 

@@ -3,62 +3,7 @@
 //! All implementations that have a fused multiply-add give bit-equal results: the same operations on the same
 //! lanes, sums over lanes in one fixed tree, and integer products that are exact.
 
-use std::sync::OnceLock;
-
-/// A vector unit the kernels have code for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
-    /// AVX-512 F, BW, DQ, VL and VNNI with FMA and F16C.
-    Avx512,
-    /// AVX2 with FMA and F16C.
-    Avx2,
-    /// NEON with the 8-bit dot products of Armv8.2.
-    NeonDot,
-    /// NEON, which every aarch64 CPU has.
-    Neon,
-    /// Whatever the compiler's baseline is.
-    Portable,
-}
-
-/// The unit that is used: the best one the CPU has.
-#[must_use]
-pub fn isa() -> Isa {
-    static FOUND: OnceLock<Isa> = OnceLock::new();
-    *FOUND.get_or_init(|| isas()[0])
-}
-
-/// All units this CPU can run, best first.
-#[must_use]
-pub fn isas() -> Vec<Isa> {
-    let mut found = Vec::new();
-    #[cfg(target_arch = "x86_64")]
-    {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        let avx512 = avx2
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni");
-        if avx512 {
-            found.push(Isa::Avx512);
-        }
-        if avx2 {
-            found.push(Isa::Avx2);
-        }
-    }
-    #[cfg(target_arch = "aarch64")]
-    {
-        if std::arch::is_aarch64_feature_detected!("dotprod") {
-            found.push(Isa::NeonDot);
-        }
-        found.push(Isa::Neon);
-    }
-    found.push(Isa::Portable);
-    found
-}
+use crate::isa::Isa;
 
 /// Sixteen float32 values in registers, and the sixteen 32-bit integers and sixty-four bytes beside them.
 pub(crate) trait Lanes: Copy {
@@ -432,11 +377,11 @@ macro_rules! multiversion {
                 fn avx512($($arg: $ty),*) { $body($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) { $body($($arg),*) }
-                match crate::lanes::isa() {
+                match crate::isa::isa() {
                     // SAFETY: the unit was detected.
-                    crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the unit was detected.
-                    crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}
                 }
             }
@@ -445,8 +390,8 @@ macro_rules! multiversion {
     };
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident<Lanes>) => {
         $(#[$doc])*
-        $vis fn $name(isa: crate::lanes::Isa, $($arg: $ty),*) {
-            assert!(isa == crate::lanes::isa() || crate::lanes::isas().contains(&isa), "this CPU has no {isa:?}");
+        $vis fn $name(isa: crate::isa::Isa, $($arg: $ty),*) {
+            assert!(isa == crate::isa::isa() || crate::isa::isas().contains(&isa), "this CPU has no {isa:?}");
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -455,16 +400,16 @@ macro_rules! multiversion {
                 fn avx2($($arg: $ty),*) { $body::<crate::lanes_avx2::Avx2>($($arg),*) }
                 match isa {
                     // SAFETY: the assertion above: the unit was detected.
-                    crate::lanes::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: the assertion above: the unit was detected.
-                    crate::lanes::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}
                 }
             }
             #[cfg(target_arch = "aarch64")]
             match isa {
-                crate::lanes::Isa::NeonDot => return $body::<crate::lanes_neon::NeonDot>($($arg),*),
-                crate::lanes::Isa::Neon => return $body::<crate::lanes_neon::Neon>($($arg),*),
+                crate::isa::Isa::NeonDot => return $body::<crate::lanes_neon::NeonDot>($($arg),*),
+                crate::isa::Isa::Neon => return $body::<crate::lanes_neon::Neon>($($arg),*),
                 _ => {}
             }
             $body::<crate::lanes::Portable>($($arg),*)

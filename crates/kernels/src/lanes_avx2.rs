@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanes::{Isa, Lanes};
+use crate::isa::Isa;
+use crate::lanes::Lanes;
 use crate::lanes_avx512::{sum_of_eight, sums_of_halves};
 
 /// Applies an operation to both halves.

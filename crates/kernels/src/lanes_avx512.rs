@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanes::{Isa, Lanes};
+use crate::isa::Isa;
+use crate::lanes::Lanes;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(pub(crate) __m512);

@@ -4,7 +4,8 @@
 
 use std::arch::aarch64::*;
 
-use crate::lanes::{Isa, Lanes, half_to_f32};
+use crate::isa::Isa;
+use crate::lanes::{Lanes, half_to_f32};
 
 type Four<T> = [T; 4];
 

@@ -17,6 +17,7 @@ mod buffer;
 mod cut;
 mod format;
 mod input;
+mod isa;
 mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod lanes_avx2;
@@ -54,7 +55,8 @@ pub use attention::{KvStore, paged_attention};
 pub use buffer::{PageBuffer, at_a_line, first_at_a_line};
 pub use format::{Format, WeightError};
 pub use input::Input;
-pub use lanes::{Isa, brain_to_f32 as from_bf16, f32_to_brain as to_bf16, isa, isas};
+pub use isa::{Isa, VARIABLE as ISA_VARIABLE, isa, isas};
+pub use lanes::{brain_to_f32 as from_bf16, f32_to_brain as to_bf16};
 pub use linear::{Layer, Means, Precision, Scratch, fused_linear, linear};
 pub use low_rank::{LowRank, Numbers, adapt, codes_stride, pack_b};
 pub use low_rank_codes::quantise_low_rank;

@@ -12,7 +12,8 @@ use std::ops::Range;
 use crate::ahead::{Announced, Soon};
 use crate::cut::Cut;
 use crate::input::{Input, Prepared, prepare};
-use crate::lanes::{Isa, Lanes, isa, multiversion};
+use crate::isa::{Isa, isa};
+use crate::lanes::{Lanes, multiversion};
 use crate::low_rank::{PREFETCHED, Route};
 use crate::panel::{Sink, TILE, View, panel_product};
 use crate::parallel::Shared;
@@ -268,19 +269,20 @@ fn buffers(
     }
     grow(&mut scratch.under, layers.len() * rows * under_rank, 0.0);
     let values = match input {
+        // Only read.
         Input::Plain(x) if in_place => x.as_ptr(),
-        _ => scratch.values.as_ptr(),
+        _ => scratch.values.as_mut_ptr(),
     };
-    let quants = if fast { scratch.quants.as_ptr() } else { std::ptr::null() };
+    let quants = if fast { scratch.quants.as_mut_ptr() } else { std::ptr::null_mut() };
     Prepared {
         view: View {
             rows,
             cols,
             values,
             quants,
-            scales: scratch.scales.as_ptr(),
-            sums: scratch.sums.as_ptr(),
-            counts: scratch.counts.as_ptr(),
+            scales: scratch.scales.as_mut_ptr(),
+            sums: scratch.sums.as_mut_ptr(),
+            counts: scratch.counts.as_mut_ptr(),
         },
         routes: scratch.routes.as_ptr(),
         sites,

@@ -4,7 +4,8 @@ use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::lanes::{Lanes, brain_to_f32, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, brain_to_f32, multiversion};
 use crate::panel::{TILE, View};
 use crate::weight::PANEL;
 

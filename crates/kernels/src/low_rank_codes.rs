@@ -1,6 +1,7 @@
 //! Low-rank factors in eight bits.
 
-use crate::lanes::{Lanes, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::low_rank::{codes_stride, pack_b};
 use crate::vectors::part;
 use crate::weight::PANEL;

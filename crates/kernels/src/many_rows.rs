@@ -9,7 +9,8 @@ use std::mem::MaybeUninit;
 use rayon::prelude::*;
 
 use crate::buffer::at_a_line;
-use crate::lanes::{Lanes, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::layout::{Columns, with_layout};
 use crate::many_rows_bf16::{self, has_bf16};
 use crate::matrices::Product;

@@ -11,7 +11,8 @@ use std::cell::Cell;
 use rayon::prelude::*;
 
 use crate::buffer::at_a_line;
-use crate::lanes::{Lanes, brain_to_f32, f32_to_brain, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, brain_to_f32, f32_to_brain, multiversion};
 use crate::many_rows::{BACK_COLUMNS, BLOCK_ROWS, ask_for_block, decode, decode_turned, in_parts};
 use crate::parallel::Shared;
 use crate::weight::{PANEL, Weight};

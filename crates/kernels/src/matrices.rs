@@ -5,7 +5,8 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{Lanes, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::parallel::Shared;
 use crate::weight::PANEL;
 

@@ -1,6 +1,7 @@
 //! The lengths of a matrix's rows under low-rank updates, as DoRA needs them.
 
-use crate::lanes::{Lanes, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::low_rank::{LowRank, dot};
 use crate::panel::decode_panel;
 use crate::weight::{PANEL, Weight};

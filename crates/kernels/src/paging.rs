@@ -1,6 +1,8 @@
 //! Keys and values in blocks of sixteen positions (PagedAttention, Kwon et al. 2023): number formats, layout, and where
 //! the rows of a step lie.
 
+use std::ops::Range;
+
 use crate::lanes::{brain_to_f32, f32_to_brain};
 
 /// Positions per block.
@@ -92,16 +94,60 @@ pub struct PagedSequence {
     pub start: usize,
 }
 
-/// Where the rows of a step lie in the store: sequence after sequence.
+/// Where the rows of a step lie in the store: sequence after sequence, no two rows at one place.
 #[derive(Debug, Clone, Copy)]
 pub struct Pages<'a> {
     /// Blocks of all sequences, each sequence's in order.
-    pub blocks: &'a [u32],
-    /// The sequences, in the order of their rows.
-    pub sequences: &'a [PagedSequence],
+    blocks: &'a [u32],
+    /// In the order of their rows.
+    sequences: &'a [PagedSequence],
 }
 
 impl<'a> Pages<'a> {
+    /// The sequences in the order of their rows, and the blocks of all of them. Sequences may share blocks that none of
+    /// them has new rows in.
+    ///
+    /// # Panics
+    /// When a sequence's blocks do not reach its last row, or two rows lie at one place.
+    #[must_use]
+    pub fn new(blocks: &'a [u32], sequences: &'a [PagedSequence]) -> Self {
+        let pages = Self { blocks, sequences };
+        for sequence in sequences {
+            let (end, own) = (sequence.start.checked_add(sequence.rows), pages.of(sequence).len());
+            assert!(
+                end.is_some_and(|end| end <= own * BLOCK),
+                "rows from {} on in {own} blocks",
+                sequence.start
+            );
+        }
+        for (at, sequence) in sequences.iter().enumerate() {
+            for (block, rows) in pages.written(sequence) {
+                let meets = |(other, others): (u32, Range<usize>)| {
+                    other == block && others.start < rows.end && rows.start < others.end
+                };
+                let others = sequences[at + 1..].iter().flat_map(|other| pages.written(other));
+                let own = pages.written(sequence).filter(|(other, _)| *other == block).count();
+                assert!(own == 1 && !others.into_iter().any(meets), "two rows at one place of block {block}");
+            }
+        }
+        pages
+    }
+
+    /// The sequences.
+    pub(crate) fn sequences(self) -> &'a [PagedSequence] {
+        self.sequences
+    }
+
+    /// The blocks that a sequence's new rows lie in, and their places there.
+    fn written(self, sequence: &'a PagedSequence) -> impl Iterator<Item = (u32, Range<usize>)> {
+        let (start, end) = (sequence.start, sequence.start + sequence.rows);
+        let blocks = start / BLOCK..end.div_ceil(BLOCK);
+        blocks.map(move |at| {
+            let within = start.max(at * BLOCK)..end.min((at + 1) * BLOCK);
+            (self.of(sequence)[at], within.start % BLOCK..within.end - at * BLOCK)
+        })
+    }
+
     /// The sequences with their first rows.
     pub(crate) fn with_rows(self) -> impl Iterator<Item = (usize, &'a PagedSequence)> {
         self.sequences.iter().scan(0, |row, sequence| {
@@ -121,17 +167,47 @@ impl<'a> Pages<'a> {
         Some((self.of(sequence), sequence.start + row - first))
     }
 
-    /// Checks every sequence against a store of `values` numbers; returns the number of rows.
+    /// Checks every block against a store of `values` numbers; returns the number of rows.
     ///
     /// # Panics
-    /// When a block lies beyond the store, or a sequence's blocks do not reach its last row.
+    /// When a block lies beyond the store.
     pub(crate) fn check(self, layout: KvLayout, values: usize) -> usize {
         for sequence in self.sequences {
-            let (blocks, end) = (self.of(sequence), sequence.start + sequence.rows);
-            assert!(end <= blocks.len() * BLOCK, "position {end} in {} blocks", blocks.len());
-            let known = |block: &u32| (*block as usize + 1) * layout.block_values() <= values;
-            assert!(blocks.iter().all(known), "a block beyond the store");
+            let known = |block: &u32| (*block as usize) < values / layout.block_values();
+            assert!(self.of(sequence).iter().all(known), "a block beyond the store");
         }
         self.sequences.iter().map(|sequence| sequence.rows).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether sequences of (first block, blocks, rows, start) are taken.
+    fn takes(blocks: &[u32], sequences: &[[usize; 4]]) -> bool {
+        let sequences = sequences.iter().map(|&[first_block, blocks, rows, start]| PagedSequence {
+            first_block,
+            blocks,
+            rows,
+            start,
+        });
+        let sequences: Vec<_> = sequences.collect();
+        std::panic::catch_unwind(|| Pages::new(blocks, &sequences).sequences().len()).is_ok()
+    }
+
+    #[test]
+    fn no_two_rows_lie_at_one_place() {
+        // Shared blocks that nobody writes to, and different places of one block.
+        assert!(takes(&[4, 5, 4, 6], &[[0, 2, 3, 16], [2, 2, 16, 16]]));
+        assert!(takes(&[4, 4], &[[0, 1, 3, 0], [1, 1, 2, 3]]));
+        assert!(takes(&[9, 8, 7], &[[0, 3, 40, 5]]));
+        // The same place, in other sequences and in one.
+        assert!(!takes(&[4, 4], &[[0, 1, 3, 0], [1, 1, 2, 2]]));
+        assert!(!takes(&[4, 5, 6, 5], &[[0, 2, 17, 15], [2, 2, 1, 16]]));
+        assert!(!takes(&[4, 4], &[[0, 2, 32, 0]]));
+        // Rows beyond the blocks, even where the sum of positions does not fit.
+        assert!(!takes(&[4], &[[0, 1, 2, 15]]));
+        assert!(!takes(&[4], &[[0, 1, 1, usize::MAX]]));
     }
 }

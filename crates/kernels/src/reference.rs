@@ -99,7 +99,7 @@ pub fn paged_attention<E: KvElement>(
     let layout = kv.layout;
     let dim = layout.head_dim;
     let mut first_row = 0;
-    for sequence in pages.sequences {
+    for sequence in pages.sequences() {
         let blocks = pages.of(sequence);
         for row in 0..sequence.rows {
             let position = sequence.start + row;
@@ -132,6 +132,41 @@ pub fn paged_attention<E: KvElement>(
             }
         }
         first_row += sequence.rows;
+    }
+}
+
+/// [`crate::rms_norm`].
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let n = weight.len();
+    for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
+        let scale = 1.0 / (dot(x, x) / n as f64 + f64::from(eps)).sqrt();
+        for i in 0..n {
+            y[i] = (f64::from(x[i]) * scale * f64::from(weight[i])) as f32;
+        }
+    }
+}
+
+/// [`crate::swiglu`].
+pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        let gate = f64::from(*gate);
+        *y = (gate / (1.0 + (-gate).exp()) * f64::from(*up)) as f32;
+    }
+}
+
+/// [`crate::rope`] of rows of heads, for the inverse frequencies of its table.
+pub fn rope(inverse_frequencies: &[f32], positions: &[u32], inverse: bool, x: &mut [f32]) {
+    let (half, row) = (inverse_frequencies.len(), x.len() / positions.len());
+    for (x, &position) in x.chunks_exact_mut(row).zip(positions) {
+        for head in x.chunks_exact_mut(2 * half) {
+            for (i, frequency) in inverse_frequencies.iter().enumerate() {
+                // As the table: the angle is a float32.
+                let angle = f64::from(position as f32 * frequency) * if inverse { -1.0 } else { 1.0 };
+                let (sin, cos) = angle.sin_cos();
+                let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+                (head[i], head[i + half]) = ((a * cos - b * sin) as f32, (b * cos + a * sin) as f32);
+            }
+        }
     }
 }
 

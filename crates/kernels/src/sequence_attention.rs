@@ -5,7 +5,8 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{Lanes, isa, multiversion};
+use crate::isa::isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::low_rank::dot;
 use crate::matrices::Product;
 use crate::parallel::Shared;

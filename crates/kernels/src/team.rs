@@ -48,6 +48,26 @@ pub struct Team {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     handles: Vec<Thread>,
+    /// A round is going on. Helpers never look at it.
+    busy: AtomicBool,
+}
+
+/// A team's only round.
+struct Round<'a>(&'a AtomicBool);
+
+impl<'a> Round<'a> {
+    /// # Panics
+    /// When there is one already.
+    fn begin(busy: &'a AtomicBool) -> Self {
+        assert!(!busy.swap(true, Ordering::Acquire), "a team's round within a round");
+        Self(busy)
+    }
+}
+
+impl Drop for Round<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -181,7 +201,7 @@ impl Team {
         };
         let threads = (1..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let handles = threads.iter().map(|thread| thread.thread().clone()).collect();
-        Ok(Self { shared, threads, handles })
+        Ok(Self { shared, threads, handles, busy: AtomicBool::new(false) })
     }
 
     /// Has the caller and `threads - 1` others do what follows, at most as many as there are; the rest sleep, without a
@@ -219,17 +239,18 @@ impl Workers for Team {
         self.shared.helpers.load(Ordering::Relaxed) + 1
     }
 
-    /// Rounds of one team must not overlap: it belongs to one thread.
+    /// # Panics
+    /// When a round is going on: a team belongs to one thread.
     fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         let threads = self.threads();
         if tasks <= 1 || threads == 1 {
             (0..tasks).for_each(body);
             return;
         }
+        let _round = Round::begin(&self.busy);
         let shared = &*self.shared;
         shared.apart.keep();
         let state = shared.state.load(Ordering::Relaxed);
-        assert!(state & OPEN == 0, "a team's round within a round");
         shared.deal(tasks, threads);
         shared.left.store(0, Ordering::Relaxed);
         shared.body.store(std::ptr::from_ref(&body).cast_mut().cast(), Ordering::Relaxed);
@@ -335,6 +356,32 @@ mod tests {
         team.run(4, &|_| {
             met.wait();
         });
+    }
+
+    #[test]
+    fn a_round_within_a_round_is_refused_and_the_team_goes_on() {
+        let team = Team::new(2).unwrap_or_else(|error| panic!("{error}"));
+        let refused = catch_unwind(AssertUnwindSafe(|| team.run(2, &|_| team.run(2, &|_| ()))));
+        assert!(refused.is_err());
+        // From another thread, too.
+        let (begun, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            let first = AtomicBool::new(true);
+            let (team, begun, done) = (&team, &begun, &done);
+            scope.spawn(move || {
+                team.run(2, &|_| {
+                    if first.swap(false, Ordering::Relaxed) {
+                        begun.wait();
+                        done.wait();
+                    }
+                });
+            });
+            begun.wait();
+            let refused = catch_unwind(AssertUnwindSafe(|| team.run(2, &|_| ())));
+            done.wait();
+            assert!(refused.is_err());
+        });
+        team.run(2, &|_| ());
     }
 
     #[test]

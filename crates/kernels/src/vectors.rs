@@ -2,7 +2,8 @@
 //! a bias, and the update that lies under all rows.
 
 use crate::input::Prepared;
-use crate::lanes::{Isa, Lanes, multiversion};
+use crate::isa::Isa;
+use crate::lanes::{Lanes, multiversion};
 use crate::linear::Target;
 use crate::low_rank::{Route, up};
 use crate::weight::PANEL;

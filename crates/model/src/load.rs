@@ -69,7 +69,8 @@ pub fn load(path: &Path, options: LoadOptions) -> Result<Loaded, ModelError> {
     source.config.check()?;
     let hash = source.tensors.hash()?;
     let model = build(&source, hash)?;
-    tracing::info!(path = %path.display(), bytes = model.weight_bytes(), "model loaded");
+    let unit = kernels::isa().name();
+    tracing::info!(path = %path.display(), bytes = model.weight_bytes(), unit, "model loaded");
     Ok(Loaded { model, tokenizer: source.tokenizer })
 }
 

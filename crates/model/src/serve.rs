@@ -184,7 +184,7 @@ impl BaseModel {
                 Some(_) => return Err(config.unknown_token(token)),
             }
         }
-        let pages = Pages { blocks: &input.blocks, sequences: &input.sequences };
+        let pages = Pages::new(&input.blocks, &input.sequences);
         let eps = config.norm_eps;
         for (index, block) in self.blocks().iter().enumerate() {
             let site = |site: Site| {

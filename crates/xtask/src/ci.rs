@@ -24,6 +24,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("description of the API", || openapi::run(true))?;
     step("demo", demo)?;
     step("round trip through HF peft", roundtrip)?;
+    step("tests on lesser vector units", lesser_units)?;
     let totals = step("tests", tests)?;
     println!("\n{totals}");
     println!("tests: {} passed, {} failed", totals.passed, totals.failed);
@@ -69,6 +70,33 @@ fn aarch64() -> anyhow::Result<()> {
         return Ok(());
     }
     cargo(&format!("check --release --package kernels --lib --target {TARGET}"))
+}
+
+/// Serving and training on the vector units that a CPU like this one would use if it had no better: the tests of the
+/// kernels run on all of them, those of whole models on the one in use.
+fn lesser_units() -> anyhow::Result<()> {
+    let args = ["test", "--release", "-p", "kernels", "-p", "model", "-p", "train"];
+    for (unit, found) in lesser() {
+        if !found {
+            println!("skipped: this CPU has no better unit than {unit}, or not that");
+            continue;
+        }
+        println!("-- {unit}");
+        check("cargo", &args, &[("ATELIER_ISA", unit), ("COMPANY_COMPARISONS", "100")])?;
+    }
+    Ok(())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn lesser() -> [(&'static str, bool); 2] {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    [("avx2", avx2 && is_x86_feature_detected!("avx512vnni")), ("portable", avx2)]
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn lesser() -> [(&'static str, bool); 2] {
+    let dot = cfg!(target_arch = "aarch64");
+    [("neon", dot), ("portable", dot)]
 }
 
 /// The demo with nothing left over from an earlier run.
