@@ -26,12 +26,15 @@ pub(crate) struct Sequence {
     lease: Option<Lease>,
     sampler: Sampler,
     pub(crate) deadline: Option<Instant>,
+    /// The mark of the sequences that share its prompt, where blocks are shared.
+    pub(crate) group: Option<u64>,
     pub(crate) sink: TokenSink,
 }
 
 impl Sequence {
-    /// A sequence over a vocabulary of this size: ids from there on are its adapter's virtual tokens.
-    pub(crate) fn new(job: Generate, vocabulary: usize, sink: TokenSink) -> Self {
+    /// A sequence over a vocabulary of this size: ids from there on are its adapter's virtual tokens. It has a group only
+    /// where blocks are `shared`.
+    pub(crate) fn new(job: Generate, vocabulary: usize, shared: bool, sink: TokenSink) -> Self {
         let scope = Arc::new(job.scope());
         let virtual_tokens = job.virtual_tokens();
         let (prompt, answer) = (virtual_tokens + job.prompt.len(), job.params.max_tokens as usize);
@@ -51,6 +54,7 @@ impl Sequence {
             blocks: BlockTable::default(),
             lease: job.adapter,
             deadline: job.deadline,
+            group: job.group.filter(|_| shared),
             sink,
         }
     }
@@ -96,6 +100,12 @@ impl Sequence {
     /// Gives all blocks back, to start again.
     pub(crate) fn release(&mut self, pool: &mut BlockPool) {
         pool.release(&mut self.blocks);
+        self.computed = 0;
+    }
+
+    /// Leaves its blocks to a pool that is given up with all of them, to start again.
+    pub(crate) fn forget_blocks(&mut self) {
+        self.blocks = BlockTable::default();
         self.computed = 0;
     }
 

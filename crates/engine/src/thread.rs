@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, Logits, ModelError, Precision, Runtime};
 use peft::AdapterBatch;
@@ -45,9 +45,31 @@ pub(crate) struct Shared {
     /// Sequences handed in that the thread has not taken yet.
     pub(crate) handed_in: AtomicUsize,
     stats: Mutex<EngineStats>,
+    /// Why the thread has stopped, if it has.
+    stopped: OnceLock<String>,
 }
 
 impl Shared {
+    /// The numbers as of now.
+    pub(crate) fn snapshot(&self) -> EngineStats {
+        let mut stats = *self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.waiting = self.waiting();
+        stats
+    }
+
+    /// Why the thread has stopped, if it has.
+    pub(crate) fn stopped(&self) -> Option<String> {
+        self.stopped.get().cloned()
+    }
+
+    /// Says that the thread has stopped, and why: nothing runs or waits any more.
+    pub(crate) fn stop(&self, reason: String) {
+        self.count(|stats| (stats.running, stats.kv_blocks_used, stats.adapters_running) = (0, 0, 0));
+        self.waiting.store(0, Ordering::Release);
+        // It stops once only.
+        let _first = self.stopped.set(reason);
+    }
+
     /// Sequences that wait, handed in or queued.
     fn waiting(&self) -> usize {
         self.handed_in.load(Ordering::Acquire) + self.waiting.load(Ordering::Acquire)
@@ -74,6 +96,13 @@ impl ModelEngine {
     /// # Errors
     /// When the KV budget does not hold one block, or the threads cannot be started.
     pub fn start(model: Arc<BaseModel>, settings: Settings) -> Result<Self, ModelError> {
+        let (engine, runner) = Self::assemble(model, settings)?;
+        std::thread::Builder::new().name("model".into()).spawn(move || runner.run()).map_err(no_thread)?;
+        Ok(engine)
+    }
+
+    /// The handle, and what the thread is to run.
+    pub(crate) fn assemble(model: Arc<BaseModel>, settings: Settings) -> Result<(Self, Runner), ModelError> {
         let config = model.config();
         let blocks = settings.kv_bytes / KvPool::block_bytes(config, settings.precision);
         if blocks == 0 {
@@ -90,15 +119,14 @@ impl ModelEngine {
         let (inbox, arrivals) = sync_channel(settings.queue.max(1));
         let stats = EngineStats { kv_blocks: blocks, ..EngineStats::default() };
         let (waiting, handed_in) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats) });
-        let start =
-            |error: std::io::Error| ModelError::Batch(format!("the model thread cannot start: {error}"));
+        let stopped = OnceLock::new();
+        let shared = Arc::new(Shared { waiting, handed_in, stats: Mutex::new(stats), stopped });
         let guest = Guest::default();
         let runner = Runner {
             guest: guest.clone(),
             host: Host::new(settings.threads, settings.guest_floor),
             kv: KvPool::new(config, blocks, settings.precision)?,
-            runtime: Runtime::new(settings.threads, settings.precision).map_err(start)?,
+            runtime: Runtime::new(settings.threads, settings.precision).map_err(no_thread)?,
             input: BatchInput::with_capacity(settings.batch, settings.step_tokens, blocks),
             adapters: AdapterBatch::default(),
             logits: Logits::default(),
@@ -113,10 +141,11 @@ impl ModelEngine {
             sequences: HashMap::new(),
             next_id: 0,
             scratch: Scratch::default(),
+            #[cfg(test)]
+            faults: Vec::new(),
             model,
         };
-        std::thread::Builder::new().name("model".into()).spawn(move || runner.run()).map_err(start)?;
-        Ok(Self { inbox, shared, limits, guest })
+        Ok((Self { inbox, shared, limits, guest }, runner))
     }
 
     /// Who is to say when work of low priority runs beside this engine.
@@ -147,6 +176,10 @@ impl ModelEngine {
     }
 }
 
+fn no_thread(error: std::io::Error) -> ModelError {
+    ModelError::Batch(format!("the model thread cannot start: {error}"))
+}
+
 impl Engine for ModelEngine {
     fn submit(&self, job: Generate) -> Result<TokenStream, SubmitError> {
         self.check(&job)?;
@@ -162,12 +195,14 @@ impl Engine for ModelEngine {
     }
 
     fn stats(&self) -> EngineStats {
-        let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        stats.waiting = self.shared.waiting();
-        stats
+        self.shared.snapshot()
     }
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn stopped(&self) -> Option<String> {
+        self.shared.stopped()
     }
 }
