@@ -167,3 +167,65 @@ async fn a_thread_that_is_done_has_not_stopped_by_a_fault() {
     assert!(matches!(collect(stream).await.last(), Some(Event::Finished { .. })));
     assert_eq!(shared.stopped(), None);
 }
+
+fn long(seed: u64) -> Generate {
+    let mut job = job(seed);
+    job.params.max_tokens = 200;
+    job
+}
+
+/// Runs rounds until the first sequence has five tokens of its answer.
+fn turn_to_the_fifth_token(runner: &mut Runner) {
+    let tokens = |first: &Sequence| first.usage().completion_tokens;
+    while runner.sequences.get(&0).is_none_or(|first| tokens(first) < 5) {
+        assert!(runner.turn());
+    }
+}
+
+#[tokio::test]
+async fn no_token_is_computed_for_a_reader_that_has_left() {
+    let (engine, mut runner) = engine();
+    let (leaving, staying) = (engine.submit(long(1)).unwrap(), engine.submit(job(2)).unwrap());
+    // Two more run, and the fifth waits.
+    let others: Vec<TokenStream> = (3..5).map(|seed| engine.submit(job(seed)).unwrap()).collect();
+    let queued = engine.submit(job(5)).unwrap();
+    turn_to_the_fifth_token(&mut runner);
+    assert_eq!((runner.scheduler.running(), runner.scheduler.waiting()), (4, 1));
+    drop((leaving, queued));
+    drop(engine);
+    while runner.turn() {}
+    let stats = runner.shared.snapshot();
+    let theirs: u32 = [2, 3, 4].map(|seed| job(seed).params.max_tokens).iter().sum();
+    assert_eq!((stats.cancelled, stats.generated_tokens), (2, 5 + u64::from(theirs)));
+    assert_eq!(runner.blocks.available(), runner.blocks.blocks());
+    for stream in others.into_iter().chain([staying]) {
+        assert!(matches!(collect(stream).await.last(), Some(Event::Finished { .. })));
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_ends_a_sequence_running_or_waiting() {
+    let (engine, mut runner) = engine();
+    let deadline = Instant::now() + Duration::from_secs(1 << 20);
+    let late = |seed| Generate { deadline: Some(deadline), ..long(seed) };
+    let running = engine.submit(late(1)).unwrap();
+    let others: Vec<TokenStream> = (2..5).map(|seed| engine.submit(long(seed)).unwrap()).collect();
+    let waiting = engine.submit(late(5)).unwrap();
+    turn_to_the_fifth_token(&mut runner);
+    // Negative control: until then nobody is ended.
+    runner.sweep(deadline - Duration::from_nanos(1));
+    assert_eq!((runner.scheduler.running(), runner.scheduler.waiting()), (4, 1));
+    runner.sweep(deadline);
+    assert_eq!((runner.scheduler.running(), runner.scheduler.waiting()), (3, 0));
+    for (stream, tokens) in [(running, 5), (waiting, 0)] {
+        let events = collect(stream).await;
+        assert_eq!(events.len(), tokens + 1);
+        assert!(matches!(events.last(), Some(Event::Failed { deadline: true, .. })), "{events:?}");
+    }
+    drop(engine);
+    while runner.turn() {}
+    assert_eq!(runner.shared.snapshot().generated_tokens, 5 + 3 * 200);
+    for stream in others {
+        assert_eq!(collect(stream).await.len(), 201);
+    }
+}
