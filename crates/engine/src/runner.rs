@@ -147,7 +147,7 @@ impl Runner {
         let sequence = caught(|| {
             #[cfg(test)]
             strike(&self.faults, Fault::Taking(id));
-            Sequence::new(job, vocabulary, sharing, sink)
+            Sequence::new(job, vocabulary, &self.eos, sharing, sink)
         });
         match sequence {
             Ok(sequence) => {
