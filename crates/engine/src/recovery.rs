@@ -50,7 +50,8 @@ impl Runner {
         tracing::error!(%reason, "the engine has stopped");
         let told = Event::Failed { deadline: false, reason: format!("the engine has stopped: {reason}") };
         self.shared.stop(reason);
-        let handed_in = self.inbox.try_iter().map(|(_, sink)| sink);
+        let handed_in: Vec<_> = self.inbox.try_iter().map(|(_, sink)| sink).collect();
+        self.shared.moved(self.taken_in + handed_in.len(), 0);
         for sink in self.sequences.into_values().map(|sequence| sequence.sink).chain(handed_in) {
             // A reader that went away needs no event.
             let _gone = sink.send(told.clone());

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +37,8 @@ pub(crate) struct Runner {
     pub(crate) eos: Vec<u32>,
     pub(crate) context: usize,
     pub(crate) inbox: Receiver<(Generate, TokenSink)>,
+    /// Of the sequences that [`Shared`] has waiting, those taken in: they were in the queue when it was last looked at.
+    pub(crate) taken_in: usize,
     pub(crate) shared: Arc<Shared>,
     pub(crate) sequences: HashMap<u64, Sequence>,
     pub(crate) next_id: u64,
@@ -143,6 +144,7 @@ impl Runner {
     fn add(&mut self, (job, sink): (Generate, TokenSink)) {
         let id = self.next_id;
         self.next_id += 1;
+        self.taken_in += 1;
         let (vocabulary, sharing) = (self.model.config().vocab, self.blocks.is_sharing());
         let sequence = caught(|| {
             #[cfg(test)]
@@ -160,8 +162,6 @@ impl Runner {
                 self.shared.count(|stats| stats.failed += 1);
             }
         }
-        self.shared.waiting.store(self.scheduler.waiting(), Ordering::Release);
-        self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Ends sequences whose reader has gone or whose deadline has passed by `now`, queued or running.
@@ -359,10 +359,10 @@ impl Runner {
         sequence.release(&mut self.blocks);
     }
 
-    pub(crate) fn publish_stats(&self) {
+    pub(crate) fn publish_stats(&mut self) {
         let (waiting, running) = (self.scheduler.waiting(), self.scheduler.running());
+        self.shared.moved(std::mem::replace(&mut self.taken_in, waiting), waiting);
         let pool = &self.blocks;
-        self.shared.waiting.store(waiting, Ordering::Release);
         self.shared.count(|stats| {
             stats.running = running;
             stats.kv_blocks = pool.blocks();
