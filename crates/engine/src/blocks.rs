@@ -130,6 +130,12 @@ impl BlockPool {
         }
     }
 
+    /// The pool as it is when nobody holds or has published anything; tables of before must not meet it.
+    pub(crate) fn emptied(&self) -> Self {
+        let Self { next_number, evictions, untouched, .. } = *self;
+        Self { next_number, evictions, untouched, ..Self::new(self.blocks.len() as u32, self.sharing) }
+    }
+
     /// Blocks in all.
     #[must_use]
     pub fn blocks(&self) -> usize {

@@ -6,8 +6,11 @@
 mod arrange;
 mod blocks;
 mod draw;
+#[cfg(test)]
+mod faults;
 mod guest;
 mod links;
+mod recovery;
 mod request;
 mod runner;
 mod sampler;

@@ -108,8 +108,8 @@ pub enum SubmitError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// The engine is shutting down.
-    #[error("the engine is shutting down")]
+    /// The engine has stopped.
+    #[error("the engine has stopped")]
     Stopped,
 }
 
@@ -177,6 +177,9 @@ pub trait Engine: Send + Sync + 'static {
 
     /// What a sequence may ask for.
     fn limits(&self) -> Limits;
+
+    /// Why the engine has stopped, for logs, if a fault has ended it: it answers nobody any more.
+    fn stopped(&self) -> Option<String>;
 }
 
 /// The reader's end of a sequence. Dropping it cancels the sequence within one step.
@@ -194,7 +197,7 @@ struct State {
 }
 
 impl TokenStream {
-    /// The next event; `None` after the end.
+    /// The next event; `None` after the end, and when a fault has cost the engine the sequence.
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
     }

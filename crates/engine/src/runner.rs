@@ -1,9 +1,7 @@
 //! The loop of the model thread: plan, run, sample, report.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +10,10 @@ use peft::AdapterBatch;
 
 use crate::arrange::arrange;
 use crate::blocks::BlockPool;
+#[cfg(test)]
+use crate::faults::{Fault, strike};
 use crate::guest::{Guest, Host, Rows};
+use crate::recovery::caught;
 use crate::request::{Event, Generate, TokenSink};
 use crate::sampler::Scratch;
 use crate::scheduler::{Blocks, Scheduler, Step, Work};
@@ -36,12 +37,16 @@ pub(crate) struct Runner {
     pub(crate) eos: Vec<u32>,
     pub(crate) context: usize,
     pub(crate) inbox: Receiver<(Generate, TokenSink)>,
+    /// Of the sequences that [`Shared`] has waiting, those taken in: they were in the queue when it was last looked at.
+    pub(crate) taken_in: usize,
     pub(crate) shared: Arc<Shared>,
     pub(crate) sequences: HashMap<u64, Sequence>,
     pub(crate) next_id: u64,
     pub(crate) scratch: Scratch,
     pub(crate) guest: Guest,
     pub(crate) host: Host,
+    #[cfg(test)]
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// The sequences' blocks, as the scheduler moves them.
@@ -84,16 +89,33 @@ enum End {
 }
 
 impl Runner {
-    /// Runs until the inbox is closed and the last sequence has ended.
+    /// Runs until the inbox is closed and the last sequence has ended, or a fault leaves nothing to go on with.
     pub(crate) fn run(mut self) {
-        while self.receive() {
-            self.sweep();
-            let pause = if self.sequences.is_empty() { None } else { self.step() };
-            self.publish_stats();
-            if let Some(pause) = pause {
-                self.pause(pause);
+        loop {
+            match caught(|| self.turn()) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(reason) => {
+                    if !matches!(caught(|| self.recover(&reason)), Ok(true)) {
+                        return self.give_up(reason);
+                    }
+                }
             }
         }
+    }
+
+    /// Takes in who has come, and runs a step. False when all is done.
+    fn turn(&mut self) -> bool {
+        if !self.receive() {
+            return false;
+        }
+        self.sweep(Instant::now());
+        let pause = if self.sequences.is_empty() { None } else { self.step() };
+        self.publish_stats();
+        if let Some(pause) = pause {
+            self.pause(pause);
+        }
+        true
     }
 
     /// Takes in what has arrived; waits when there is nothing to do. False when all is done.
@@ -122,17 +144,28 @@ impl Runner {
     fn add(&mut self, (job, sink): (Generate, TokenSink)) {
         let id = self.next_id;
         self.next_id += 1;
-        let group = job.group.filter(|_| self.blocks.is_sharing());
-        let sequence = Sequence::new(job, self.model.config().vocab, sink);
-        self.scheduler.push(id, sequence.prompt(), group);
-        self.sequences.insert(id, sequence);
-        self.shared.waiting.store(self.scheduler.waiting(), Ordering::Release);
-        self.shared.handed_in.fetch_sub(1, Ordering::AcqRel);
+        self.taken_in += 1;
+        let (vocabulary, sharing) = (self.model.config().vocab, self.blocks.is_sharing());
+        let sequence = caught(|| {
+            #[cfg(test)]
+            strike(&self.faults, Fault::Taking(id));
+            Sequence::new(job, vocabulary, &self.eos, sharing, sink)
+        });
+        match sequence {
+            Ok(sequence) => {
+                self.scheduler.push(id, sequence.prompt(), sequence.group);
+                self.sequences.insert(id, sequence);
+            }
+            Err(reason) => {
+                // Its sink is gone, so its reader finds an end.
+                tracing::error!(sequence = id, %reason, "sequence could not be taken in");
+                self.shared.count(|stats| stats.failed += 1);
+            }
+        }
     }
 
-    /// Ends sequences whose reader has gone or whose deadline has passed, queued or running.
-    fn sweep(&mut self) {
-        let now = Instant::now();
+    /// Ends sequences whose reader has gone or whose deadline has passed by `now`, queued or running.
+    fn sweep(&mut self, now: Instant) {
         let mut ended = Vec::new();
         for (&id, sequence) in &self.sequences {
             if sequence.sink.is_cancelled() {
@@ -152,6 +185,10 @@ impl Runner {
         let mut step = std::mem::take(&mut self.step);
         let mut held = Held { pool: &mut self.blocks, kv: &mut self.kv, sequences: &mut self.sequences };
         self.scheduler.plan(&mut held, &mut step);
+        #[cfg(test)]
+        for work in &step.work {
+            strike(&self.faults, Fault::Planning(work.id));
+        }
         arrange(&mut step.work, &mut self.arranged, |work| {
             let adapter = self.sequences.get(&work.id).and_then(Sequence::adapter);
             adapter.map_or(0, |adapter| Arc::as_ptr(adapter).addr())
@@ -197,76 +234,93 @@ impl Runner {
             return;
         }
         match self.forward(&step.work) {
-            Ok(()) => self.settle(&step.work),
+            Ok(()) => {
+                self.settle(&step.work);
+            }
             // One of the sequences is at fault: run each alone, so that only that one ends.
             Err(_) if step.work.len() > 1 => {
-                for work in &step.work {
-                    self.alone(work);
-                }
+                // Until one leaves no blocks to go on with.
+                let _all = step.work.iter().all(|work| self.alone(work));
             }
             Err(reason) => self.fail(step.work[0].id, reason),
         }
     }
 
-    fn alone(&mut self, work: &Work) {
+    /// As [`Self::settle`], of one sequence's work after a pass of its own.
+    fn alone(&mut self, work: &Work) -> bool {
         match self.forward(std::slice::from_ref(work)) {
             Ok(()) => self.settle(std::slice::from_ref(work)),
-            Err(reason) => self.fail(work.id, reason),
+            Err(reason) => {
+                self.fail(work.id, reason);
+                true
+            }
         }
     }
 
     /// One forward pass over the work's rows; leaves the logits of those that sample, in order.
     fn forward(&mut self, work: &[Work]) -> Result<(), String> {
-        self.input.clear();
-        self.adapters.clear();
-        for work in work {
-            let sequence = self.sequences.get(&work.id).ok_or("the sequence is gone")?;
-            let tokens = &sequence.tokens[sequence.computed..sequence.computed + work.tokens];
-            self.input.push(tokens, sequence.computed, sequence.blocks.blocks(), work.sample);
-            self.adapters.push(sequence.adapter(), work.tokens);
-        }
-        let Self { model, runtime, input, kv, adapters, logits, .. } = self;
-        let result = catch_unwind(AssertUnwindSafe(|| model.forward(runtime, input, kv, adapters, logits)));
+        let Self { model, runtime, input, kv, adapters, logits, sequences, .. } = self;
+        let result = caught(|| {
+            input.clear();
+            adapters.clear();
+            for work in work {
+                let sequence = sequences.get(&work.id).ok_or("the sequence is gone")?;
+                let tokens = &sequence.tokens[sequence.computed..sequence.computed + work.tokens];
+                input.push(tokens, sequence.computed, sequence.blocks.blocks(), work.sample);
+                adapters.push(sequence.adapter(), work.tokens);
+            }
+            model.forward(runtime, input, kv, adapters, logits).map_err(|error| error.to_string())
+        });
         self.shared.count(|stats| {
             stats.steps += 1;
             stats.adapters_running = self.adapters.adapters();
         });
         // An idle engine must not keep an adapter whose sequence has ended.
         self.adapters.clear();
-        match result {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-                Err(format!("the forward pass panicked: {text}"))
-            }
-        }
+        result.unwrap_or_else(|reason| Err(format!("the forward pass panicked: {reason}")))
     }
 
-    fn settle(&mut self, work: &[Work]) {
+    /// Records a pass's work, samples and tells the readers. False when the blocks had to be given up, so that nothing of
+    /// the step can be gone on with.
+    fn settle(&mut self, work: &[Work]) -> bool {
         let all = std::mem::take(&mut self.logits);
         let mut logits = all.rows();
         let (mut own, mut prompt, mut generated) = (0, 0, 0);
+        let mut kept = true;
         for work in work {
             let row = if work.sample { logits.next() } else { None };
             let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
             let computed = sequence.compute(work.tokens);
             own += computed.0 as u64;
             prompt += computed.1 as u64;
-            let Some(row) = row else {
-                sequence.publish(&mut self.blocks);
-                self.scheduler.settle(work, false);
-                continue;
+            generated += u64::from(row.is_some());
+            let progress = match row {
+                None => Progress::Goes,
+                Some(row) => caught(|| {
+                    #[cfg(test)]
+                    if sequence.usage().completion_tokens >= 2 {
+                        strike(&self.faults, Fault::Sampling(work.id));
+                    }
+                    sequence.advance(row, &self.eos, self.context, &mut self.scratch)
+                })
+                .unwrap_or_else(|panic| Progress::Failed(format!("the choice of a token panicked: {panic}"))),
             };
-            generated += 1;
-            let progress = sequence.advance(row, &self.eos, self.context, &mut self.scratch);
             if !matches!(progress, Progress::Failed(_)) {
-                sequence.publish(&mut self.blocks);
+                let published = caught(|| {
+                    sequence.publish(&mut self.blocks);
+                    #[cfg(test)]
+                    strike(&self.faults, Fault::Publishing(work.id));
+                });
+                if let Err(panic) = published {
+                    self.start_over();
+                    self.fail(work.id, format!("the publishing of its blocks panicked: {panic}"));
+                    kept = false;
+                    break;
+                }
             }
             let usage = sequence.usage();
             match progress {
-                Progress::Goes => self.scheduler.settle(work, true),
+                Progress::Goes => self.scheduler.settle(work, row.is_some()),
                 Progress::Finished(reason) => {
                     self.end(work.id, End::Event(Event::Finished { reason, usage }))
                 }
@@ -281,9 +335,10 @@ impl Runner {
             stats.prompt_tokens += prompt;
             stats.generated_tokens += generated;
         });
+        kept
     }
 
-    fn fail(&mut self, id: u64, reason: String) {
+    pub(crate) fn fail(&mut self, id: u64, reason: String) {
         tracing::error!(sequence = id, %reason, "sequence failed");
         self.end(id, End::Event(Event::Failed { deadline: false, reason }));
     }
@@ -304,10 +359,10 @@ impl Runner {
         sequence.release(&mut self.blocks);
     }
 
-    fn publish_stats(&self) {
+    pub(crate) fn publish_stats(&mut self) {
         let (waiting, running) = (self.scheduler.waiting(), self.scheduler.running());
+        self.shared.moved(std::mem::replace(&mut self.taken_in, waiting), waiting);
         let pool = &self.blocks;
-        self.shared.waiting.store(waiting, Ordering::Release);
         self.shared.count(|stats| {
             stats.running = running;
             stats.kv_blocks = pool.blocks();
@@ -317,3 +372,7 @@ impl Runner {
         });
     }
 }
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;

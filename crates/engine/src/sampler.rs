@@ -29,7 +29,8 @@ pub struct Scratch {
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
-    /// Occurrences in the answer; prompt tokens are there with 0. Kept only when a penalty needs it.
+    /// Occurrences in the answer; prompt tokens are there with 0. Kept only when a penalty needs it, and then with room for
+    /// the whole answer.
     seen: HashMap<u32, u32>,
     penalised: bool,
 }
@@ -41,7 +42,11 @@ impl Sampler {
         let penalised = params.repetition_penalty != 1.0
             || params.frequency_penalty != 0.0
             || params.presence_penalty != 0.0;
-        let seen = if penalised { prompt.iter().map(|&id| (id, 0)).collect() } else { HashMap::new() };
+        let mut seen = HashMap::new();
+        if penalised {
+            seen.extend(prompt.iter().map(|&id| (id, 0)));
+            seen.reserve(params.max_tokens as usize);
+        }
         Self { params, seen, penalised }
     }
 

@@ -90,7 +90,24 @@ impl Scheduler {
 
     /// Queues a sequence. While one of its `group` computes the prompt, it waits in order to share the blocks.
     pub fn push(&mut self, id: u64, prompt: usize, group: Option<u64>) {
-        self.waiting.push_back(Entry { id, prompt, group, known: prompt, computed: 0, blocks: 0 });
+        self.resume(id, prompt, prompt, group);
+    }
+
+    /// Queues a sequence that has `known` tokens by now, none of which are computed.
+    pub(crate) fn resume(&mut self, id: u64, prompt: usize, known: usize, group: Option<u64>) {
+        self.waiting.push_back(Entry { id, prompt, group, known, computed: 0, blocks: 0 });
+    }
+
+    /// Forgets all sequences.
+    pub(crate) fn clear(&mut self) {
+        self.waiting.clear();
+        self.running.clear();
+    }
+
+    /// Those whom a failed plan may be due to: who runs, or else who is first in the queue.
+    pub(crate) fn suspects(&self) -> Vec<u64> {
+        let first = self.waiting.front().filter(|_| self.running.is_empty());
+        self.running.iter().chain(first).map(|entry| entry.id).collect()
     }
 
     /// Takes a sequence out, wherever it is.

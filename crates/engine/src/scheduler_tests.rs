@@ -40,6 +40,8 @@ struct World {
     stored: HashMap<(u32, usize), (Arc<Scope>, Vec<u32>)>,
     preemptions: usize,
     computed: usize,
+    /// Steps in which a piece of a prompt ran beside sequences that decode.
+    mixed: usize,
     /// Tokens that were there because a block was copied.
     copied: usize,
     fault: Option<Fault>,
@@ -96,6 +98,7 @@ impl World {
             stored: HashMap::new(),
             preemptions: 0,
             computed: 0,
+            mixed: 0,
             copied: 0,
             fault: None,
         }
@@ -170,8 +173,16 @@ impl World {
                     self.end(&mut scheduler, id);
                 }
             }
+            let decoding = decoding(&scheduler);
             let step = plan(&mut scheduler, self);
             self.check();
+            // Who decodes runs in every step, whatever prompts run beside it, and however long they are.
+            for &id in &decoding {
+                let runs = step.work.contains(&Work { id, tokens: 1, sample: true });
+                assert!(runs || step.preempted.contains(&id), "{id} waits for a prompt");
+            }
+            let piece = |work: &Work| !work.sample || work.tokens > 1;
+            self.mixed += usize::from(!decoding.is_empty() && step.work.iter().any(piece));
             self.preemptions += step.preempted.len();
             let left = scheduler.waiting() + scheduler.running();
             assert!(left == 0 || !step.work.is_empty() || !step.preempted.is_empty(), "an empty step");
@@ -219,6 +230,12 @@ proptest! {
         // The pool fits the longest sequence alone, and some more.
         World::new((blocks_of(&cases) + spare) as u32, sharing).drain(&cases);
     }
+}
+
+/// The running sequences of which one token is left to compute.
+fn decoding(scheduler: &Scheduler) -> Vec<u64> {
+    let decode = scheduler.running.iter().filter(|entry| entry.known - entry.computed == 1);
+    decode.map(|entry| entry.id).collect()
 }
 
 fn plan(scheduler: &mut Scheduler, world: &mut World) -> Step {
@@ -269,6 +286,14 @@ fn prompts_get_the_square_of_their_share() {
     assert_eq!(tokens(8, 1), 4, "half of those who decode");
     assert_eq!(tokens(4, 12), 144);
     assert_eq!(tokens(15, 9), 8, "half of them; only one can run");
+}
+
+#[test]
+fn who_decodes_runs_in_every_step_beside_a_long_prompt() {
+    let mut world = World::new(64, true);
+    world.drain(&[plain(3, 40), plain(4, 40), Case { tenant: false, ..plain(5, 40) }, plain(99, 5)]);
+    // Ninety and more tokens in pieces of at most half as many as decode, or a quarter of the step.
+    assert!(world.mixed >= 10, "{} steps", world.mixed);
 }
 
 #[test]

@@ -25,16 +25,22 @@ pub(crate) struct Sequence {
     scope: Arc<Scope>,
     lease: Option<Lease>,
     sampler: Sampler,
+    /// Tokens that would end the answer before it has its least length.
+    banned: Vec<u32>,
     pub(crate) deadline: Option<Instant>,
+    /// The mark of the sequences that share its prompt, where blocks are shared.
+    pub(crate) group: Option<u64>,
     pub(crate) sink: TokenSink,
 }
 
 impl Sequence {
-    /// A sequence over a vocabulary of this size: ids from there on are its adapter's virtual tokens.
-    pub(crate) fn new(job: Generate, vocabulary: usize, sink: TokenSink) -> Self {
+    /// A sequence over a vocabulary of this size: ids from there on are its adapter's virtual tokens. It has a group only
+    /// where blocks are `shared`.
+    pub(crate) fn new(job: Generate, vocabulary: usize, eos: &[u32], shared: bool, sink: TokenSink) -> Self {
         let scope = Arc::new(job.scope());
         let virtual_tokens = job.virtual_tokens();
         let (prompt, answer) = (virtual_tokens + job.prompt.len(), job.params.max_tokens as usize);
+        let banned = banned(&job.params, eos);
         let sampler = Sampler::new(job.params, &job.prompt);
         // All it can grow to, so that no step has to allocate.
         let mut tokens = Vec::with_capacity(prompt + answer);
@@ -45,12 +51,14 @@ impl Sequence {
             virtual_tokens,
             prompt,
             sampler,
+            banned,
             tokens,
             computed: 0,
             cached: None,
             blocks: BlockTable::default(),
             lease: job.adapter,
             deadline: job.deadline,
+            group: job.group.filter(|_| shared),
             sink,
         }
     }
@@ -99,6 +107,12 @@ impl Sequence {
         self.computed = 0;
     }
 
+    /// Leaves its blocks to a pool that is given up with all of them, to start again.
+    pub(crate) fn forget_blocks(&mut self) {
+        self.blocks = BlockTable::default();
+        self.computed = 0;
+    }
+
     /// Records that `tokens` more are computed; returns how many of them are virtual, and how many the prompt's.
     pub(crate) fn compute(&mut self, tokens: usize) -> (usize, usize) {
         let before = self.computed;
@@ -121,14 +135,9 @@ impl Sequence {
         scratch: &mut Scratch,
     ) -> Progress {
         let position = self.answered();
-        let params = self.sampler.params();
-        let mut banned = Vec::new();
-        if position < params.min_tokens {
-            let ends = eos.iter().chain(&params.stop_token_ids).copied();
-            banned.extend(ends.filter(|id| is_stop(params, eos, *id)));
-        }
-        let max_tokens = params.max_tokens;
-        let Some(choice) = self.sampler.choose(logits, position, &banned, scratch) else {
+        let SamplingParams { min_tokens, max_tokens, .. } = *self.sampler.params();
+        let banned = if position < min_tokens { &self.banned[..] } else { &[] };
+        let Some(choice) = self.sampler.choose(logits, position, banned, scratch) else {
             return Progress::Failed("the model gave no finite logits".into());
         };
         let params = self.sampler.params();
@@ -146,6 +155,12 @@ impl Sequence {
             Progress::Goes
         }
     }
+}
+
+/// The tokens that end an answer, if it has a least length.
+fn banned(params: &SamplingParams, eos: &[u32]) -> Vec<u32> {
+    let ends = eos.iter().chain(&params.stop_token_ids).copied();
+    ends.filter(|id| params.min_tokens > 0 && is_stop(params, eos, *id)).collect()
 }
 
 /// Whether a token ends the answer.

@@ -8,15 +8,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use kernels::Format;
+use model::LoadOptions;
 use synthetic::Synthetic;
 
-/// The formats of a model's layers, by turns.
-const FORMATS: [&[Format]; 5] = [
+const Q4: Format = Format::Q4_0;
+
+/// The formats of a model's layers, by turns: those in blocks of 256 where that is the width, in the feed-forward network's
+/// way back.
+const FORMATS: [&[Format]; 7] = [
     &[Format::F32],
     &[Format::F16, Format::Bf16],
     &[Format::Q4_0],
     &[Format::Q4_1],
     &[Format::Q8_0, Format::Q4_0, Format::F32],
+    &[Q4, Q4, Q4, Q4, Q4, Q4, Format::Q4K],
+    &[Q4, Q4, Q4, Q4, Q4, Q4, Format::Q6K],
 ];
 
 fn corpus(target: &str) -> PathBuf {
@@ -32,13 +38,15 @@ fn main() {
             layers: 1,
             heads: 2,
             kv_heads: 1,
-            feed_forward: 32,
+            feed_forward: formats.iter().map(|format| format.block_len()).fold(32, usize::max),
             vocab: 8,
             context: 64,
             window: None,
             formats,
         };
-        shape.write(&corpus("gguf").join(format!("model-{at}")), at as u64);
+        let file = corpus("gguf").join(format!("model-{at}.gguf"));
+        shape.write(&file, at as u64);
+        model::load(&file, LoadOptions::default()).unwrap();
     }
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-llama");
     for folder in fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()) {

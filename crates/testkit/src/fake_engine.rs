@@ -15,6 +15,8 @@ pub enum Mood {
     Silent,
     /// Panics.
     Panicking,
+    /// Has stopped, and refuses.
+    Stopped,
 }
 
 /// An engine in one mood.
@@ -49,6 +51,7 @@ impl Engine for FakeEngine {
             }
             Mood::Silent => self.silent.lock().unwrap_or_else(PoisonError::into_inner).push(sink),
             Mood::Panicking => panic!("a secret panic"),
+            Mood::Stopped => return Err(SubmitError::Stopped),
         }
         Ok(stream)
     }
@@ -59,5 +62,9 @@ impl Engine for FakeEngine {
 
     fn limits(&self) -> Limits {
         Limits { context: 256, vocabulary: 320, queue: 128, batch: 4 }
+    }
+
+    fn stopped(&self) -> Option<String> {
+        (self.mood == Mood::Stopped).then(|| "a secret cause".into())
     }
 }

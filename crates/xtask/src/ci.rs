@@ -21,6 +21,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("tidy", tidy::run)?;
     step("documentation", documentation)?;
     step("kernels for aarch64", aarch64)?;
+    step("fuzz targets", fuzz_targets)?;
     step("description of the API", || openapi::run(true))?;
     step("demo", demo)?;
     step("round trip through HF peft", roundtrip)?;
@@ -97,6 +98,22 @@ fn lesser() -> [(&'static str, bool); 2] {
 fn lesser() -> [(&'static str, bool); 2] {
     let dot = cfg!(target_arch = "aarch64");
     [("neon", dot), ("portable", dot)]
+}
+
+/// Compiles the fuzz targets, which are no part of the workspace, where what they need besides it can be had. To check them
+/// takes neither nightly nor libFuzzer itself, which is C++; to run them does.
+fn fuzz_targets() -> anyhow::Result<()> {
+    const MANIFEST: &str = "fuzz/Cargo.toml";
+    // With the workspace's versions, so that little else is fetched.
+    let lock = |folder: &str| workspace::root().join(folder).join("Cargo.lock");
+    std::fs::copy(lock(""), lock("fuzz")).context("cannot copy Cargo.lock")?;
+    let fetch = workspace::command("cargo", &["fetch", "--manifest-path", MANIFEST]).status();
+    if !fetch.context("cannot start cargo")?.success() {
+        println!("skipped: cargo cannot fetch what {MANIFEST} needs");
+        return Ok(());
+    }
+    let args = ["check", "--release", "--manifest-path", MANIFEST, "--target-dir", "target/fuzz"];
+    check("cargo", &args, &[("CUSTOM_LIBFUZZER_PATH", "/nowhere/libfuzzer.a")])
 }
 
 /// The demo with nothing left over from an earlier run.

@@ -169,17 +169,17 @@ async fn a_reader_that_leaves_frees_its_place() {
     until(&engine, |stats| stats.running == 0).await;
     let stats = engine.stats();
     assert_eq!((stats.cancelled, stats.kv_blocks_used), (1, 0));
-    assert!(stats.generated_tokens < 200 + 30, "it was cut short");
 }
 
 #[tokio::test]
-async fn a_deadline_ends_a_sequence_running_or_waiting() {
+async fn a_deadline_that_has_passed_ends_a_sequence_before_it_runs() {
     let engine = ModelEngine::start(base(), settings(64)).unwrap();
     let mut late = long(1);
     late.deadline = Some(Instant::now());
     let events = collect(engine.submit(late).unwrap()).await;
-    assert!(matches!(events.last(), Some(Event::Failed { deadline: true, .. })), "{events:?}");
+    assert!(matches!(events[..], [Event::Failed { deadline: true, .. }]), "{events:?}");
     until(&engine, |stats| stats.kv_blocks_used == 0 && stats.failed == 1).await;
+    assert_eq!(engine.stats().generated_tokens, 0);
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn a_full_queue_says_so() {
         }
         assert!(streams.len() < 1000, "the queue has no bound");
     };
-    assert!(matches!(busy, SubmitError::Busy { .. }), "{busy}");
+    assert_eq!(busy, SubmitError::Busy { waiting: 8 });
     drop(streams);
     until(&engine, |stats| stats.running == 0 && stats.waiting == 0).await;
     assert!(matches!(

@@ -25,7 +25,7 @@ pub(crate) async fn live() -> Json<Health> {
     Json(Health { status: "ok" })
 }
 
-/// The server can take requests: the model is loaded and the store answers.
+/// The server can take requests: the model is loaded, the engine runs and the store answers.
 #[utoipa::path(
     get,
     path = "/health/ready",
@@ -33,9 +33,14 @@ pub(crate) async fn live() -> Json<Health> {
     responses(
         (status = 200, description = "Ready", body = Health),
         (status = 500, description = "The store does not answer", body = ErrorBody),
+        (status = 503, description = "The engine has stopped", body = ErrorBody),
     )
 )]
 pub(crate) async fn ready(State(app): State<App>) -> Result<Json<Health>, ApiError> {
+    if let Some(reason) = app.engine.stopped() {
+        let message = "the engine has stopped after a fault: the server must be started again";
+        return Err(ApiError::new(Code::Unavailable, message).cause(reason));
+    }
     app.store.queue_stats().await?;
     Ok(Json(Health { status: "ok" }))
 }

@@ -44,6 +44,23 @@ async fn faults_are_told_without_their_causes() {
     assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
 }
 
+#[tokio::test]
+async fn a_server_whose_engine_has_stopped_is_not_ready() {
+    // Negative control: an engine that fails still runs.
+    for (mood, status) in [(Mood::Failing, 200), (Mood::Stopped, 503)] {
+        let (server, _) = server(mood).await;
+        assert_eq!(server.get("/health/live").await.status, 200);
+        let answer = server.get("/health/ready").await;
+        assert_eq!(answer.status, status, "{mood:?}: {}", answer.text());
+    }
+    let (server, _) = server(Mood::Stopped).await;
+    let error = server.get("/health/ready").await.json()["error"].clone();
+    assert_eq!(error["code"], "unavailable");
+    assert!(error["message"].as_str().is_some_and(|told| told.contains("the engine has stopped")), "{error}");
+    assert!(!error.to_string().contains("secret"), "{error}");
+    assert_eq!(server.post("/v1/chat/completions", chat()).await.status, 503);
+}
+
 async fn until(condition: impl Fn() -> bool) {
     while !condition() {
         tokio::time::sleep(Duration::from_millis(2)).await;
