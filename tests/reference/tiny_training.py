@@ -1,9 +1,11 @@
 """Writes tests/fixtures/<model>/train-*: for adapters of every kind one backward pass and fifty AdamW steps from their weights."""
 
 import math
+import re
 
 from common import FIXTURES, load_adapted, save_json, save_tensors
 
+import numpy as np
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -29,6 +31,9 @@ RUNS = {
     "tiny-qwen3": {"lora-all": 1e-3, "dora": 1e-3, "prompt": 1e-2},
     "tiny-mistral": {"lora-all": 1e-3},
 }
+# Kinds that are trained with dropout, too, and how much
+WITH_DROPOUT, DROPOUT = ["lora-all", "dora"], 0.25
+SITES = ["q", "k", "v", "o", "gate", "up", "down"]
 # torch's own, and others where these are named: model -> betas, epsilon
 ADAM = ((0.9, 0.999), 1e-8)
 OTHER_ADAM = {"tiny-mistral": ((0.8, 0.95), 1e-4)}
@@ -45,6 +50,54 @@ def trainable(model):
     named = {name: by_place[value.data_ptr()] for name, value in saved.items()}
     assert len(named) == len(parameters)
     return dict(sorted(named.items()))
+
+
+def mix(*parts):
+    """One number out of several: `mix` of crates/train/src/random.rs."""
+    state, whole = 0x9E3779B97F4A7C15, 2**64 - 1
+    for part in parts:
+        z = ((state ^ part) + 0x9E3779B97F4A7C15) & whole
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & whole
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & whole
+        state = z ^ (z >> 31)
+    return state
+
+
+def factors(key, width):
+    """What each value of a row is multiplied with: `thin_out` of crates/kernels/src/pointwise.rs."""
+    low, high = key & 0xFFFFFFFF, key >> 32
+    kept, dropped = np.float32(1 / (1 - DROPOUT)), int(DROPOUT * 0xFFFFFFFF)
+    row = []
+    for at in range(width):
+        h = (at * 0x9E3779B9 & 0xFFFFFFFF) ^ low
+        h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) ^ high) * 0xC2B2AE35 & 0xFFFFFFFF
+        h ^= h >> 16
+        row.append(0.0 if h < dropped else kept)
+    return row
+
+
+class Masked(torch.nn.Module):
+    """The dropout of a site in Atelier's first step, seed 0."""
+
+    def __init__(self, site):
+        super().__init__()
+        self.site = site
+
+    def forward(self, x):
+        mask = [
+            [factors(mix(0, 3, self.site, example << 32 | position), x.shape[2]) for position in range(x.shape[1])]
+            for example in range(x.shape[0])
+        ]
+        return x * torch.tensor(mask)
+
+
+def with_masks(model):
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            layer, site = re.search(r"layers\.(\d+)\..*\.(\w+)_proj$", name).groups()
+            module.lora_dropout["default"] = Masked(int(layer) * len(SITES) + SITES.index(site))
+    return model
 
 
 def write(model_name, name, rate):
@@ -80,6 +133,15 @@ def write(model_name, name, rate):
         folder / "grads.safetensors",
         {"input_ids": input_ids, "labels": labels, "loss": loss.detach().reshape(1), **gradients},
     )
+
+    # The same with dropout.
+    if name in WITH_DROPOUT:
+        model = with_masks(fresh())
+        masked = loss_of(model)
+        masked.backward()
+        gradients = {name: parameter.grad for name, parameter in trainable(model).items()}
+        assert abs(masked - loss) > 1e-4, (masked, loss)
+        save_tensors(folder / "dropout.safetensors", {"loss": masked.detach().reshape(1), **gradients})
 
     # Fifty steps on the same batch.
     model = fresh()

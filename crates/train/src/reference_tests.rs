@@ -189,6 +189,44 @@ fn gradients_of_every_kind_equal_torch() {
     });
 }
 
+/// With dropout, whose masks the fixture's script draws as this crate does: DoRA's share of the frozen product reads the
+/// thinned input, too.
+#[test]
+fn gradients_with_dropout_equal_torch() {
+    let kinds = BASES.into_iter().flat_map(|(name, kinds)| kinds.iter().map(move |kind| (name, *kind)));
+    let mut seen = 0;
+    for (name, kind) in kinds.filter(|(_, kind)| ["lora-all", "dora"].contains(kind)) {
+        let base = base(name);
+        let Setup { start, examples, mut recipe, .. } = setup(&base, name, kind);
+        let file = fixture(name).join(format!("train-{kind}/dropout.safetensors"));
+        let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        let with = |recipe: &mut Recipe, share: f64| match &mut recipe.adapter {
+            AdapterConfig::Lora(lora) => lora.dropout = share,
+            _ => unreachable!("{kind}"),
+        };
+        with(&mut recipe, 0.25);
+        for (micro_batch_tokens, activation_bytes) in [(1, 1 << 30), (1000, 1 << 30), (1000, 0)] {
+            let recipe = Recipe { micro_batch_tokens, activation_bytes, ..recipe.clone() };
+            let (loss, grads) = gradients(&base, &recipe, &start, &examples);
+            let expected = values(&tensors["loss"])[0];
+            assert!((loss as f32 - expected).abs() < 1e-5, "{name} {kind}: {loss} instead of {expected}");
+            let difference = difference(&grads, &base, &tensors);
+            assert!(difference < 1e-5, "{name} {kind}, passes of {micro_batch_tokens} rows: {difference}");
+        }
+        // Negative controls: no dropout, and other masks.
+        for (seed, share) in [(0, 0.0), (1, 0.25)] {
+            with(&mut recipe, share);
+            let (_, grads) = gradients(&base, &Recipe { seed, ..recipe.clone() }, &start, &examples);
+            assert!(
+                difference(&grads, &base, &tensors) > 1e-4,
+                "{name} {kind}: {seed}, {share} does not show"
+            );
+        }
+        seen += 1;
+    }
+    assert_eq!(seen, 7);
+}
+
 /// Rounding the factors of the frozen products to bfloat16 moves loss and gradients by what eight bits can, and no
 /// more.
 #[test]

@@ -31,8 +31,17 @@ pub(crate) struct SiteAt<'a> {
     pub(crate) pack: &'a Pack,
 }
 
-/// `W x` of the jobs that scale it; their gradients need it.
+/// What the jobs scale that scale an output; their gradients need it.
 pub(crate) type Product = Option<Vec<f32>>;
+
+/// What comes down from a segment's output to its input through dropout.
+#[derive(Clone)]
+struct Down {
+    /// Through B.
+    low_rank: Vec<f32>,
+    /// The gradient of DoRA's share of the frozen product, which reads what dropout leaves; none without dropout.
+    frozen: Option<Vec<f32>>,
+}
 
 fn at<'p>(members: &[Member<'p>], segment: &Segment, id: SiteId) -> Option<(&'p Params, &'p SiteParams)> {
     let params: &'p Params = members[segment.job].params;
@@ -71,6 +80,11 @@ impl SiteAt<'_> {
         }
         let dropped = self.dropped(pool, members, x);
         let mut product = self.any(members, needs_product).then(|| pool.take(y.len()));
+        if let (Some(product), Some(dropped)) = (&mut product, &dropped)
+            && self.pack.segments.iter().any(|segment| self.scales_thinned(&members[segment.job]))
+        {
+            self.linear.product(self.pack.products, dropped, product);
+        }
         let kept: Vec<_> = match &mut product {
             Some(product) => self.parts(product, n).into_iter().map(Some).collect(),
             None => self.pack.segments.iter().map(|_| None).collect(),
@@ -84,7 +98,10 @@ impl SiteAt<'_> {
         (y, product)
     }
 
-    /// Makes a segment's frozen product its output; what it was goes to `kept`.
+    /// Makes a segment's frozen product its output; what is scaled goes to `kept`.
+    ///
+    /// DoRA's output is `g (W x + B A x)` with `g = m / |W + B A|`. In training with dropout it is, as in HF peft,
+    /// `W x - W x' + g (W x' + B A x')`, where `x'` is what dropout leaves of `x`; `kept` then begins as `W x'`.
     fn segment_forward(
         &self,
         members: &[Member<'_>],
@@ -94,26 +111,40 @@ impl SiteAt<'_> {
         kept: Option<&mut [f32]>,
     ) {
         let n = self.dims().0;
-        let keep = |y: &[f32]| kept.into_iter().for_each(|kept| kept.copy_from_slice(y));
         match at(members, segment, self.id) {
             Some((params, SiteParams::Lora(lora))) => {
                 let u = down(params, lora, x);
-                let b = &params.values[lora.b.clone()];
-                multiply([segment.rows.len(), lora.rank, n], dense(&u, lora.rank), right(b, n), y, true);
-                if let Some(bias) = &lora.bias {
-                    let bias = &params.values[bias.clone()];
-                    rows(y, n, |_, y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += lora.scale as f32 * b));
-                }
-                if let Some(dora) = &lora.dora {
-                    keep(y);
-                    let gains = gains(params, dora);
-                    rows(y, n, |_, y| y.iter_mut().zip(&gains).for_each(|(y, gain)| *y *= gain));
+                let update = |y: &mut [f32]| {
+                    let b = right(&params.values[lora.b.clone()], n);
+                    multiply([segment.rows.len(), lora.rank, n], dense(&u, lora.rank), b, y, true);
+                    if let Some(bias) = &lora.bias {
+                        let (bias, scale) = (&params.values[bias.clone()], lora.scale as f32);
+                        rows(y, n, |_, y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += scale * b));
+                    }
+                };
+                match lora.dora.as_ref().zip(kept) {
+                    Some((dora, kept)) if self.scales_thinned(&members[segment.job]) => {
+                        y.iter_mut().zip(&*kept).for_each(|(y, kept)| *y -= kept);
+                        update(kept);
+                        let gains = gains(params, dora);
+                        rows(y, n, |at, y| {
+                            let scaled = kept[at * n..][..n].iter().zip(&gains);
+                            y.iter_mut().zip(scaled).for_each(|(y, (kept, gain))| *y += kept * gain);
+                        });
+                    }
+                    Some((dora, kept)) => {
+                        update(y);
+                        kept.copy_from_slice(y);
+                        let gains = gains(params, dora);
+                        rows(y, n, |_, y| y.iter_mut().zip(&gains).for_each(|(y, gain)| *y *= gain));
+                    }
+                    None => update(y),
                 }
                 self.add_bias(y);
             }
             Some((params, SiteParams::Output(scale))) => {
                 self.add_bias(y);
-                keep(y);
+                kept.into_iter().for_each(|kept| kept.copy_from_slice(y));
                 let scale = &params.values[scale.clone()];
                 rows(y, n, |_, y| y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale));
             }
@@ -132,14 +163,13 @@ impl SiteAt<'_> {
         further: bool,
     ) -> Vec<f32> {
         let k = self.dims().1;
-        // What comes down through A, by segment.
-        let mut low_rank: Vec<Option<Vec<f32>>> = vec![None; self.pack.segments.len()];
+        let mut downs: Vec<Option<Down>> = vec![None; self.pack.segments.len()];
         if self.is_trained(members) {
             let dropped = self.dropped(pool, members, x);
-            self.jobs(members, dy, &mut low_rank).into_par_iter().for_each(|(member, parts)| {
-                for (segment, dy, low_rank) in parts {
+            self.jobs(members, dy, &mut downs).into_par_iter().for_each(|(member, parts)| {
+                for (segment, dy, down) in parts {
                     let input = self.input(member, segment, x, &dropped);
-                    *low_rank = self.segment_backward(member, segment, input, product, dy);
+                    *down = self.segment_backward(member, segment, input, product, dy);
                 }
             });
             dropped.into_iter().for_each(|buffer| pool.give(buffer));
@@ -150,19 +180,20 @@ impl SiteAt<'_> {
         }
         let mut dx = pool.take(self.pack.rows() * k);
         self.linear.transposed(self.pack.products, dy, &mut dx);
-        let mut updates = low_rank.iter().any(Option::is_some).then(|| pool.take(dx.len()));
+        let mut updates = downs.iter().any(Option::is_some).then(|| self.thinned_down(pool, &downs));
         if let Some(updates) = &mut updates {
             let parts = self.parts(&mut dx, k).into_par_iter().zip(self.parts(updates, k));
-            parts.zip(&self.pack.segments).zip(&low_rank).for_each(|(((dx, update), segment), du)| {
-                let (Some((params, SiteParams::Lora(lora))), Some(du)) = (at(members, segment, self.id), du)
+            parts.zip(&self.pack.segments).zip(&downs).for_each(|(((dx, update), segment), down)| {
+                let (Some((params, SiteParams::Lora(lora))), Some(down)) =
+                    (at(members, segment, self.id), down)
                 else {
                     return;
                 };
-                let a = right(&params.values[lora.a.clone()], k);
+                let (du, a) = (&down.low_rank, right(&params.values[lora.a.clone()], k));
                 let size = [segment.rows.len(), lora.rank, k];
                 match members[segment.job].dropout {
                     Some(dropout) => {
-                        multiply(size, dense(du, lora.rank), a, update, false);
+                        multiply(size, dense(du, lora.rank), a, update, down.frozen.is_some());
                         self.drop(dropout, segment, update, dx, true);
                     }
                     None => multiply(size, dense(du, lora.rank), a, dx, true),
@@ -182,8 +213,26 @@ impl SiteAt<'_> {
         dx
     }
 
-    /// Adds the gradients of what the job trains on the way from `x` to `dy`, which becomes that of the frozen product;
-    /// gives what comes down through B.
+    /// What comes down through the frozen matrix to what dropout leaves of the input: of segments that have it; the others'
+    /// rows may be anything.
+    fn thinned_down(&self, pool: &mut Pool, downs: &[Option<Down>]) -> Vec<f32> {
+        let (n, k) = self.dims();
+        let mut updates = pool.take(self.pack.rows() * k);
+        let frozen = |down: &'_ Option<Down>| down.as_ref().is_some_and(|down| down.frozen.is_some());
+        if downs.iter().any(frozen) {
+            let mut dy = pool.zeros(self.pack.rows() * n);
+            for (part, down) in self.parts(&mut dy, n).into_iter().zip(downs) {
+                let frozen = down.iter().find_map(|down| down.frozen.as_ref());
+                frozen.into_iter().for_each(|frozen| part.copy_from_slice(frozen));
+            }
+            self.linear.transposed(self.pack.products, &dy, &mut updates);
+            pool.give(dy);
+        }
+        updates
+    }
+
+    /// Adds the gradients of what the job trains on the way from `x` to `dy`, which becomes that of the frozen product of the
+    /// whole input.
     fn segment_backward(
         &self,
         member: &mut Member<'_>,
@@ -191,13 +240,15 @@ impl SiteAt<'_> {
         x: &[f32],
         product: &Product,
         dy: &mut [f32],
-    ) -> Option<Vec<f32>> {
+    ) -> Option<Down> {
         let (n, k) = self.dims();
+        let thins = self.scales_thinned(member);
         let (params, count) = (member.params, segment.rows.len());
         let grads = &mut *member.grads;
         let kept = product.as_ref().map(|product| &product[segment.rows.start * n..segment.rows.end * n]);
         match params.sites[self.id.index()].as_ref()? {
             SiteParams::Lora(lora) => {
+                let whole = thins.then(|| dy.to_vec());
                 if let (Some(dora), Some(kept)) = (&lora.dora, kept) {
                     let grads = &mut grads[dora.magnitude.clone()];
                     add_rows(grads, count, |row, o| dy[row * n + o] * kept[row * n + o] / dora.norms[o]);
@@ -214,7 +265,13 @@ impl SiteAt<'_> {
                 let du = along(&params.values[b], rank, dy, lora.scale as f32);
                 let a = &mut grads[lora.a.clone()];
                 multiply([rank, count, k], across(&du, rank), right(x, k), a, true);
-                Some(du)
+                let frozen = whole.map(|mut whole| {
+                    // The whole input's gradient goes back to `dy`, and what is left is the thinned one's.
+                    whole.swap_with_slice(dy);
+                    whole.iter_mut().zip(&*dy).for_each(|(frozen, dy)| *frozen -= dy);
+                    whole
+                });
+                Some(Down { low_rank: du, frozen })
             }
             SiteParams::Output(range) => {
                 if let Some(kept) = kept {
@@ -246,12 +303,12 @@ impl SiteAt<'_> {
         &'v self,
         members: &'m mut [Member<'p>],
         dy: &'v mut [f32],
-        low_rank: &'v mut [Option<Vec<f32>>],
+        downs: &'v mut [Option<Down>],
     ) -> Vec<(&'m mut Member<'p>, Vec<Part<'v>>)> {
         let mut jobs: Vec<_> = members.iter_mut().map(|member| (member, Vec::new())).collect();
-        let parts = self.pack.segments.iter().zip(self.parts(dy, self.dims().0)).zip(low_rank);
-        for ((segment, dy), low_rank) in parts {
-            jobs[segment.job].1.push((segment, dy, low_rank));
+        let parts = self.pack.segments.iter().zip(self.parts(dy, self.dims().0)).zip(downs);
+        for ((segment, dy), down) in parts {
+            jobs[segment.job].1.push((segment, dy, down));
         }
         jobs.retain(|(_, parts)| !parts.is_empty());
         jobs
@@ -301,6 +358,12 @@ impl SiteAt<'_> {
         member.dropout.filter(|_| is_lora)
     }
 
+    /// Whether the job scales, as DoRA, a product of what dropout leaves of the input.
+    fn scales_thinned(&self, member: &Member<'_>) -> bool {
+        let site = &member.params.sites[self.id.index()];
+        self.dropout(member).is_some() && matches!(site, Some(SiteParams::Lora(Lora { dora: Some(_), .. })))
+    }
+
     /// What a segment of the job reads: rows of `x`, after dropout if it has one.
     fn input<'x>(
         &self,
@@ -324,8 +387,8 @@ impl SiteAt<'_> {
     }
 }
 
-/// A segment, the gradient of its output, and what comes down through its job's B.
-type Part<'v> = (&'v Segment, &'v mut [f32], &'v mut Option<Vec<f32>>);
+/// A segment, the gradient of its output, and what comes down from there.
+type Part<'v> = (&'v Segment, &'v mut [f32], &'v mut Option<Down>);
 
 fn needs_product(site: &SiteParams) -> bool {
     matches!(site, SiteParams::Output(_) | SiteParams::Lora(Lora { dora: Some(_), .. }))
