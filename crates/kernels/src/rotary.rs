@@ -137,7 +137,7 @@ pub fn rotate_and_store<E: KvElement>(
                 let q = q.part(row * query_width, query_width);
                 let k = k.part(row * key_width, key_width);
                 ready(rotary, position as u32, q, k);
-                store.put(blocks[position / BLOCK], position % BLOCK, k, &v[row * key_width..]);
+                store.put(blocks[position / BLOCK], position % BLOCK, k, &v[row * key_width..][..key_width]);
             }
         }
     };
@@ -160,21 +160,55 @@ unsafe impl<E: Sync> Sync for Store<E> {}
 
 impl<E: KvElement> Store<E> {
     /// # Safety
-    /// The block lies in the store, and nobody else writes this position.
-    #[inline(always)]
+    /// The block lies in the store, and nobody else writes this position; `k` and `v` have a row's values.
     unsafe fn put(&self, block: u32, within: usize, k: &[f32], v: &[f32]) {
-        let dim = self.layout.head_dim;
-        for head in 0..self.layout.kv_heads {
-            let keys = self.layout.keys(self.layer, block, head);
-            let values = self.layout.values(self.layer, block, head);
-            for d in 0..dim {
-                // SAFETY: inside the block (the caller's promise).
-                unsafe {
-                    *self.numbers.add(keys + d * BLOCK + within) = E::from_f32(k[head * dim + d]);
-                    *self.numbers.add(values + within * dim + d) = E::from_f32(v[head * dim + d]);
-                }
+        let Self { numbers, layout, layer } = *self;
+        if E::BRAIN {
+            put_brains(numbers.cast(), layout, (layer, block, within), k, v);
+        } else {
+            put_singles(numbers.cast(), layout, (layer, block, within), k, v);
+        }
+    }
+}
+
+multiversion! {
+    fn put_brains(
+        numbers: *mut u16, layout: KvLayout, place: (usize, u32, usize), k: &[f32], v: &[f32],
+    ) = put_body
+}
+
+multiversion! {
+    fn put_singles(
+        numbers: *mut f32, layout: KvLayout, place: (usize, u32, usize), k: &[f32], v: &[f32],
+    ) = put_body
+}
+
+/// Values that are rounded at a time: keys lie apart, and what is rounded one by one is not rounded by a vector unit.
+const ROUNDED: usize = 64;
+
+#[inline(always)]
+fn put_body<E: KvElement>(
+    numbers: *mut E,
+    layout: KvLayout,
+    (layer, block, within): (usize, u32, usize),
+    k: &[f32],
+    v: &[f32],
+) {
+    let dim = layout.head_dim;
+    let mut rounded = [E::from_f32(0.0); ROUNDED];
+    for (head, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
+        let keys = layout.keys(layer, block, head) + within;
+        let values = layout.values(layer, block, head) + within * dim;
+        for (part, k) in k.chunks(ROUNDED).enumerate() {
+            rounded.iter_mut().zip(k).for_each(|(to, from)| *to = E::from_f32(*from));
+            for (d, key) in rounded[..k.len()].iter().enumerate() {
+                // SAFETY: inside the block (the promise of `Store::put`'s caller).
+                unsafe { *numbers.add(keys + (part * ROUNDED + d) * BLOCK) = *key };
             }
         }
+        // SAFETY: as above.
+        let to = unsafe { std::slice::from_raw_parts_mut(numbers.add(values), dim) };
+        to.iter_mut().zip(v).for_each(|(to, from)| *to = E::from_f32(*from));
     }
 }
 
