@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adapters::{AdapterCache, CacheSettings};
+use atelier::service::io_threads;
 use peft::{LoraWeights, Storage};
 use server::{App, AppState, Auth, Limits};
 use store::Store;
@@ -33,7 +34,7 @@ pub(crate) struct Server {
 impl Server {
     /// Serves the model over its engine, with these adapters for the users 0, 1, ...
     pub(crate) fn start(ours: &Ours, adapters: &[LoraWeights], storage: Storage) -> anyhow::Result<Self> {
-        let runtime = Builder::new_multi_thread().enable_all().build()?;
+        let runtime = Builder::new_multi_thread().worker_threads(io_threads(None)).enable_all().build()?;
         let stop = CancellationToken::new();
         let address = runtime.block_on(async {
             let store = Store::in_memory(Arc::new(SystemClock)).await?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use atelier::service::Service;
+use atelier::service::{Service, io_threads};
 use atelier::settings::ServiceArgs;
 use clap::Parser;
 use rand::rngs::StdRng;
@@ -50,7 +50,8 @@ struct Site {
 /// The rows.
 pub(crate) fn rows(histories: &[Items], seconds: u64, runs: usize) -> anyhow::Result<Vec<Row>> {
     let folder = tempfile::tempdir().context("a data folder")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads(None)).enable_all().build()?;
     runtime.block_on(measure(folder.path(), histories, seconds, runs))
 }
 

@@ -6,13 +6,18 @@ use std::path::PathBuf;
 use anyhow::Context;
 use atelier::demo::{self, DemoContext};
 use atelier::fetch;
-use atelier::service::Service;
+use atelier::service::{self, Service};
 use atelier::settings::{Cli, Command, ServiceArgs};
 use clap::Parser;
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let given = match &cli.command {
+        Command::Serve(args) | Command::Demo { service: args, .. } => args.io_threads,
+        Command::Fetch { .. } => None,
+    };
+    let threads = service::io_threads(given);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     runtime.block_on(async {
         match cli.command {
             Command::Serve(args) => serve(&args).await,

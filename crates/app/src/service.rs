@@ -201,6 +201,12 @@ fn model_name(given: Option<&str>, path: &Path) -> anyhow::Result<String> {
     Ok(if name.trim_matches('-').is_empty() { "base".to_owned() } else { name })
 }
 
+/// Threads that talk to clients.
+#[must_use]
+pub fn io_threads(given: Option<u16>) -> usize {
+    given.map_or_else(|| cores().div_ceil(4), usize::from)
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }

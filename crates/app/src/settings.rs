@@ -110,6 +110,10 @@ pub struct ServiceArgs {
     /// Threads of the model. [default: all cores]
     #[arg(long, env = "ATELIER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Threads that talk to clients. The model's threads are on every core already, and each that wakes puts one of them aside.
+    /// [default: one for every four cores]
+    #[arg(long, env = "ATELIER_IO_THREADS", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub io_threads: Option<u16>,
     /// Logs as JSON lines.
     #[arg(long, env = "ATELIER_LOG_JSON")]
     pub log_json: bool,
