@@ -4,7 +4,7 @@
 //! object a line. All sides of a row take turns within one run. The floor is what bytes over bandwidth or operations
 //! over peak allow on a two-core Zen 4 with AVX-512 (27 GB/s from memory, 917 GOP/s in int8); on a CPU with AMX, which
 //! llama.cpp uses for prompts, it is no floor. `cargo bench --bench engine -- batches` prints one section alone:
-//! `products`, `perplexity`, `single`, `web`, `batches` or `prompts`.
+//! `products`, `perplexity`, `single`, `web`, `batches`, `prompts` or `profile`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark")]
 
 mod adapters;
@@ -17,6 +17,7 @@ mod peer_build;
 mod perplexity;
 mod plot;
 mod product;
+mod profile;
 mod progress;
 mod row;
 mod server;
@@ -60,7 +61,8 @@ fn main() -> anyhow::Result<()> {
     let best = peer.best_quant(&model)?;
     let runs = if quick { 1 } else { 5 };
     let bench = Bench { cache, model, best, peer, runs, quick, vllm: has("--vllm") };
-    let all = !["products", "perplexity", "single", "web", "batches", "prompts"].into_iter().any(has);
+    let all =
+        !["products", "perplexity", "single", "web", "batches", "prompts", "profile"].into_iter().any(has);
     if all || has("products") {
         print(&product::rows(&bench)?);
     }
@@ -69,9 +71,13 @@ fn main() -> anyhow::Result<()> {
     }
     let ours = Ours::start(&bench.model)?;
     let single: (_, Section) = ("single", single::rows);
-    for (name, rows) in
-        [single, ("web", web::rows), ("batches", batches::rows), ("prompts", batches::prompts)]
-    {
+    for (name, rows) in [
+        single,
+        ("web", web::rows),
+        ("batches", batches::rows),
+        ("prompts", batches::prompts),
+        ("profile", profile::rows),
+    ] {
         if all || has(name) {
             print(&rows(&bench, &ours)?);
         }

@@ -131,22 +131,7 @@ impl Sampler {
 
 /// The largest logit, the lowest id among equals; `None` when it is not finite or a logit is NaN.
 fn best(logits: &[f32]) -> Option<(u32, f32)> {
-    // In lanes, as one running maximum would wait for itself at every logit.
-    let (lanes, rest) = logits.as_chunks::<16>();
-    let mut largest = [f32::NEG_INFINITY; 16];
-    let mut nan = [false; 16];
-    for chunk in lanes {
-        for ((largest, nan), logit) in largest.iter_mut().zip(&mut nan).zip(chunk) {
-            *largest = if logit > largest { *logit } else { *largest };
-            *nan |= logit.is_nan();
-        }
-    }
-    if nan.contains(&true) || rest.iter().any(|logit| logit.is_nan()) {
-        return None;
-    }
-    let max = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    let at = logits.iter().position(|logit| *logit == max).filter(|_| max.is_finite())?;
-    Some((at as u32, logits[at]))
+    model::largest(logits).map(|(at, logit)| (at as u32, logit))
 }
 
 #[cfg(test)]

@@ -65,7 +65,7 @@ pub use matrices::{Left, Right, multiply};
 pub use norms::row_norms;
 pub use paging::{BLOCK as BLOCK_LEN, KvElement, KvLayout, PagedSequence, Pages};
 pub use pointwise::{
-    Thinning, rms_norm, rms_norm_grad, softmax_loss, softmax_weights, swiglu, swiglu_grad, thin_out,
+    Thinning, largest, rms_norm, rms_norm_grad, softmax_loss, softmax_weights, swiglu, swiglu_grad, thin_out,
 };
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
 pub use routing::{Listing, NoAdapters, RouteTable, Routing};

@@ -57,6 +57,41 @@ pub(crate) fn lane_max(values: &[f32]) -> f32 {
     lanes.iter().chain(tail).copied().fold(f32::NEG_INFINITY, larger)
 }
 
+/// The largest value and its place, the first among equals; none when it is not finite or a value is NaN.
+#[must_use]
+pub fn largest(values: &[f32]) -> Option<(usize, f32)> {
+    let mut found = None;
+    find_largest(values, &mut found);
+    found
+}
+
+multiversion! {
+    fn find_largest(values: &[f32], found: &mut Option<(usize, f32)>) = find_largest_body
+}
+
+#[inline(always)]
+fn find_largest_body(values: &[f32], found: &mut Option<(usize, f32)>) {
+    let (mut largest, mut nan) = ([f32::NEG_INFINITY; 16], [0u32; 16]);
+    let (body, tail) = values.as_chunks::<16>();
+    for part in body {
+        for lane in 0..16 {
+            largest[lane] = if part[lane] > largest[lane] { part[lane] } else { largest[lane] };
+            nan[lane] |= u32::from(part[lane].is_nan());
+        }
+    }
+    if nan.iter().any(|&nan| nan > 0) || tail.iter().any(|value| value.is_nan()) {
+        return;
+    }
+    let max = largest.iter().chain(tail).copied().fold(f32::NEG_INFINITY, f32::max);
+    if !max.is_finite() {
+        return;
+    }
+    let among = |part: &[f32; 16]| part.iter().fold(false, |any, value| any | (*value == max));
+    let first = body.iter().position(among).map_or(16 * body.len(), |part| 16 * part);
+    let place = values[first..].iter().position(|value| *value == max);
+    *found = place.map(|place| (first + place, values[first + place]));
+}
+
 /// `1 / rms(x)`.
 #[inline(always)]
 pub(crate) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
@@ -304,6 +339,30 @@ pub(crate) fn exp_with<const FUSED: bool>(v: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_is_the_first_of_its_size_and_nothing_hides_what_is_not_a_number() {
+        for len in [1, 15, 16, 17, 100, 1000] {
+            let mut values: Vec<f32> = (0..len).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.5).collect();
+            let plain = |values: &[f32]| {
+                let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                values.iter().position(|&value| value == max).map(|at| (at, max))
+            };
+            assert_eq!(largest(&values), plain(&values), "{len}");
+            for at in [0, len / 2, len - 1] {
+                let whole = values.clone();
+                values[at] = 60.0;
+                assert_eq!(largest(&values), Some((at, 60.0)), "{len}");
+                for not_finite in [f32::NAN, -f32::NAN, f32::INFINITY] {
+                    values[at] = not_finite;
+                    assert_eq!(largest(&values), None, "{not_finite} at {at} of {len}");
+                }
+                values = whole;
+            }
+        }
+        assert_eq!(largest(&[]), None);
+        assert_eq!(largest(&[f32::NEG_INFINITY; 20]), None);
+    }
 
     #[test]
     fn the_exponential_is_accurate() {

@@ -13,6 +13,7 @@ use types::{Site, SiteId};
 use crate::decoder::{BaseModel, Block};
 use crate::error::ModelError;
 use crate::kv::{BLOCK_LEN, KvPool};
+use crate::profile::{Phase, PhaseTime, Timed, Watch};
 
 /// A step's rows, sequence after sequence. Cleared and filled again for every step.
 #[derive(Debug, Clone, Default)]
@@ -120,6 +121,7 @@ pub struct Runtime {
     gate: Vec<f32>,
     up: Vec<f32>,
     last: Vec<f32>,
+    watch: Option<Box<Watch>>,
 }
 
 impl Runtime {
@@ -140,7 +142,19 @@ impl Runtime {
             gate: Vec::new(),
             up: Vec::new(),
             last: Vec::new(),
+            watch: None,
         })
+    }
+
+    /// Measures from now on, beginning at zero, what passes spend in each phase.
+    pub fn watch(&mut self) {
+        self.watch = Some(Box::new(Watch::new()));
+    }
+
+    /// What passes have spent in each phase; none if it is not measured.
+    #[must_use]
+    pub fn times(&self) -> Option<[PhaseTime; Phase::ALL.len()]> {
+        self.watch.as_ref().map(|watch| watch.times())
     }
 
     /// Its threads, the caller's among them.
@@ -171,8 +185,10 @@ impl BaseModel {
     ) -> Result<(), ModelError> {
         input.check(self, kv, adapters)?;
         let config = self.config();
-        let Runtime { team, precision, scratch, x, q, k, v, attended, gate, up, last } = runtime;
-        let means = Means { isa: kernels::isa(), workers: team, precision: *precision };
+        let Runtime { team, precision, scratch, x, q, k, v, attended, gate, up, last, watch } = runtime;
+        let workers = Timed { team, watch: watch.as_deref() };
+        let means = Means { isa: kernels::isa(), workers: &workers, precision: *precision };
+        workers.begin(Phase::Embedding);
         let (rows, hidden, vocab) = (input.rows(), config.hidden, config.vocab);
         let threads = means.workers.threads();
         let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -196,6 +212,7 @@ impl BaseModel {
             let [gate, up] =
                 [at_a_line(gate, rows * config.feed_forward), at_a_line(up, rows * config.feed_forward)];
 
+            workers.begin(Phase::Qkv);
             let [at_q, at_k, at_v, at_o, at_gate, at_up, at_down] = Site::ALL.map(site);
             adapters.ask_for(SiteId::new(index, Site::Gate), SiteId::new(index, Site::Down));
             let normed = Input::Norm { x, weight: &block.attention_norm, eps };
@@ -210,6 +227,7 @@ impl BaseModel {
                     layer(block, Site::V, &at_v, v, false),
                 ],
             );
+            workers.begin(Phase::Attention);
             let rotary = Rotary {
                 table: self.rope(),
                 query_norm: block.query_norm.as_deref(),
@@ -217,6 +235,7 @@ impl BaseModel {
                 eps,
             };
             kv.attend(means, index, rotary, pages, config.heads, [q, k, v, attended]);
+            workers.begin(Phase::O);
             scratch.announce(&[&at_gate, &at_up], rows, hidden, threads);
             fused_linear(
                 scratch,
@@ -225,6 +244,7 @@ impl BaseModel {
                 &mut [layer(block, Site::O, &at_o, x, true)],
             );
 
+            workers.begin(Phase::GateUp);
             adapters.ask_for(SiteId::new(index + 1, Site::Q), SiteId::new(index + 1, Site::O));
             let normed = Input::Norm { x, weight: &block.feed_forward_norm, eps };
             scratch.announce(&[&at_down], rows, config.feed_forward, threads);
@@ -237,6 +257,7 @@ impl BaseModel {
                     layer(block, Site::Up, &at_up, up, false),
                 ],
             );
+            workers.begin(Phase::Down);
             let gated = Input::SwiGlu { gate, up };
             if index + 1 < self.blocks().len() {
                 let next = |site| adapters.site(SiteId::new(index + 1, site));
@@ -244,6 +265,7 @@ impl BaseModel {
             }
             fused_linear(scratch, means, gated, &mut [layer(block, Site::Down, &at_down, x, true)]);
         }
+        workers.begin(Phase::Head);
         logits.rows = input.wanted.len();
         logits.vocab = vocab;
         let last = at_a_line(last, input.wanted.len() * hidden);
