@@ -32,7 +32,7 @@ pub struct Settings {
     pub threads: usize,
     /// How long a claim lasts without progress.
     pub lease_millis: i64,
-    /// Claims after which a job that never ends is given up.
+    /// Claims after which a job is given up that ends in none of them and gets no further than in the first.
     pub max_attempts: u32,
     /// Time between two checkpoints of a job.
     pub checkpoint_millis: u64,

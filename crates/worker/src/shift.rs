@@ -244,7 +244,7 @@ impl Shift {
             }),
             error => {
                 tracing::warn!(job = %job.id, %error, "job failed");
-                let (reason, again) = error.report(job.attempts, self.bench.settings.max_attempts);
+                let (reason, again) = error.report(claim.attempts(), self.bench.settings.max_attempts);
                 self.runtime.block_on(async {
                     claim.settle(&self.store, self.bench.settings.lease_millis).await;
                     self.store.fail(&claim.fence, &reason, again).await.map(drop)
@@ -295,9 +295,11 @@ impl Control for Watch<'_> {
             return;
         }
         let (fence, work) = (&task.claim.fence, task.prepared.work);
-        let save = self.store.save_checkpoint(&task.job.adapter, fence, work, make());
-        if let Err(error) = self.runtime.block_on(save) {
-            tracing::warn!(job = %task.job.id, step, %error, "a checkpoint was not written");
+        let save = self.store.save_checkpoint(&task.job.adapter, fence, work, step, make());
+        match self.runtime.block_on(save) {
+            Ok(true) => task.claim.got_on(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(job = %task.job.id, step, %error, "a checkpoint was not written"),
         }
         *saved = Instant::now();
         self.pulse.alive();

@@ -310,6 +310,16 @@ pub(crate) async fn from_scratch(db: &mut Connection, fence: &Fence) -> Result<b
     Ok(done.rows_affected() == 1)
 }
 
+/// Takes all attempts but the one under way off a running job.
+pub(crate) async fn forgive(db: &mut Connection, fence: &Fence) -> Result<(), StoreError> {
+    sqlx::query("UPDATE jobs SET attempts = 1 WHERE id = $1 AND token = $2 AND state = 'running'")
+        .bind(fence.job.as_str())
+        .bind(fence.token)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
 /// A job by its place in the queue, its fencing token, and what earlier claims have cost.
 pub(super) async fn at(db: &mut Connection, seq: i64) -> Result<(Job, i64, Spent), StoreError> {
     let row = sqlx::query(select!("WHERE j.seq = $1")).bind(seq).fetch_one(db).await?;

@@ -219,27 +219,58 @@ pub(crate) async fn a_checkpoint_comes_back(t: Trial) {
     let first = t.running_job(&alice()).await;
     assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), None);
     for state in [vec![1; 100_000], vec![2; 50], Vec::new(), vec![3; 7]] {
-        t.store.save_checkpoint(&alice(), &first.fence, WORK, state.clone()).await.unwrap();
+        t.store.save_checkpoint(&alice(), &first.fence, WORK, 1, state.clone()).await.unwrap();
         assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), Some(state));
     }
     assert_eq!(t.store.checkpoint(&first.fence, [6; 32]).await.unwrap(), None, "other work");
     t.clock.advance_millis(LEASE);
     let second = t.claim().await.unwrap();
-    assert_fenced(t.store.save_checkpoint(&alice(), &first.fence, WORK, vec![9]).await);
+    assert_fenced(t.store.save_checkpoint(&alice(), &first.fence, WORK, 1, vec![9]).await);
     assert_eq!(t.store.checkpoint(&second.fence, WORK).await.unwrap(), Some(vec![3; 7]));
     // Given back and claimed again, it is there still.
     t.store.release(&second.fence).await.unwrap();
     let third = t.claim().await.unwrap();
     assert_eq!(t.store.checkpoint(&third.fence, WORK).await.unwrap(), Some(vec![3; 7]));
     let other = t.running_job(&bob()).await;
-    assert_fenced(t.store.save_checkpoint(&alice(), &other.fence, WORK, vec![9]).await);
+    assert_fenced(t.store.save_checkpoint(&alice(), &other.fence, WORK, 1, vec![9]).await);
     assert_eq!(t.store.checkpoint(&other.fence, WORK).await.unwrap(), None);
+}
+
+pub(crate) async fn who_gets_on_is_not_given_up(t: Trial) {
+    let save = async |claimed: &Claimed, work, step| {
+        t.store.save_checkpoint(&alice(), &claimed.fence, work, step, vec![1]).await.unwrap()
+    };
+    let attempts = async || t.store.latest_job(&alice()).await.unwrap().unwrap().attempts;
+    let mut claimed = t.running_job(&alice()).await;
+    let killed = async || {
+        t.clock.advance_millis(LEASE);
+        t.claim().await
+    };
+    for step in 1..=3 * ATTEMPTS {
+        assert!(save(&claimed, WORK, step).await);
+        assert_eq!(attempts().await, 1);
+        claimed = killed().await.unwrap();
+        assert_eq!(claimed.job.attempts, 2);
+    }
+    // Other work begins at its own first step. Whoever begins anew has got on when it is further than ever.
+    assert!(save(&claimed, [6; 32], 5).await);
+    assert_eq!(attempts().await, 1);
+    claimed = killed().await.unwrap();
+    for step in [1, 4, 5] {
+        assert!(!save(&claimed, [6; 32], step).await);
+    }
+    assert_eq!(attempts().await, 2);
+    claimed = killed().await.unwrap();
+    assert!(!save(&claimed, [6; 32], 5).await);
+    assert_eq!(killed().await, None, "three attempts that came no further");
+    let job = t.store.latest_job(&alice()).await.unwrap().unwrap();
+    assert_eq!((job.state, job.attempts), (JobState::Failed, ATTEMPTS));
 }
 
 pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
     for end in 0..5 {
         let claimed = t.running_job(&alice()).await;
-        t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+        t.store.save_checkpoint(&alice(), &claimed.fence, WORK, 1, vec![1; 10]).await.unwrap();
         match end {
             0 => drop(t.store.finish(&claimed.fence, &outcome(None)).await.unwrap()),
             1 => drop(t.store.fail(&claimed.fence, "no", None).await.unwrap()),
@@ -253,7 +284,7 @@ pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
         assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None, "end {end}");
     }
     let claimed = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &claimed.fence, WORK, 1, vec![1; 10]).await.unwrap();
     assert!(t.store.erase_user(&alice()).await.unwrap());
     assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None);
     assert!(!t.store.erase_user(&alice()).await.unwrap(), "nothing is left to erase");
@@ -306,7 +337,7 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     let bytes = t.store.history_stats(&alice()).await.unwrap().bytes;
 
     let running = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, 1, vec![1]).await.unwrap();
     let forget = async |id: &str| {
         let selection = Selection::Item(id.parse().unwrap());
         t.store.forget_items(&alice(), &selection).await.unwrap().unwrap()
@@ -372,7 +403,7 @@ pub(crate) async fn a_forgotten_history_leaves_no_adapter(t: Trial) {
     let other = learn(&t, &alice(), 3, &[]).await;
     t.store.pin(&alice(), &other, true).await.unwrap();
     let running = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, 1, vec![1]).await.unwrap();
     let moves = t.store.head_moves(&alice());
     let forgotten = forget().await;
     assert_eq!((forgotten.items, forgotten.head, forgotten.job), (3, Some(imported), None));

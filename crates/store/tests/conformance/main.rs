@@ -56,7 +56,8 @@ conformance! {
     learning:
         a_cancelled_job_is_over, a_pause_holds_jobs_back, a_pause_of_the_server_holds_everybody,
         a_job_says_what_it_waits_for, tenants_take_turns, a_job_waits_as_the_policy_says,
-        demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, a_checkpoint_ends_with_its_job,
+        demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, who_gets_on_is_not_given_up,
+        a_checkpoint_ends_with_its_job,
         what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,
         a_forgotten_history_leaves_no_adapter, ranges_select_what_they_say, progress_is_kept,
         an_update_of_no_use_is_booked_apart;
