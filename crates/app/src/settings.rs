@@ -230,7 +230,7 @@ pub struct TrainingArgs {
     /// Old items learnt again beside new ones, in percent of these.
     #[arg(long, default_value_t = 100, env = "ATELIER_REPLAY_PERCENT")]
     pub replay_percent: u32,
-    /// Updates after which the whole history is learnt from fresh weights; 0 always does.
+    /// Updates, published or not, after which the whole history is learnt from fresh weights; 0 always does.
     #[arg(long, default_value_t = 8, env = "ATELIER_FULL_EVERY")]
     pub full_every: u32,
     /// Jobs that are trained at once, if so many wait: a little more is learnt an hour, but all end with the last.

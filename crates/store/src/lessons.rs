@@ -40,6 +40,18 @@ impl Store {
         sql::lessons::manifest(&mut tx, user.key, generation).await
     }
 
+    /// How many updates there were since the user's last training from fresh weights, whatever came of either; those that
+    /// were called off do not count.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn updates_since_full(&self, adapter: &AdapterId) -> Result<u32, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(0) };
+        let updates = sql::lessons::updates_since_full(&mut tx, user.key).await?;
+        Ok(u32::try_from(updates).unwrap_or(u32::MAX))
+    }
+
     /// How the user's trainings went; `None` if there is no such user. `limit` is at least 1 (0 counts as 1).
     ///
     /// # Errors

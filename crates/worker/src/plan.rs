@@ -17,8 +17,10 @@ pub(crate) struct Head {
     pub(crate) files: AdapterFiles,
     /// What has gone into it, if that is known.
     pub(crate) manifest: Option<Manifest>,
-    /// Updates since it was last trained from fresh weights.
+    /// Updates in it since it was last trained from fresh weights.
     pub(crate) updates: u32,
+    /// Updates that the user has had since the last training from fresh weights, those that the gate kept back among them.
+    pub(crate) since_full: u32,
 }
 
 impl Head {
@@ -65,7 +67,7 @@ pub(crate) fn plan(
     };
     let is_known = |item: &HistoryItem| known.contains(&item_hash(item));
     let new = parts.train.iter().filter(|item| !is_known(item)).count();
-    let updates_left = head.is_some_and(|head| head.updates < settings.growth.full_every);
+    let updates_left = head.is_some_and(|head| head.since_full < settings.growth.full_every);
     let update = !from_scratch
         && fits
         && updates_left
@@ -170,7 +172,8 @@ mod tests {
             id: GenerationId::from_bytes([1; 32]),
             files: AdapterFiles::default(),
             manifest: Some(Manifest::Items(hashes)),
-            updates,
+            updates: 0,
+            since_full: updates,
         }
     }
 

@@ -68,7 +68,7 @@ pub struct Growth {
     pub replay: f64,
     /// At least so many old items, if there are.
     pub min_replay: usize,
-    /// Updates on from a head, after which the whole history is learnt from fresh weights.
+    /// Updates, published or not, after which the whole history is learnt from fresh weights.
     pub full_every: u32,
     /// Largest rise of the loss on old items by an update, as a share; beyond it the whole history is learnt instead.
     pub max_drift: f64,

@@ -155,6 +155,21 @@ pub(crate) async fn progress(
     found.iter().map(point).collect()
 }
 
+/// The user's updates since the last training from fresh weights, whatever came of either. What was called off does not
+/// count: it came to nothing that could be judged.
+pub(crate) async fn updates_since_full(db: &mut Connection, user: UserKey) -> Result<i64, StoreError> {
+    let updates = sqlx::query_scalar(
+        "WITH ended AS (
+             SELECT p.seq, p.scratch FROM progress p JOIN jobs j ON j.id = p.job
+             WHERE p.user_id = $1 AND j.state <> 'cancelled')
+         SELECT count(*) FROM ended WHERE seq > COALESCE((SELECT max(seq) FROM ended WHERE scratch), 0)",
+    )
+    .bind(user.0)
+    .fetch_one(db)
+    .await?;
+    Ok(updates)
+}
+
 /// Number, tokens and seconds of the user's trainings: on from the head, and from fresh weights.
 pub(crate) async fn costs(db: &mut Connection, user: UserKey) -> Result<[(u64, u64, f64); 2], StoreError> {
     let found = sqlx::query(

@@ -485,6 +485,32 @@ pub(crate) async fn progress_is_kept(t: Trial) {
     assert_eq!((rest.updates.tokens, rest.updates.seconds), (1234, 5.5));
 }
 
+pub(crate) async fn updates_are_counted_whatever_comes_of_them(t: Trial) {
+    let updates = async || t.store.updates_since_full(&alice()).await.unwrap();
+    assert_eq!(updates().await, 0);
+    let lesson = |from_scratch| Lesson { from_scratch, ..Lesson::default() };
+    let kept_back = async |from_scratch| {
+        let claimed = t.running_job(&alice()).await;
+        t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson(from_scratch)).await.unwrap();
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    learn_judged(&t, &alice(), 1, &[], &[], true).await;
+    assert_eq!(updates().await, 0);
+    learn_judged(&t, &alice(), 2, &[], &[], false).await;
+    kept_back(false).await;
+    assert_eq!(updates().await, 2, "one was published, and one kept back");
+    let bobs = t.running_job(&bob()).await;
+    t.store.finish_lesson(&bobs.fence, &outcome(None), &lesson(true)).await.unwrap();
+    let called_off = t.running_job(&alice()).await;
+    t.store.give_update_up(&called_off.fence, &outcome(None), &lesson(false)).await.unwrap();
+    t.store.cancel(&alice().tenant, &called_off.job.id).await.unwrap();
+    assert_eq!(updates().await, 2, "what was called off is none, nor is another user's");
+    kept_back(true).await;
+    assert_eq!(updates().await, 0, "also one from fresh weights that was kept back");
+    kept_back(false).await;
+    assert_eq!(updates().await, 1);
+}
+
 pub(crate) async fn an_update_of_no_use_is_booked_apart(t: Trial) {
     let cost = |trained_tokens, seconds| JobOutcome { trained_tokens, seconds, ..outcome(None) };
     let lesson = |from_scratch, new_items| Lesson { from_scratch, items: 2, new_items, ..Lesson::default() };

@@ -58,6 +58,33 @@ async fn a_history_that_grows_updates_its_adapter() {
     worker.await.unwrap().unwrap();
 }
 
+/// A gate that keeps every update back does not keep the whole history from being learnt when that is due.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn updates_that_are_kept_back_count() {
+    let rig = Rig::new().await;
+    let (worker, stop) = rig.start(settings());
+    let ada = user("ada");
+    let job = rig.upload(&ada, 0..20, |_| OLD.into()).await;
+    assert!(rig.until(&job, done).await.outcome.unwrap().published);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    // Nobody can be a hundred percent ahead.
+    let mut strict = settings();
+    strict.gate.min_gain = 1.0;
+    (strict.growth.full_every, strict.growth.max_drift) = (2, f64::INFINITY);
+    let (worker, stop) = rig.start(strict);
+    for begin in [20, 30, 40, 50] {
+        let job = rig.upload(&ada, begin..begin + 10, |_| OLD.into()).await;
+        let outcome = rig.until(&job, done).await.outcome.unwrap();
+        assert!(!outcome.published, "{}", outcome.reason);
+    }
+    let points = rig.store.progress(&ada, None, 10).await.unwrap().unwrap().points.entries;
+    let course: Vec<_> = points.iter().map(|point| point.from_scratch).collect();
+    assert_eq!(course, [true, false, false, true, false]);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+}
+
 /// The trainings of a user to whose history of old words some others are added, by the rule of the default settings:
 /// whether each was from scratch, its tokens, and whether it came to numbers; and the tokens of the second job.
 async fn trainings(words: &str) -> (Vec<(bool, u64, bool)>, u64) {
