@@ -384,7 +384,8 @@ impl Manifest {
 }
 
 /// What one training cost and came to. A job has two if it was an update that turned out to be of no use: that, without
-/// numbers, and the training from fresh weights that took its place.
+/// numbers, and the training from fresh weights that took its place. One that failed or was called off has no numbers
+/// either.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProgressPoint {
     /// The job.

@@ -109,6 +109,7 @@ impl Shift {
             return Ok(None);
         }
         let prepared = self.bench.prepare(job, items, head, job.from_scratch)?;
+        self.runtime.block_on(self.store.begin_lesson(&claim.fence, prepared.lesson()))?;
         Ok(Some(Task {
             job: job.clone(),
             claim: Arc::clone(claim),
@@ -225,6 +226,7 @@ impl Shift {
         })?;
         job.from_scratch = true;
         let prepared = self.bench.prepare(&job, items, prepared.into_head(), true)?;
+        self.runtime.block_on(self.store.begin_lesson(&claim.fence, prepared.lesson()))?;
         Ok(Task { job, claim, prepared, anew: false, ..task })
     }
 

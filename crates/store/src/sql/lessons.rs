@@ -5,8 +5,8 @@ use sqlx::sqlite::SqliteRow;
 use types::{GenerationId, JobId, JobOutcome, Timestamp};
 
 use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
-use crate::StoreError;
 use crate::records::{Lesson, Manifest, ProgressPoint};
+use crate::{Fence, StoreError};
 
 /// The manifest of a generation; `None` if it has none.
 pub(crate) async fn manifest(
@@ -116,6 +116,47 @@ pub(crate) async fn insert_progress(
     .bind(gate.and_then(|gate| gate.head_bits))
     .bind(gate.map(|gate| gate.new_bits))
     .bind(outcome.generation.as_ref().map(|id| id.as_bytes().as_slice()))
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Notes what a job is about to learn; `false` if the fence is not the latest.
+pub(crate) async fn begin(db: &mut Connection, fence: &Fence, lesson: &Lesson) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET learns_scratch = $3, learns_items = $4, learns_new = $5, learns_replayed = $6
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(lesson.from_scratch)
+    .bind(lesson.items as i64)
+    .bind(lesson.new_items as i64)
+    .bind(lesson.replayed_items as i64)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Notes what a job has cost that comes to no numbers, up to its last sign of life, if it is open and has begun to train.
+/// What has been noted of it before is taken off.
+pub(crate) async fn insert_unfinished(
+    db: &mut Connection,
+    job: &JobId,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO progress (user_id, job, at, scratch, items, new_items, replayed_items, tokens, seconds)
+         SELECT j.user_id, j.id, $2, j.learns_scratch, j.learns_items, j.learns_new, j.learns_replayed,
+             max(0, j.spent_tokens + j.tokens
+                 - (SELECT COALESCE(sum(p.tokens), 0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id)),
+             max(0.0, j.spent_seconds
+                 + CASE WHEN j.state = 'running' THEN max(0, COALESCE(j.beat_at - j.started_at, 0)) / 1000.0 ELSE 0 END
+                 - (SELECT COALESCE(sum(p.seconds), 0.0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id))
+         FROM jobs j WHERE j.id = $1 AND j.state IN ('queued', 'running') AND j.learns_scratch IS NOT NULL",
+    )
+    .bind(job.as_str())
+    .bind(now.0)
     .execute(db)
     .await?;
     Ok(())

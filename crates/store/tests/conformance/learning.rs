@@ -2,9 +2,11 @@
 
 use store::{
     Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection,
-    Standing, item_hash,
+    Spent, Standing, item_hash,
 };
-use types::{AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobState, Timestamp, TrainingOptions};
+use types::{
+    AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobProgress, JobState, Timestamp, TrainingOptions,
+};
 
 use crate::trial::{
     ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, generation, item, outcome, text,
@@ -509,6 +511,92 @@ pub(crate) async fn updates_are_counted_whatever_comes_of_them(t: Trial) {
     assert_eq!(updates().await, 0, "also one from fresh weights that was kept back");
     kept_back(false).await;
     assert_eq!(updates().await, 1);
+}
+
+/// What trainings have cost in all: tokens and seconds.
+async fn costs(t: &Trial) -> (u64, f64) {
+    let progress = t.store.progress(&alice(), None, 10).await.unwrap().unwrap();
+    let [updates, whole] = [progress.updates, progress.from_scratch];
+    (updates.tokens + whole.tokens, updates.seconds + whole.seconds)
+}
+
+/// A job whose update is booked yields to another: what the other is told of its cost is what is not booked.
+pub(crate) async fn an_update_of_no_use_is_booked_once(t: Trial) {
+    let cost = |trained_tokens, seconds| JobOutcome { trained_tokens, seconds, ..outcome(None) };
+    let lesson = |from_scratch| Lesson { from_scratch, items: 2, new_items: 1, ..Lesson::default() };
+    let first = t.running_job(&alice()).await;
+    t.store.begin_lesson(&first.fence, &lesson(false)).await.unwrap();
+    t.clock.advance_millis(2_000);
+    t.store.give_update_up(&first.fence, &cost(100, 2.0), &lesson(false)).await.unwrap();
+    t.store.begin_lesson(&first.fence, &lesson(true)).await.unwrap();
+    t.clock.advance_millis(1_000);
+    let progress = JobProgress { step: 1, steps: 9, loss: 1.0, tokens: 130 };
+    t.store.beat(&first.fence, Some(progress), LEASE).await.unwrap();
+    t.append(&alice(), vec![text("b")]).await;
+    t.store.release(&first.fence).await.unwrap();
+    let next = t.claim().await.unwrap();
+    assert_eq!(next.spent, Spent { tokens: 30, seconds: 1.0 });
+    // Ended before it has begun, it is booked as what the first was about to do.
+    t.store.fail(&next.fence, "the learning rate is too large", None).await.unwrap();
+    assert_eq!(costs(&t).await, (130, 3.0));
+    let points = t.store.progress(&alice(), None, 10).await.unwrap().unwrap().points.entries;
+    let points: Vec<_> = points.iter().map(|point| (&point.job, point.from_scratch, point.tokens)).collect();
+    assert_eq!(points, [(&first.job.id, false, 100), (&next.job.id, true, 30)]);
+}
+
+/// What failed for good, was called off or given up has cost something, too.
+pub(crate) async fn trainings_without_an_end_are_booked(t: Trial) {
+    let lesson =
+        Lesson { from_scratch: true, items: 5, new_items: 3, replayed_items: 2, ..Lesson::default() };
+    let at = |tokens| Some(JobProgress { step: 1, steps: 9, loss: 1.0, tokens });
+    let begun = async |tokens| {
+        let claimed = t.claim().await.unwrap();
+        t.store.begin_lesson(&claimed.fence, &lesson).await.unwrap();
+        t.clock.advance_millis(1_000);
+        t.store.beat(&claimed.fence, at(tokens), LEASE).await.unwrap();
+        claimed
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    let failed = begun(1).await;
+    t.store.fail(&failed.fence, "not finite", None).await.unwrap();
+    assert_eq!(costs(&t).await, (1, 1.0));
+    let point = t.store.progress(&alice(), None, 10).await.unwrap().unwrap().points.entries.remove(0);
+    assert_eq!((&point.job, point.at, point.from_scratch), (&failed.job.id, t.now(), true));
+    assert_eq!((point.items, point.new_items, point.replayed_items), (5, 3, 2));
+    assert_eq!((point.new_bits, point.generation), (None, None));
+
+    t.append(&alice(), vec![text("b")]).await;
+    let cancelled = begun(10).await;
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    assert_eq!(costs(&t).await, (11, 2.0));
+    // Also where it waits for another try, or its end is that of what it has read.
+    t.append(&alice(), vec![text("c")]).await;
+    let waiting = begun(100).await;
+    t.store.fail(&waiting.fence, "out of memory", Some(1 << 40)).await.unwrap();
+    assert_eq!(costs(&t).await, (11, 2.0), "it is not over");
+    t.store.cancel(&alice().tenant, &waiting.job.id).await.unwrap();
+    assert_eq!(costs(&t).await, (111, 3.0));
+    t.append(&alice(), vec![text("d")]).await;
+    begun(1_000).await;
+    t.forget_all(&alice()).await;
+    assert_eq!(costs(&t).await, (1_111, 4.0));
+    // Killed again and again: up to the last sign of life of each.
+    t.append(&alice(), vec![text("e")]).await;
+    for _ in 0..ATTEMPTS {
+        begun(10_000).await;
+        t.clock.advance_millis(LEASE);
+    }
+    assert_eq!(t.claim().await, None);
+    let (tokens, seconds) = (10_000 * u64::from(ATTEMPTS), f64::from(ATTEMPTS));
+    assert_eq!(costs(&t).await, (1_111 + tokens, 4.0 + seconds));
+    // What has not begun to train has cost nothing.
+    t.append(&alice(), vec![text("f")]).await;
+    let idle = t.claim().await.unwrap();
+    t.store.fail(&idle.fence, "no", None).await.unwrap();
+    let progress = t.store.progress(&alice(), None, 10).await.unwrap().unwrap();
+    assert_eq!(progress.from_scratch.trainings, 5);
+    assert_fenced(t.store.begin_lesson(&idle.fence, &lesson).await);
 }
 
 pub(crate) async fn an_update_of_no_use_is_booked_apart(t: Trial) {

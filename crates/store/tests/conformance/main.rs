@@ -60,7 +60,8 @@ conformance! {
         a_checkpoint_ends_with_its_job,
         what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,
         a_forgotten_history_leaves_no_adapter, ranges_select_what_they_say, progress_is_kept,
-        updates_are_counted_whatever_comes_of_them, an_update_of_no_use_is_booked_apart;
+        updates_are_counted_whatever_comes_of_them, an_update_of_no_use_is_booked_apart,
+        an_update_of_no_use_is_booked_once, trainings_without_an_end_are_booked;
     lineage:
         heads_can_be_moved, old_generations_are_pruned, generations_say_where_they_come_from,
         any_head_can_be_replaced, generations_come_in_pages, pinned_generations_stay, generations_are_deleted_singly,
