@@ -224,7 +224,8 @@ pub struct TrainingArgs {
     /// Milliseconds without further items that a job waits for.
     #[arg(long, default_value_t = 500, env = "ATELIER_DEBOUNCE_MS")]
     pub debounce_ms: u32,
-    /// Seconds after which a job waits for no further items.
+    /// Seconds after which a job waits for no further items, nor because nothing came of the user's last trainings: after
+    /// two such in a row the next one waits 5 seconds, and twice as long after each more.
     #[arg(long, default_value_t = 600, env = "ATELIER_MAX_STALENESS_S")]
     pub max_staleness_s: u32,
     /// Old items learnt again beside new ones, in percent of these.

@@ -121,6 +121,7 @@ impl Store {
         for job in &given_up {
             sql::lessons::insert_unfinished(&mut tx, job, now).await?;
             sql::claims::give_up(&mut tx, job, now).await?;
+            sql::users::turn_down(&mut tx, job, now).await?;
         }
         let lease_until = now.plus_millis(lease_millis);
         let claimed = sql::claims::claim(&mut tx, worker, now, lease_until, policy).await?;
@@ -234,6 +235,7 @@ impl Store {
             let found = sql::jobs::last_item(&mut tx, fence).await?;
             let (user, _) = found.ok_or_else(|| fenced(fence))?;
             sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, now).await?;
+            sql::users::turn_down(&mut tx, &fence.job, now).await?;
         }
         if !sql::jobs::succeed(&mut tx, fence, outcome, now).await? {
             return Err(fenced(fence));
@@ -245,8 +247,9 @@ impl Store {
     }
 
     /// Ends a job with an error, or gives it back to be tried again `retry_after_millis` from now
-    /// (as often as `claim` allows). If the user has another queued job, that one is the next try: this one fails, and
-    /// what it was to do beside reading the history is added to the other's demands, and what it has cost to its costs.
+    /// (as often as `claim` allows). If the user has another queued job, that one is the next try, and waits as long: this
+    /// one fails, and what it was to do beside reading the history is added to the other's demands, what it has cost to
+    /// its costs, and its attempts count there.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job.
@@ -283,10 +286,13 @@ impl Store {
             Some(Back { error, not_before, uncounted }) => {
                 queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
                 if !queued {
-                    sql::jobs::hand_on(&mut tx, fence, now).await?;
+                    sql::jobs::hand_on(&mut tx, fence, error, not_before, uncounted, now).await?;
                 }
             }
-            None => sql::lessons::insert_unfinished(&mut tx, &fence.job, now).await?,
+            None => {
+                sql::lessons::insert_unfinished(&mut tx, &fence.job, now).await?;
+                sql::users::turn_down(&mut tx, &fence.job, now).await?;
+            }
         }
         if !queued && !sql::jobs::fail(&mut tx, fence, error, now).await? {
             return Err(fenced(fence));

@@ -307,13 +307,17 @@ pub struct Policy {
     pub min_new_items: u64,
     /// Time without further items.
     pub debounce_millis: i64,
-    /// Longest wait for either.
+    /// How long after its last job ended a user waits of whom two jobs in a row have published nothing, because the gate
+    /// kept them back or they failed; twice as long after the third, and so on.
+    pub rest_millis: i64,
+    /// Longest wait for any of these.
     pub max_staleness_millis: i64,
 }
 
 impl Policy {
     /// Nothing waits.
-    pub const AT_ONCE: Self = Self { min_new_items: 0, debounce_millis: 0, max_staleness_millis: 0 };
+    pub const AT_ONCE: Self =
+        Self { min_new_items: 0, debounce_millis: 0, rest_millis: 0, max_staleness_millis: 0 };
 }
 
 /// How the holder of a claim stands.

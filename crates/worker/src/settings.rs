@@ -20,7 +20,8 @@ pub struct Settings {
     pub gate: GateRules,
     /// How adapters grow with their histories.
     pub growth: Growth,
-    /// When a job is worth doing.
+    /// When a job is worth doing. Who asks for a training (`POST /v1/users/{user}/train`) waits for none of it; nor does
+    /// anybody longer than `max_staleness_millis`, however often the gate has said no.
     pub policy: Policy,
     /// Largest rank of an adapter.
     pub max_rank: usize,
@@ -84,7 +85,12 @@ impl Default for Settings {
             holdout: Holdout { share: 0.2, min: 5, max: 64 },
             gate: GateRules { level: 0.05, min_gain: 0.005, max_norm: 10.0 },
             growth: Growth { replay: 1.0, min_replay: 8, full_every: 8, max_drift: 0.05, drift_items: 32 },
-            policy: Policy { min_new_items: 1, debounce_millis: 500, max_staleness_millis: 600_000 },
+            policy: Policy {
+                min_new_items: 1,
+                debounce_millis: 500,
+                rest_millis: 5_000,
+                max_staleness_millis: 600_000,
+            },
             max_rank: DEFAULT_MAX_RANK,
             min_items: 8,
             jobs_at_once: 1,

@@ -60,7 +60,9 @@ pub(crate) async fn claim(
                  AND ((j.state = 'running' AND j.lease_until <= $2)
                      OR (j.state = 'queued' AND j.not_before <= $2
                          AND (j.urgent OR j.attempts > 0 OR j.created_at <= $2 - $6
-                             OR (j.new_items >= $4 AND j.touched_at <= $2 - $5))
+                             OR (j.new_items >= $4 AND j.touched_at <= $2 - $5
+                                 AND (u.rejections < 2
+                                     OR u.rejected_at <= $2 - ($7 << min(u.rejections - 2, 20)))))
                          AND NOT EXISTS (
                              SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
                  AND NOT EXISTS (
@@ -74,6 +76,7 @@ pub(crate) async fn claim(
     .bind(policy.min_new_items as i64)
     .bind(policy.debounce_millis)
     .bind(policy.max_staleness_millis)
+    .bind(policy.rest_millis)
     .fetch_optional(&mut *db)
     .await?;
     let Some(seq) = claimed else { return Ok(None) };

@@ -281,11 +281,21 @@ pub(crate) async fn requeue(
 
 /// Adds what a running job was to do to what the user's queued job is to do, and what it has cost to what that has, but
 /// for what is noted of it already, if there is one and the fence is the latest. What the queued one asks for is newer,
-/// and stands.
-pub(crate) async fn hand_on(db: &mut Connection, fence: &Fence, now: Timestamp) -> Result<(), StoreError> {
+/// and stands. It is the next try: it waits as the running job would have, and has as many attempts behind it, but for
+/// the `uncounted`.
+pub(crate) async fn hand_on(
+    db: &mut Connection,
+    fence: &Fence,
+    error: Option<&str>,
+    not_before: Timestamp,
+    uncounted: u32,
+    now: Timestamp,
+) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE jobs AS q SET new_items = q.new_items + r.new_items, urgent = q.urgent OR r.urgent,
              scratch = q.scratch OR r.scratch, training = COALESCE(q.training, r.training),
+             error = COALESCE($4, q.error), not_before = max(q.not_before, $5),
+             attempts = max(q.attempts, r.attempts - $6),
              learns_scratch = COALESCE(q.learns_scratch, r.learns_scratch),
              learns_items = COALESCE(q.learns_items, r.learns_items),
              learns_new = COALESCE(q.learns_new, r.learns_new),
@@ -301,6 +311,9 @@ pub(crate) async fn hand_on(db: &mut Connection, fence: &Fence, now: Timestamp) 
     .bind(fence.job.as_str())
     .bind(fence.token)
     .bind(now.0)
+    .bind(error)
+    .bind(not_before.0)
+    .bind(uncounted)
     .execute(db)
     .await?;
     Ok(())

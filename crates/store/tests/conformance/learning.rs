@@ -145,7 +145,8 @@ pub(crate) async fn tenants_take_turns(t: Trial) {
 }
 
 pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {
-    let policy = Policy { min_new_items: 3, debounce_millis: 100, max_staleness_millis: 10_000 };
+    let policy =
+        Policy { min_new_items: 3, debounce_millis: 100, max_staleness_millis: 10_000, ..Policy::AT_ONCE };
     let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
     t.append(&alice(), vec![text("a"), text("b")]).await;
     t.clock.advance_millis(200);
@@ -174,6 +175,57 @@ pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {
     assert_eq!(claim().await, None);
     t.store.enqueue(&bob(), &Demand { urgent: true, ..Demand::default() }).await.unwrap();
     assert_eq!(claim().await.unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn who_is_turned_down_again_waits_longer(t: Trial) {
+    let policy = Policy { rest_millis: 100, max_staleness_millis: 1_000, ..Policy::AT_ONCE };
+    let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
+    // How long a user's new job waits whose last one has just ended.
+    let waits = async || {
+        t.append(&alice(), vec![text("more")]).await;
+        let mut waited = 0;
+        loop {
+            if let Some(claimed) = claim().await {
+                return (waited, claimed);
+            }
+            t.clock.advance_millis(1);
+            waited += 1;
+        }
+    };
+    let kept_back = async |claimed: &Claimed| {
+        t.store.finish_lesson(&claimed.fence, &outcome(None), &Lesson::default()).await.unwrap();
+    };
+    let (waited, mut claimed) = waits().await;
+    assert_eq!(waited, 0);
+    for wait in [0, 100, 200, 400, 800, 1_000, 1_000] {
+        kept_back(&claimed).await;
+        // Nobody else waits for that.
+        t.append(&bob(), vec![text("b")]).await;
+        let bobs = claim().await.unwrap();
+        assert_eq!(bobs.job.adapter, bob());
+        t.store.finish(&bobs.fence, &outcome(None)).await.unwrap();
+        let waited;
+        (waited, claimed) = waits().await;
+        assert_eq!(waited, wait);
+    }
+    // A training that is asked for does not wait.
+    kept_back(&claimed).await;
+    t.append(&alice(), vec![text("more")]).await;
+    assert_eq!(claim().await, None);
+    t.store.enqueue(&alice(), &Demand { urgent: true, ..Demand::default() }).await.unwrap();
+    let asked = claim().await.unwrap();
+    // With what is published the count begins anew; a failure counts, and what was called off does not.
+    let finish = Some((asked.fence, outcome(Some(generation(1).id))));
+    t.store.publish(&alice(), generation(1), None, finish).await.unwrap();
+    for wait in [0, 0, 100] {
+        let (waited, claimed) = waits().await;
+        assert_eq!(waited, wait);
+        t.store.fail(&claimed.fence, "not finite", None).await.unwrap();
+    }
+    let (waited, cancelled) = waits().await;
+    assert_eq!(waited, 200);
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    assert_eq!(waits().await.0, 0, "it has rested already");
 }
 
 pub(crate) async fn demands_add_up(t: Trial) {
@@ -356,7 +408,8 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     assert_fenced(t.store.finish(&running.fence, &outcome(None)).await);
     let job = t.store.job(&alice().tenant, &running.job.id).await.unwrap().unwrap();
     assert_eq!(job.state, JobState::Cancelled);
-    let policy = Policy { min_new_items: 99, debounce_millis: 99, max_staleness_millis: 99 };
+    let policy =
+        Policy { min_new_items: 99, debounce_millis: 99, max_staleness_millis: 99, ..Policy::AT_ONCE };
     let next = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
     assert_eq!((&next.job.id, next.job.from_scratch), (&forgotten.job.unwrap().id, true));
     assert_eq!(t.store.checkpoint(&next.fence, WORK).await.unwrap(), None);
