@@ -182,7 +182,8 @@ impl Store {
         if let (Some((fence, outcome)), Some(lesson)) = (&target.finish, &target.lesson) {
             let learnt = Manifest::of(lesson.manifest.clone());
             let judged = judged(&mut tx, user, &generation, lesson).await?;
-            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &learnt, &judged).await?;
+            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &learnt, &judged, &lesson.baseline)
+                .await?;
             sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
         }
         sql::garbage::delete(&mut tx, folder).await?;

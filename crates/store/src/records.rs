@@ -347,6 +347,20 @@ pub struct Lesson {
     /// The same of the items that were held out to judge them. What they grew from was judged by items too: those are
     /// added when it is published.
     pub judged: Vec<[u8; 32]>,
+    /// How well old items were known when everything was last learnt from fresh weights: what updates since then are
+    /// measured by.
+    pub baseline: Vec<OldLoss>,
+}
+
+/// The loss of one item under some weights that have learnt it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OldLoss {
+    /// Its [`item_hash`](crate::item_hash).
+    pub item: [u8; 32],
+    /// Of the whole answer.
+    pub nats: f64,
+    /// Tokens of the answer.
+    pub tokens: u32,
 }
 
 /// Which items have gone into a generation's weights.

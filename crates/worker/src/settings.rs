@@ -71,9 +71,10 @@ pub struct Growth {
     pub min_replay: usize,
     /// Updates, published or not, after which the whole history is learnt from fresh weights.
     pub full_every: u32,
-    /// Largest rise of the loss on old items by an update, as a share; beyond it the whole history is learnt instead.
+    /// Largest rise of the loss on old items by an update, and by all updates since everything was learnt from fresh
+    /// weights, as a share; beyond it the whole history is learnt instead.
     pub max_drift: f64,
-    /// Old items that drift is measured on.
+    /// Old items that drift is measured on: so many of all, and so many of those learnt from fresh weights.
     pub drift_items: usize,
 }
 

@@ -102,6 +102,7 @@ impl Shift {
                 manifest: self.store.manifest(&job.adapter, &record.id).await?,
                 updates: serde_json::from_value::<Provenance>(record.meta)
                     .map_or(0, |provenance| provenance.training.updates),
+                baseline: self.store.baseline(&job.adapter, &record.id).await?,
                 since_full: self.store.updates_since_full(&job.adapter).await?,
             };
             Ok::<_, StoreError>((items, Ok(Some(head)), current))

@@ -6,11 +6,12 @@ use model::BaseModel;
 use peft::{AdapterConfig, AdapterWeights, PeftFiles, generation_id};
 use personalize::example;
 use serde_json::json;
-use store::{Lesson, NewGeneration};
+use store::{Lesson, NewGeneration, OldLoss, item_hash};
 use text::Tokenizer;
 use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
+use crate::drift::has_drifted;
 use crate::error::WorkerError;
 use crate::gate::{HeadMeasured, Judgement, Measured, judge};
 use crate::norm::insane;
@@ -41,6 +42,7 @@ pub(crate) struct Prepared {
     /// Which of them the head has learnt, or may have.
     heldout_learnt: Vec<bool>,
     old: Vec<Example>,
+    old_items: Vec<[u8; 32]>,
     /// Why the head cannot be read, if it cannot: then it is as if there were none.
     unreadable: Option<String>,
 }
@@ -89,12 +91,25 @@ impl Bench {
             breathe();
             self.example(item)
         };
-        let [examples, old] =
-            [&plan.train, &plan.old].map(|items| items.iter().filter_map(&mut read).collect());
+        let examples = plan.train.iter().filter_map(&mut read).collect();
+        let old = plan.old.iter().filter_map(|item| Some((read(item)?, item_hash(item))));
+        let (old, old_items) = old.unzip();
         let judges = plan.heldout.iter().zip(&plan.heldout_learnt);
         let judges = judges.filter_map(|(item, learnt)| Some((read(item)?, *learnt)));
         let (heldout, heldout_learnt) = judges.unzip();
-        Ok(Prepared { work, recipe, plan, start, head, examples, heldout, heldout_learnt, old, unreadable })
+        Ok(Prepared {
+            work,
+            recipe,
+            plan,
+            start,
+            head,
+            examples,
+            heldout,
+            heldout_learnt,
+            old,
+            old_items,
+            unreadable,
+        })
     }
 
     /// Trains all of them; `resume` holds their checkpoints.
@@ -127,22 +142,42 @@ impl Bench {
         }
         let both = [Some(start), Some(&trained.weights)];
         let losses = self.measure(&both, &prepared.old, &prepared.recipe, breathe)?;
-        let [before, after] =
-            [&losses[0], &losses[1]].map(|losses| Loss::bits_per_token(losses.iter().flatten()));
-        // Nothing to measure on gives NaN on both sides, and no drift.
-        let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
-        Ok(before.is_finite() && !is_kept)
+        let known = &prepared.plan.lesson.baseline;
+        let baseline = prepared.old_items.iter().map(|item| {
+            let OldLoss { nats, tokens, .. } = *known.iter().find(|loss| loss.item == *item)?;
+            Some(Loss { nats, tokens: tokens as usize })
+        });
+        let baseline: Vec<_> = baseline.collect();
+        Ok(has_drifted(&losses[0], &baseline, &losses[1], self.settings.growth.max_drift))
+    }
+
+    /// How well weights from fresh ones know what updates of them will be measured by.
+    fn baseline(
+        &self,
+        prepared: &Prepared,
+        trained: &Trained,
+        breathe: &mut dyn FnMut(),
+    ) -> Result<Vec<OldLoss>, WorkerError> {
+        let losses = self.measure(&[Some(&trained.weights)], &prepared.old, &prepared.recipe, breathe)?;
+        let losses = losses.iter().flatten().zip(&prepared.old_items).filter_map(|(loss, item)| {
+            let Loss { nats, tokens } = (*loss)?;
+            Some(OldLoss { item: *item, nats, tokens: u32::try_from(tokens).ok()? })
+        });
+        Ok(losses.collect())
     }
 
     /// Compares the new weights with base and head. The job has cost so many `tokens`. `breathe` is called now and then.
     pub(crate) fn conclude(
         &self,
-        prepared: Prepared,
+        mut prepared: Prepared,
         trained: Trained,
         tokens: u64,
         breathe: &mut dyn FnMut(),
     ) -> Result<Verdict, WorkerError> {
         let judgement = self.judge(&prepared, &trained, breathe)?;
+        if judgement.publish && prepared.plan.lesson.from_scratch {
+            prepared.plan.lesson.baseline = self.baseline(&prepared, &trained, breathe)?;
+        }
         let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, unreadable, .. } = prepared;
         let Judgement { publish, report: gate, mut reason } = judgement;
         if let Some(problem) = unreadable {

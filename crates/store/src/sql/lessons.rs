@@ -5,7 +5,7 @@ use sqlx::sqlite::SqliteRow;
 use types::{GenerationId, JobId, JobOutcome, Timestamp};
 
 use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
-use crate::records::{Lesson, Manifest, ProgressPoint};
+use crate::records::{Lesson, Manifest, OldLoss, ProgressPoint};
 use crate::{Fence, StoreError};
 
 /// The manifest of a generation; `None` if it has none.
@@ -38,16 +38,39 @@ pub(crate) async fn judged(
     row.map(|row| hashes(&row, "judged")).transpose()
 }
 
+/// The baseline of a generation; empty if it has none.
+pub(crate) async fn baseline(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Vec<OldLoss>, StoreError> {
+    let Some(row) = find(db, user, generation).await? else { return Ok(Vec::new()) };
+    let bytes: &[u8] = row.try_get::<Option<_>, _>("baseline")?.unwrap_or_default();
+    let (losses, rest) = bytes.as_chunks::<44>();
+    if !rest.is_empty() {
+        return Err(StoreError::unreadable("baseline", format!("{} bytes", bytes.len())));
+    }
+    let loss = |bytes: &[u8; 44]| {
+        let (mut item, mut nats, mut tokens) = ([0; 32], [0; 8], [0; 4]);
+        item.copy_from_slice(&bytes[..32]);
+        nats.copy_from_slice(&bytes[32..40]);
+        tokens.copy_from_slice(&bytes[40..]);
+        OldLoss { item, nats: f64::from_le_bytes(nats), tokens: u32::from_le_bytes(tokens) }
+    };
+    Ok(losses.iter().map(loss).collect())
+}
+
 async fn find(
     db: &mut Connection,
     user: UserKey,
     generation: &GenerationId,
 ) -> Result<Option<SqliteRow>, StoreError> {
-    let row = sqlx::query("SELECT items, judged FROM manifests WHERE user_id = $1 AND generation = $2")
-        .bind(user.0)
-        .bind(generation.as_bytes().as_slice())
-        .fetch_optional(db)
-        .await?;
+    let row =
+        sqlx::query("SELECT items, judged, baseline FROM manifests WHERE user_id = $1 AND generation = $2")
+            .bind(user.0)
+            .bind(generation.as_bytes().as_slice())
+            .fetch_optional(db)
+            .await?;
     Ok(row)
 }
 
@@ -60,26 +83,32 @@ fn hashes(row: &SqliteRow, column: &'static str) -> Result<Manifest, StoreError>
     Ok(Manifest::Items(hashes.to_vec()))
 }
 
-/// Notes what has gone into a generation's weights, and what it was judged by.
+/// Notes what has gone into a generation's weights, what it was judged by, and what updates of it are measured by.
 pub(crate) async fn insert_manifest(
     db: &mut Connection,
     user: UserKey,
     generation: &GenerationId,
     learnt: &Manifest,
     judged: &Manifest,
+    baseline: &[OldLoss],
 ) -> Result<(), StoreError> {
     let bytes = |manifest: &Manifest| match manifest {
         Manifest::Items(hashes) => Some(hashes.as_flattened().to_vec()),
         Manifest::Unknown => None,
     };
+    let losses = baseline.iter().flat_map(|OldLoss { item, nats, tokens }| {
+        [item.as_slice(), &nats.to_le_bytes(), &tokens.to_le_bytes()].concat()
+    });
     sqlx::query(
-        "INSERT INTO manifests (user_id, generation, items, judged) VALUES ($1, $2, $3, $4)
-         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items, judged = excluded.judged",
+        "INSERT INTO manifests (user_id, generation, items, judged, baseline) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items, judged = excluded.judged,
+             baseline = excluded.baseline",
     )
     .bind(user.0)
     .bind(generation.as_bytes().as_slice())
     .bind(bytes(learnt))
     .bind(bytes(judged))
+    .bind(losses.collect::<Vec<u8>>())
     .execute(db)
     .await?;
     Ok(())

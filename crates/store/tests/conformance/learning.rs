@@ -1,8 +1,8 @@
 //! Properties of what surrounds training: calling off, pauses, turns, checkpoints, forgetting, progress.
 
 use store::{
-    Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection,
-    Spent, Standing, item_hash,
+    Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, OldLoss, Pause, PauseScope, Pauses, Policy,
+    Selection, Spent, Standing, item_hash,
 };
 use types::{
     AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobProgress, JobState, Timestamp, TrainingOptions,
@@ -488,6 +488,23 @@ pub(crate) async fn a_forgotten_history_leaves_no_adapter(t: Trial) {
     learn(&t, &alice(), 7, &["d"]).await;
     assert_eq!(forget().await.head, None);
     assert_eq!(t.head(&alice()).await, None);
+}
+
+pub(crate) async fn a_baseline_comes_back(t: Trial) {
+    t.append(&alice(), vec![item("a", 1)]).await;
+    let loss = |item, nats, tokens| OldLoss { item: [item; 32], nats, tokens };
+    let losses = vec![loss(1, 0.1 + 0.2, 7), loss(2, 1e-300, u32::MAX), loss(255, 0.0, 0)];
+    for (seed, baseline) in [(1, losses), (2, Vec::new())] {
+        let claimed = t.running_job(&alice()).await;
+        let lesson = Lesson { baseline: baseline.clone(), ..Lesson::default() };
+        let (head, finish) = (t.head(&alice()).await, (claimed.fence, outcome(Some(generation(seed).id))));
+        t.store.publish_lesson(&alice(), generation(seed), head, finish, lesson).await.unwrap();
+        assert_eq!(t.store.baseline(&alice(), &generation(seed).id).await.unwrap(), baseline);
+    }
+    let unknown = [(alice(), generation(3).id), (bob(), generation(1).id)];
+    for (user, id) in unknown {
+        assert_eq!(t.store.baseline(&user, &id).await.unwrap(), []);
+    }
 }
 
 pub(crate) async fn ranges_select_what_they_say(t: Trial) {

@@ -59,7 +59,7 @@ conformance! {
         who_is_turned_down_again_waits_longer, demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, who_gets_on_is_not_given_up,
         a_checkpoint_ends_with_its_job,
         what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,
-        a_forgotten_history_leaves_no_adapter, ranges_select_what_they_say, progress_is_kept,
+        a_forgotten_history_leaves_no_adapter, a_baseline_comes_back, ranges_select_what_they_say, progress_is_kept,
         updates_are_counted_whatever_comes_of_them, an_update_of_no_use_is_booked_apart,
         an_update_of_no_use_is_booked_once, trainings_without_an_end_are_booked;
     lineage:
