@@ -228,13 +228,14 @@ pub struct TrainingArgs {
     /// Milliseconds without further items that a job waits for.
     #[arg(long, default_value_t = 500, env = "ATELIER_DEBOUNCE_MS")]
     pub debounce_ms: u32,
-    /// Seconds after which a job waits for no further items.
+    /// Seconds after which a job waits for no further items, nor because nothing came of the user's last trainings: after
+    /// two such in a row the next one waits 5 seconds, and twice as long after each more.
     #[arg(long, default_value_t = 600, env = "ATELIER_MAX_STALENESS_S")]
     pub max_staleness_s: u32,
     /// Old items learnt again beside new ones, in percent of these.
     #[arg(long, default_value_t = 100, env = "ATELIER_REPLAY_PERCENT")]
     pub replay_percent: u32,
-    /// Updates after which the whole history is learnt from fresh weights; 0 always does.
+    /// Updates, published or not, after which the whole history is learnt from fresh weights; 0 always does.
     #[arg(long, default_value_t = 8, env = "ATELIER_FULL_EVERY")]
     pub full_every: u32,
     /// Jobs that are trained at once, if so many wait: a little more is learnt an hour, but all end with the last.

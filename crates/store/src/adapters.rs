@@ -176,10 +176,14 @@ impl Store {
             return Err(StoreError::not_found("user", &target.adapter));
         }
         let (generation, replaced) = record(&mut tx, target, user, generation).await?;
+        if target.finish.is_some() {
+            sql::users::accept(&mut tx, user).await?;
+        }
         if let (Some((fence, outcome)), Some(lesson)) = (&target.finish, &target.lesson) {
             let learnt = Manifest::of(lesson.manifest.clone());
             let judged = judged(&mut tx, user, &generation, lesson).await?;
-            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &learnt, &judged).await?;
+            sql::lessons::insert_manifest(&mut tx, user, &generation.id, &learnt, &judged, &lesson.baseline)
+                .await?;
             sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, self.now()).await?;
         }
         sql::garbage::delete(&mut tx, folder).await?;

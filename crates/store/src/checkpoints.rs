@@ -13,7 +13,8 @@ const FILE: &str = "checkpoint";
 
 impl Store {
     /// Writes down how far a running job is, in place of its earlier checkpoint. `work` is a hash of what the job
-    /// learns from and how.
+    /// learns from and how; `step` is how many steps of it are done. Whether these are more than were ever written down
+    /// of this work: then the job is as if claimed for the first time, so that one that always gets on is never given up.
     ///
     /// The file is written and synced first; then one transaction names it, if the worker still holds the job. Runs to
     /// its end even if the caller goes away.
@@ -25,12 +26,13 @@ impl Store {
         adapter: &AdapterId,
         fence: &Fence,
         work: [u8; 32],
+        step: u32,
         bytes: Vec<u8>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let (store, adapter, fence) = (self.clone(), adapter.clone(), fence.clone());
         Self::to_the_end(async move {
             let folder = Blobs::new_checkpoint_folder(&adapter, &fence.job);
-            let result = store.write_checkpoint(&adapter, &fence, work, bytes, &folder).await;
+            let result = store.write_checkpoint(&adapter, &fence, (work, step), bytes, &folder).await;
             if result.is_err()
                 && let Err(error) = store.discard(&folder).await
             {
@@ -46,10 +48,10 @@ impl Store {
         &self,
         adapter: &AdapterId,
         fence: &Fence,
-        work: [u8; 32],
+        (work, step): ([u8; 32], u32),
         bytes: Vec<u8>,
         folder: &str,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
         if !holds(&mut tx, adapter, fence).await? {
             return Err(fenced(fence));
@@ -62,11 +64,16 @@ impl Store {
         if !holds(&mut tx, adapter, fence).await? {
             return Err(fenced(fence));
         }
-        let checkpoint = Checkpoint { folder: folder.to_owned(), file, work };
+        let before = sql::checkpoints::find(&mut tx, fence).await?.filter(|before| before.work == work);
+        let before = before.map_or(0, |before| before.furthest);
+        let checkpoint = Checkpoint { folder: folder.to_owned(), file, work, furthest: before.max(step) };
         sql::checkpoints::replace(&mut tx, adapter, fence, &checkpoint, self.now()).await?;
         sql::garbage::delete(&mut tx, folder).await?;
+        if step > before {
+            sql::jobs::forgive(&mut tx, fence).await?;
+        }
         tx.commit().await?;
-        Ok(())
+        Ok(step > before)
     }
 
     /// How far a claimed job had come when it was last written down, if that was in the same work. One that is damaged

@@ -80,7 +80,7 @@ impl Store {
         let running = sql::jobs::running(db, user).await?;
         let queued = sql::jobs::queued(db, user).await?;
         if let Some(running) = &running {
-            sql::jobs::call_off(db, &running.id, then, self.now()).await?;
+            self.call_off(db, &running.id, then).await?;
         }
         if is_left {
             // The newest wish counts.
@@ -90,7 +90,7 @@ impl Store {
             return Ok(Some(self.queued_job(db, user, &demand).await?));
         }
         if let Some(queued) = queued {
-            sql::jobs::call_off(db, &queued.id, then, self.now()).await?;
+            self.call_off(db, &queued.id, then).await?;
         }
         Ok(None)
     }

@@ -59,7 +59,7 @@ impl Store {
     pub async fn cancel(&self, tenant: &TenantId, id: &JobId) -> Result<Option<Job>, StoreError> {
         let mut tx = self.write().await?;
         let Some(job) = sql::jobs::find(&mut tx, tenant, id).await? else { return Ok(None) };
-        let called_off = sql::jobs::call_off(&mut tx, id, "cancelled on request", self.now()).await?;
+        let called_off = self.call_off(&mut tx, id, "cancelled on request").await?;
         let job = sql::jobs::find(&mut tx, tenant, id).await?.unwrap_or(job);
         tx.commit().await?;
         if called_off {
@@ -67,6 +67,18 @@ impl Store {
             self.sweep(&job.adapter).await;
         }
         Ok(Some(job))
+    }
+
+    /// Calls a job off, if it is open, and notes what it has cost.
+    pub(crate) async fn call_off(
+        &self,
+        db: &mut Connection,
+        id: &JobId,
+        reason: &str,
+    ) -> Result<bool, StoreError> {
+        let now = self.now();
+        sql::lessons::insert_unfinished(db, id, now).await?;
+        sql::jobs::call_off(db, id, reason, now).await
     }
 
     /// [`Store::claim_ripe`] without waiting.
@@ -105,12 +117,17 @@ impl Store {
         for (fence, lease_millis) in self.beats().waiting() {
             sql::jobs::beat(&mut tx, &fence, None, now, lease_millis).await?;
         }
-        let given_up = sql::claims::give_up(&mut tx, now, max_attempts.max(1)).await?;
+        let given_up = sql::claims::hopeless(&mut tx, now, max_attempts.max(1)).await?;
+        for job in &given_up {
+            sql::lessons::insert_unfinished(&mut tx, job, now).await?;
+            sql::claims::give_up(&mut tx, job, now).await?;
+            sql::users::turn_down(&mut tx, job, now).await?;
+        }
         let lease_until = now.plus_millis(lease_millis);
         let claimed = sql::claims::claim(&mut tx, worker, now, lease_until, policy).await?;
         tx.commit().await?;
-        if given_up > 0 {
-            tracing::warn!(jobs = given_up, max_attempts, "gave up jobs that had too many attempts");
+        if !given_up.is_empty() {
+            tracing::warn!(jobs = given_up.len(), max_attempts, "gave up jobs that had too many attempts");
         }
         let claimed = claimed.map(|(job, token, spent)| {
             let fence = Fence { job: job.id.clone(), token };
@@ -169,6 +186,19 @@ impl Store {
         self.finish_with(fence, outcome, Some(lesson)).await
     }
 
+    /// Notes what a job is about to learn: what that costs is booked however the job ends.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] if the worker has lost the job.
+    pub async fn begin_lesson(&self, fence: &Fence, lesson: &Lesson) -> Result<(), StoreError> {
+        let mut tx = self.write().await?;
+        if !sql::lessons::begin(&mut tx, fence, lesson).await? {
+            return Err(fenced(fence));
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
     /// Notes what an update has cost that is of no use, and that its job learns the whole history from fresh weights
     /// from now on, also if another worker has to take it up. `outcome` holds what the job has cost by now.
     ///
@@ -205,6 +235,7 @@ impl Store {
             let found = sql::jobs::last_item(&mut tx, fence).await?;
             let (user, _) = found.ok_or_else(|| fenced(fence))?;
             sql::lessons::insert_progress(&mut tx, user, &fence.job, lesson, outcome, now).await?;
+            sql::users::turn_down(&mut tx, &fence.job, now).await?;
         }
         if !sql::jobs::succeed(&mut tx, fence, outcome, now).await? {
             return Err(fenced(fence));
@@ -216,8 +247,9 @@ impl Store {
     }
 
     /// Ends a job with an error, or gives it back to be tried again `retry_after_millis` from now
-    /// (as often as `claim` allows). If the user has another queued job, that one is the next try: this one fails, and
-    /// what it was to do beside reading the history is added to the other's demands, and what it has cost to its costs.
+    /// (as often as `claim` allows). If the user has another queued job, that one is the next try, and waits as long: this
+    /// one fails, and what it was to do beside reading the history is added to the other's demands, what it has cost to
+    /// its costs, and its attempts count there.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if the worker has lost the job.
@@ -250,10 +282,16 @@ impl Store {
         let now = self.now();
         let mut tx = self.write().await?;
         let mut queued = false;
-        if let Some(Back { error, not_before, uncounted }) = back {
-            queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
-            if !queued {
-                sql::jobs::hand_on(&mut tx, fence, now).await?;
+        match back {
+            Some(Back { error, not_before, uncounted }) => {
+                queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
+                if !queued {
+                    sql::jobs::hand_on(&mut tx, fence, error, not_before, uncounted, now).await?;
+                }
+            }
+            None => {
+                sql::lessons::insert_unfinished(&mut tx, &fence.job, now).await?;
+                sql::users::turn_down(&mut tx, &fence.job, now).await?;
             }
         }
         if !queued && !sql::jobs::fail(&mut tx, fence, error, now).await? {

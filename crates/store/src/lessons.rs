@@ -4,7 +4,7 @@ use sha2::{Digest as _, Sha256};
 use types::{AdapterId, GenerationId, HistoryItem};
 
 use crate::records::{Cost, Progress};
-use crate::{Manifest, Page, Store, StoreError, sql};
+use crate::{Manifest, OldLoss, Page, Store, StoreError, sql};
 
 /// The hash that stands for an item in manifests: SHA-256 over its id, its time and its texts (not its metadata, which
 /// nothing learns from), each text after its length.
@@ -38,6 +38,33 @@ impl Store {
         let mut tx = self.read().await?;
         let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(None) };
         sql::lessons::manifest(&mut tx, user.key, generation).await
+    }
+
+    /// How well old items were known when everything that a generation knows was last learnt from fresh weights; empty if
+    /// that is not known.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn baseline(
+        &self,
+        adapter: &AdapterId,
+        generation: &GenerationId,
+    ) -> Result<Vec<OldLoss>, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(Vec::new()) };
+        sql::lessons::baseline(&mut tx, user.key, generation).await
+    }
+
+    /// How many updates there were since the user's last training from fresh weights, whatever came of either; those that
+    /// were called off do not count.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn updates_since_full(&self, adapter: &AdapterId) -> Result<u32, StoreError> {
+        let mut tx = self.read().await?;
+        let Some(user) = sql::users::find(&mut tx, adapter).await? else { return Ok(0) };
+        let updates = sql::lessons::updates_since_full(&mut tx, user.key).await?;
+        Ok(u32::try_from(updates).unwrap_or(u32::MAX))
     }
 
     /// How the user's trainings went; `None` if there is no such user. `limit` is at least 1 (0 counts as 1).

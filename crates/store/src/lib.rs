@@ -38,7 +38,7 @@ pub use pauses::{Pause, PauseScope, Pauses};
 pub use reading::{Rest, thread_time};
 pub use records::{
     AdapterFile, AdapterFiles, Appended, Claimed, Cost, Demand, Expected, Fence, Fingerprint, Forgotten,
-    GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, Origin, Page, Policy,
-    Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Spent, Standing, UserRecord,
+    GenerationCursor, GenerationRecord, HistoryCursor, Lesson, Manifest, NewGeneration, OldLoss, Origin,
+    Page, Policy, Progress, ProgressPoint, QueueStats, Selection, SharedRecord, Spent, Standing, UserRecord,
 };
 pub use store::Store;

@@ -307,13 +307,17 @@ pub struct Policy {
     pub min_new_items: u64,
     /// Time without further items.
     pub debounce_millis: i64,
-    /// Longest wait for either.
+    /// How long after its last job ended a user waits of whom two jobs in a row have published nothing, because the gate
+    /// kept them back or they failed; twice as long after the third, and so on.
+    pub rest_millis: i64,
+    /// Longest wait for any of these.
     pub max_staleness_millis: i64,
 }
 
 impl Policy {
     /// Nothing waits.
-    pub const AT_ONCE: Self = Self { min_new_items: 0, debounce_millis: 0, max_staleness_millis: 0 };
+    pub const AT_ONCE: Self =
+        Self { min_new_items: 0, debounce_millis: 0, rest_millis: 0, max_staleness_millis: 0 };
 }
 
 /// How the holder of a claim stands.
@@ -343,6 +347,20 @@ pub struct Lesson {
     /// The same of the items that were held out to judge them. What they grew from was judged by items too: those are
     /// added when it is published.
     pub judged: Vec<[u8; 32]>,
+    /// How well old items were known when everything was last learnt from fresh weights: what updates since then are
+    /// measured by.
+    pub baseline: Vec<OldLoss>,
+}
+
+/// The loss of one item under some weights that have learnt it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OldLoss {
+    /// Its [`item_hash`](crate::item_hash).
+    pub item: [u8; 32],
+    /// Of the whole answer.
+    pub nats: f64,
+    /// Tokens of the answer.
+    pub tokens: u32,
 }
 
 /// Which items have gone into a generation's weights.
@@ -384,7 +402,8 @@ impl Manifest {
 }
 
 /// What one training cost and came to. A job has two if it was an update that turned out to be of no use: that, without
-/// numbers, and the training from fresh weights that took its place.
+/// numbers, and the training from fresh weights that took its place. One that failed or was called off has no numbers
+/// either.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProgressPoint {
     /// The job.

@@ -109,7 +109,7 @@ pub struct Job {
     pub adapter: AdapterId,
     /// Where it stands.
     pub state: JobState,
-    /// How often it has been claimed.
+    /// How often it has been claimed since it last got on: a checkpoint of more steps than before begins the count again.
     pub attempts: u32,
     /// When it was enqueued.
     pub created_at: Timestamp,

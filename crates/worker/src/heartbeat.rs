@@ -4,7 +4,7 @@
 //! is slow keeps the job, who hangs loses it. The thread has its own clock and runtime, so that neither a busy
 //! server nor the training itself can hold it up.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,14 +27,32 @@ pub(crate) enum Halt {
 /// What the training thread and the heartbeat share of one job.
 pub(crate) struct Claim {
     pub(crate) fence: Fence,
+    attempts: AtomicU32,
     progress: Mutex<Option<JobProgress>>,
     halt: AtomicU8,
     ended: AtomicBool,
 }
 
 impl Claim {
-    pub(crate) fn new(fence: Fence) -> Self {
-        Self { fence, progress: Mutex::default(), halt: AtomicU8::new(0), ended: AtomicBool::new(false) }
+    /// Of a job that has been claimed so many times since it last got on.
+    pub(crate) fn new(fence: Fence, attempts: u32) -> Self {
+        Self {
+            fence,
+            attempts: AtomicU32::new(attempts),
+            progress: Mutex::default(),
+            halt: AtomicU8::new(0),
+            ended: AtomicBool::new(false),
+        }
+    }
+
+    /// How often the job has been claimed since it last got on.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts.load(Ordering::Acquire)
+    }
+
+    /// The store has a checkpoint of more steps than ever.
+    pub(crate) fn got_on(&self) {
+        self.attempts.store(1, Ordering::Release);
     }
 
     /// A step is done, through which `tokens` went.

@@ -2,6 +2,7 @@
 //!
 //! What it is not: it serves nobody, and writes nothing but what the store's fencing lets through.
 
+mod drift;
 mod error;
 mod gate;
 mod heartbeat;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use peft::{AdapterWeights, BaseShape, PeftError};
 use personalize::{Split, split};
 use sha2::{Digest as _, Sha256};
-use store::{AdapterFiles, Lesson, Manifest, item_hash};
+use store::{AdapterFiles, Lesson, Manifest, OldLoss, item_hash};
 use train::Recipe;
 use types::{GenerationId, HistoryItem, HistoryRange};
 
@@ -17,8 +17,12 @@ pub(crate) struct Head {
     pub(crate) files: AdapterFiles,
     /// What has gone into it, if that is known.
     pub(crate) manifest: Option<Manifest>,
-    /// Updates since it was last trained from fresh weights.
+    /// Updates in it since it was last trained from fresh weights.
     pub(crate) updates: u32,
+    /// Updates that the user has had since the last training from fresh weights, those that the gate kept back among them.
+    pub(crate) since_full: u32,
+    /// How well old items were known when everything was last learnt from fresh weights.
+    pub(crate) baseline: Vec<OldLoss>,
 }
 
 impl Head {
@@ -36,7 +40,8 @@ pub(crate) struct Plan {
     pub(crate) heldout: Vec<HistoryItem>,
     /// Which of them the head has learnt, or may have.
     pub(crate) heldout_learnt: Vec<bool>,
-    /// Old items on which an update may not become worse.
+    /// Items on which an update may not become worse: for an update old ones, those of the head's baseline among them;
+    /// else those that are to be the baseline.
     pub(crate) old: Vec<HistoryItem>,
     /// What will have gone into the adapter when it is trained.
     pub(crate) learnt: Option<HistoryRange>,
@@ -65,7 +70,7 @@ pub(crate) fn plan(
     };
     let is_known = |item: &HistoryItem| known.contains(&item_hash(item));
     let new = parts.train.iter().filter(|item| !is_known(item)).count();
-    let updates_left = head.is_some_and(|head| head.updates < settings.growth.full_every);
+    let updates_left = head.is_some_and(|head| head.since_full < settings.growth.full_every);
     let update = !from_scratch
         && fits
         && updates_left
@@ -88,13 +93,20 @@ pub(crate) fn plan(
             replayed_items: (parts.train.len() - new) as u64,
             manifest: hashes(&parts.train),
             judged: hashes(&parts.heldout),
+            baseline: Vec::new(),
         };
         let Split { train, heldout } = parts;
-        return Plan { train, heldout, heldout_learnt, old: Vec::new(), learnt, lesson };
+        let (_, probe) = sample(&train.iter().collect::<Vec<_>>(), 0, &settings.growth, seed);
+        let old = probe.into_iter().map(|at| train[at].clone()).collect();
+        return Plan { train, heldout, heldout_learnt, old, learnt, lesson };
     }
     let old: Vec<&HistoryItem> = parts.train.iter().filter(|item| is_known(item)).collect();
     let (again, probe) = sample(&old, new, &settings.growth, seed);
-    let old = probe.into_iter().map(|at| old[at].clone()).collect();
+    let baseline = head.map_or(Vec::new(), |head| head.baseline.clone());
+    let measured: HashSet<[u8; 32]> = baseline.iter().map(|loss| loss.item).collect();
+    let is_probed = |at: usize, item| probe.binary_search(&at).is_ok() || measured.contains(&item_hash(item));
+    let old = old.iter().enumerate().filter(|(at, item)| is_probed(*at, item));
+    let old = old.map(|(_, item)| HistoryItem::clone(item)).collect();
     let mut place = 0;
     let train: Vec<_> = parts
         .train
@@ -115,6 +127,7 @@ pub(crate) fn plan(
         replayed_items: again.len() as u64,
         manifest,
         judged: hashes(&parts.heldout),
+        baseline,
     };
     Plan { train, heldout: parts.heldout, heldout_learnt, old, learnt, lesson }
 }
@@ -170,7 +183,9 @@ mod tests {
             id: GenerationId::from_bytes([1; 32]),
             files: AdapterFiles::default(),
             manifest: Some(Manifest::Items(hashes)),
-            updates,
+            updates: 0,
+            since_full: updates,
+            baseline: Vec::new(),
         }
     }
 
@@ -207,6 +222,22 @@ mod tests {
         let items = (0..110).map(item).collect();
         let bare = super::plan(items, Some(&head), true, false, &settings, 0);
         assert_eq!((bare.lesson.replayed_items, bare.train.len(), bare.old.len()), (0, 8, 32));
+    }
+
+    #[test]
+    fn an_update_is_measured_by_the_baseline_too() {
+        let loss = |at| OldLoss { item: item_hash(&item(at)), nats: 1.0, tokens: 2 };
+        let whole = made(100, None, false);
+        assert_eq!((whole.old.len(), whole.lesson.baseline.len()), (32, 0), "it is yet to be measured");
+        assert!(whole.old.iter().all(|old| whole.train.contains(old)));
+        let without = made(110, Some(&head(0..80, 0)), false);
+        let others = (0..80).filter(|at| !without.old.contains(&item(*at))).take(5);
+        let baseline: Vec<_> = others.map(loss).collect();
+        let with = made(110, Some(&Head { baseline: baseline.clone(), ..head(0..80, 0) }), false);
+        assert_eq!((with.old.len(), with.train.len()), (37, without.train.len()));
+        let has = |loss: &OldLoss| with.old.iter().any(|old| item_hash(old) == loss.item);
+        assert!(baseline.iter().all(has) && without.old.iter().all(|old| with.old.contains(old)));
+        assert_eq!(with.lesson.baseline, baseline, "the next update is measured by it as well");
     }
 
     #[test]

@@ -113,7 +113,9 @@ impl Worker {
                 }
                 continue;
             }
-            let claims = claimed.iter().map(|claimed| Arc::new(Claim::new(claimed.fence.clone())));
+            let claims =
+                claimed.iter().map(|Claimed { job, fence, .. }| Claim::new(fence.clone(), job.attempts));
+            let claims = claims.map(Arc::new);
             let pulse = Arc::new(Pulse::new(claims.collect()));
             heartbeat::start(store.clone(), Arc::clone(&pulse), settings.lease_millis, stop.clone())?;
             let shift = Shift {
@@ -182,7 +184,6 @@ async fn work(
     let (done, ended) = tokio::sync::oneshot::channel();
     let (pool, shared, store) = (Arc::clone(pool), Arc::clone(pulse), shift.store.clone());
     let Settings { max_attempts, lease_millis, .. } = shift.bench.settings;
-    let attempts: Vec<u32> = claimed.iter().map(|claimed| claimed.job.attempts).collect();
     let body = move || {
         let result = catch_unwind(AssertUnwindSafe(|| shift.work(claimed, &pool)));
         shared.over.cancel();
@@ -197,15 +198,14 @@ async fn work(
         Ok(Ok(true)) => Ok(End::Over),
         Ok(_) => {
             // The others were reported before.
-            let open: Vec<_> =
-                pulse.claims.iter().zip(attempts).filter(|(claim, _)| claim.is_open()).collect();
+            let open: Vec<_> = pulse.claims.iter().filter(|claim| claim.is_open()).collect();
             let is_told = open.len() == 1;
             let mut suspects = Vec::new();
-            for (claim, attempts) in open {
+            for claim in open {
                 claim.settle(&store, lease_millis).await;
                 let ended = match is_told {
                     true => {
-                        let (reason, again) = WorkerError::Panicked.report(attempts, max_attempts);
+                        let (reason, again) = WorkerError::Panicked.report(claim.attempts(), max_attempts);
                         store.fail(&claim.fence, &reason, again).await
                     }
                     false => store.release(&claim.fence).await,

@@ -20,7 +20,8 @@ pub struct Settings {
     pub gate: GateRules,
     /// How adapters grow with their histories.
     pub growth: Growth,
-    /// When a job is worth doing.
+    /// When a job is worth doing. Who asks for a training (`POST /v1/users/{user}/train`) waits for none of it; nor does
+    /// anybody longer than `max_staleness_millis`, however often the gate has said no.
     pub policy: Policy,
     /// Largest rank of an adapter.
     pub max_rank: usize,
@@ -32,7 +33,7 @@ pub struct Settings {
     pub threads: usize,
     /// How long a claim lasts without progress.
     pub lease_millis: i64,
-    /// Claims after which a job that never ends is given up.
+    /// Claims after which a job is given up that ends in none of them and gets no further than in the first.
     pub max_attempts: u32,
     /// Time between two checkpoints of a job.
     pub checkpoint_millis: u64,
@@ -68,11 +69,12 @@ pub struct Growth {
     pub replay: f64,
     /// At least so many old items, if there are.
     pub min_replay: usize,
-    /// Updates on from a head, after which the whole history is learnt from fresh weights.
+    /// Updates, published or not, after which the whole history is learnt from fresh weights.
     pub full_every: u32,
-    /// Largest rise of the loss on old items by an update, as a share; beyond it the whole history is learnt instead.
+    /// Largest rise of the loss on old items by an update, and by all updates since everything was learnt from fresh
+    /// weights, as a share; beyond it the whole history is learnt instead.
     pub max_drift: f64,
-    /// Old items that drift is measured on.
+    /// Old items that drift is measured on: so many of all, and so many of those learnt from fresh weights.
     pub drift_items: usize,
 }
 
@@ -84,7 +86,12 @@ impl Default for Settings {
             holdout: Holdout { share: 0.2, min: 5, max: 64 },
             gate: GateRules { level: 0.05, min_gain: 0.005, max_norm: 10.0 },
             growth: Growth { replay: 1.0, min_replay: 8, full_every: 8, max_drift: 0.05, drift_items: 32 },
-            policy: Policy { min_new_items: 1, debounce_millis: 500, max_staleness_millis: 600_000 },
+            policy: Policy {
+                min_new_items: 1,
+                debounce_millis: 500,
+                rest_millis: 5_000,
+                max_staleness_millis: 600_000,
+            },
             max_rank: DEFAULT_MAX_RANK,
             min_items: 8,
             jobs_at_once: 1,

@@ -6,11 +6,12 @@ use model::BaseModel;
 use peft::{AdapterConfig, AdapterWeights, PeftFiles, generation_id};
 use personalize::example;
 use serde_json::json;
-use store::{Lesson, NewGeneration};
+use store::{Lesson, NewGeneration, OldLoss, item_hash};
 use text::Tokenizer;
 use train::{Control, Loss, Recipe, TrainError, TrainJob, Trained, evaluate};
 use types::{Example, GateReport, HistoryItem, Job, Provenance, TrainingCourse};
 
+use crate::drift::has_drifted;
 use crate::error::WorkerError;
 use crate::gate::{HeadMeasured, Judgement, Measured, judge};
 use crate::norm::insane;
@@ -41,6 +42,9 @@ pub(crate) struct Prepared {
     /// Which of them the head has learnt, or may have.
     heldout_learnt: Vec<bool>,
     old: Vec<Example>,
+    old_items: Vec<[u8; 32]>,
+    /// Why the head cannot be read, if it cannot: then it is as if there were none.
+    unreadable: Option<String>,
 }
 
 /// What a job came to.
@@ -52,28 +56,60 @@ pub(crate) enum Verdict {
 }
 
 impl Bench {
-    /// Decides what a job learns, and reads it. `from_scratch` rules an update out.
+    /// Decides what a job learns, and reads it. `from_scratch` rules an update out, and so does a head that cannot be read:
+    /// an error that says why. `breathe` is called now and then.
     pub(crate) fn prepare(
         &self,
         job: &Job,
         items: Vec<HistoryItem>,
-        head: Option<Head>,
+        head: Result<Option<Head>, String>,
         from_scratch: bool,
+        breathe: &mut dyn FnMut(),
     ) -> Result<Prepared, WorkerError> {
         let recipe = options::recipe(&self.settings, &job.adapter.tenant, job.training.as_ref())?;
         let shape = self.base.shape();
-        let weights = head.as_ref().map(|head| head.weights(&shape)).transpose()?;
+        let parse = |head: Head| match head.weights(&shape) {
+            Ok(weights) => Ok((head, weights)),
+            Err(problem) => Err(problem.to_string()),
+        };
+        let parsed = head.and_then(|head| head.map(parse).transpose());
+        let (parsed, unreadable) = match parsed {
+            Ok(parsed) => (parsed, None),
+            Err(problem) => {
+                tracing::warn!(job = %job.id, adapter = %job.adapter, problem, "the current adapter cannot be read");
+                (None, Some(problem))
+            }
+        };
+        let (head, weights) = parsed.unzip();
+        breathe();
         let fits = weights.as_ref().is_some_and(|weights| is_alike(weights, &recipe));
         let plan = plan(items, head.as_ref(), fits, from_scratch, &self.settings, recipe.seed);
         let start = weights.filter(|_| !plan.lesson.from_scratch);
         let begins_at = head.as_ref().map(|head| head.id).filter(|_| start.is_some());
         let work = work_hash(&plan, &recipe, begins_at.as_ref());
-        let read = |items: &[HistoryItem]| items.iter().filter_map(|item| self.example(item)).collect();
-        let (examples, old) = (read(&plan.train), read(&plan.old));
+        let mut read = |item: &HistoryItem| {
+            breathe();
+            self.example(item)
+        };
+        let examples = plan.train.iter().filter_map(&mut read).collect();
+        let old = plan.old.iter().filter_map(|item| Some((read(item)?, item_hash(item))));
+        let (old, old_items) = old.unzip();
         let judges = plan.heldout.iter().zip(&plan.heldout_learnt);
-        let judges = judges.filter_map(|(item, learnt)| Some((self.example(item)?, *learnt)));
+        let judges = judges.filter_map(|(item, learnt)| Some((read(item)?, *learnt)));
         let (heldout, heldout_learnt) = judges.unzip();
-        Ok(Prepared { work, recipe, plan, start, head, examples, heldout, heldout_learnt, old })
+        Ok(Prepared {
+            work,
+            recipe,
+            plan,
+            start,
+            head,
+            examples,
+            heldout,
+            heldout_learnt,
+            old,
+            old_items,
+            unreadable,
+        })
     }
 
     /// Trains all of them; `resume` holds their checkpoints.
@@ -93,37 +129,61 @@ impl Bench {
         self.trainer.train(&self.base, &jobs, control)
     }
 
-    /// Whether an update has made old items worse than the rules allow. `alive` is called now and then.
+    /// Whether an update has made old items worse than the rules allow. `breathe` is called now and then.
     pub(crate) fn drifted(
         &self,
         prepared: &Prepared,
         trained: &Trained,
-        alive: &mut dyn FnMut(),
+        breathe: &mut dyn FnMut(),
     ) -> Result<bool, WorkerError> {
         let Some(start) = &prepared.start else { return Ok(false) };
         if insane(&trained.weights, &self.base, self.settings.gate.max_norm).is_some() {
             return Ok(true);
         }
         let both = [Some(start), Some(&trained.weights)];
-        let losses = self.measure(&both, &prepared.old, &prepared.recipe, alive)?;
-        let [before, after] =
-            [&losses[0], &losses[1]].map(|losses| Loss::bits_per_token(losses.iter().flatten()));
-        // Nothing to measure on gives NaN on both sides, and no drift.
-        let is_kept = after <= before * (1.0 + self.settings.growth.max_drift);
-        Ok(before.is_finite() && !is_kept)
+        let losses = self.measure(&both, &prepared.old, &prepared.recipe, breathe)?;
+        let known = &prepared.plan.lesson.baseline;
+        let baseline = prepared.old_items.iter().map(|item| {
+            let OldLoss { nats, tokens, .. } = *known.iter().find(|loss| loss.item == *item)?;
+            Some(Loss { nats, tokens: tokens as usize })
+        });
+        let baseline: Vec<_> = baseline.collect();
+        Ok(has_drifted(&losses[0], &baseline, &losses[1], self.settings.growth.max_drift))
     }
 
-    /// Compares the new weights with base and head. The job has cost so many `tokens`. `alive` is called now and then.
+    /// How well weights from fresh ones know what updates of them will be measured by.
+    fn baseline(
+        &self,
+        prepared: &Prepared,
+        trained: &Trained,
+        breathe: &mut dyn FnMut(),
+    ) -> Result<Vec<OldLoss>, WorkerError> {
+        let losses = self.measure(&[Some(&trained.weights)], &prepared.old, &prepared.recipe, breathe)?;
+        let losses = losses.iter().flatten().zip(&prepared.old_items).filter_map(|(loss, item)| {
+            let Loss { nats, tokens } = (*loss)?;
+            Some(OldLoss { item: *item, nats, tokens: u32::try_from(tokens).ok()? })
+        });
+        Ok(losses.collect())
+    }
+
+    /// Compares the new weights with base and head. The job has cost so many `tokens`. `breathe` is called now and then.
     pub(crate) fn conclude(
         &self,
-        prepared: Prepared,
+        mut prepared: Prepared,
         trained: Trained,
         tokens: u64,
-        alive: &mut dyn FnMut(),
+        breathe: &mut dyn FnMut(),
     ) -> Result<Verdict, WorkerError> {
-        let judgement = self.judge(&prepared, &trained, alive)?;
-        let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, .. } = prepared;
-        let Judgement { publish, report: gate, reason } = judgement;
+        let judgement = self.judge(&prepared, &trained, breathe)?;
+        if judgement.publish && prepared.plan.lesson.from_scratch {
+            prepared.plan.lesson.baseline = self.baseline(&prepared, &trained, breathe)?;
+        }
+        let Prepared { plan: Plan { learnt, lesson, .. }, recipe, head, unreadable, .. } = prepared;
+        let Judgement { publish, report: gate, mut reason } = judgement;
+        if let Some(problem) = unreadable {
+            reason =
+                format!("{reason}; the current adapter cannot be read and counts for nothing: {problem}");
+        }
         if !publish {
             return Ok(Verdict::Keep { gate, reason, lesson });
         }
@@ -161,7 +221,7 @@ impl Bench {
         &self,
         prepared: &Prepared,
         trained: &Trained,
-        alive: &mut dyn FnMut(),
+        breathe: &mut dyn FnMut(),
     ) -> Result<Judgement, WorkerError> {
         let rules = &self.settings.gate;
         if let Some(problem) = insane(&trained.weights, &self.base, rules.max_norm) {
@@ -174,7 +234,7 @@ impl Bench {
         let head = prepared.start.as_ref().or(parsed.as_ref());
         let mut sides = vec![None, Some(&trained.weights)];
         sides.extend(head.map(Some));
-        let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, alive)?.into_iter();
+        let mut losses = self.measure(&sides, &prepared.heldout, &prepared.recipe, breathe)?.into_iter();
         let mut next = || losses.next().unwrap_or_default();
         let (base, new) = (next(), next());
         let flags = prepared.heldout_learnt.iter().zip(&new);
@@ -205,10 +265,10 @@ impl Bench {
         adapters: &[Option<&AdapterWeights>],
         examples: &[Example],
         recipe: &Recipe,
-        alive: &mut dyn FnMut(),
+        breathe: &mut dyn FnMut(),
     ) -> Result<Vec<Vec<Option<Loss>>>, WorkerError> {
         let Recipe { max_tokens, micro_batch_tokens, .. } = recipe;
-        Ok(evaluate(&self.base, adapters, examples, *max_tokens, *micro_batch_tokens, alive)?)
+        Ok(evaluate(&self.base, adapters, examples, *max_tokens, *micro_batch_tokens, breathe)?)
     }
 }
 

@@ -151,7 +151,9 @@ fn next(job: &Job) -> &'static str {
             "it is tried again at retry_at, or when its turn comes then"
         }
         JobState::Queued if job.held_up => "it waits for another job of the user, which runs",
-        JobState::Queued => "it waits for its turn, or for more items",
+        JobState::Queued => {
+            "it waits for its turn, for more items, or a while because nothing came of the last trainings"
+        }
         JobState::Running if job.paused => "it stops at its next step, and waits until the pause is lifted",
         JobState::Running => {
             "when it has trained, the result is compared with the base and the current adapter"

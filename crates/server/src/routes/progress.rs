@@ -26,7 +26,8 @@ struct WirePoint {
     /// When it ended, Unix seconds.
     at: f64,
     /// From fresh weights on the whole history, rather than on from the head. A job whose update made old items worse has
-    /// two points: the update, without bits and generation, and the training from fresh weights that took its place.
+    /// two points: the update, without bits and generation, and the training from fresh weights that took its place. One
+    /// that failed or was called off has neither bits nor generation.
     from_scratch: bool,
     /// Items of the history by then.
     items: u64,

@@ -11,6 +11,8 @@ pub(crate) struct Checkpoint {
     pub(crate) folder: String,
     pub(crate) file: Fingerprint,
     pub(crate) work: [u8; 32],
+    /// The furthest step that was ever written down in this work.
+    pub(crate) furthest: u32,
 }
 
 pub(crate) async fn find(db: &mut Connection, fence: &Fence) -> Result<Option<Checkpoint>, StoreError> {
@@ -20,7 +22,8 @@ pub(crate) async fn find(db: &mut Connection, fence: &Fence) -> Result<Option<Ch
         .await?;
     let Some(row) = row else { return Ok(None) };
     let file = Fingerprint { bytes: count(&row, "bytes")?, sha256: hash(&row, "sha256")? };
-    Ok(Some(Checkpoint { folder: row.try_get("folder")?, file, work: hash(&row, "work")? }))
+    let (folder, furthest) = (row.try_get("folder")?, row.try_get("furthest")?);
+    Ok(Some(Checkpoint { folder, file, work: hash(&row, "work")?, furthest }))
 }
 
 /// Puts a checkpoint in the place of the job's earlier one, whose folder becomes garbage.
@@ -36,8 +39,8 @@ pub(crate) async fn replace(
         .execute(&mut *db)
         .await?;
     sqlx::query(
-        "INSERT INTO checkpoints (job_id, tenant, name, folder, bytes, sha256, work, created_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "INSERT INTO checkpoints (job_id, tenant, name, folder, bytes, sha256, work, furthest, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
     )
     .bind(fence.job.as_str())
     .bind(adapter.tenant.as_str())
@@ -46,6 +49,7 @@ pub(crate) async fn replace(
     .bind(new.file.bytes as i64)
     .bind(new.file.sha256.as_slice())
     .bind(new.work.as_slice())
+    .bind(new.furthest)
     .bind(now.0)
     .execute(db)
     .await?;

@@ -1,30 +1,42 @@
 //! The tables `jobs`, `turns` and `pauses`, as far as they say whose job is next.
 
 use sqlx::Row as _;
-use types::{Job, TenantId, Timestamp, UserId};
+use types::{Job, JobId, TenantId, Timestamp, UserId};
 
-use super::{Connection, jobs, time_or_none};
+use super::{Connection, id, jobs, time_or_none};
 use crate::records::{Policy, Spent, Standing};
 use crate::{Fence, Pause, PauseScope, Pauses, StoreError};
 
-/// Fails the jobs that could be claimed now but have been claimed `max_attempts` times.
-pub(crate) async fn give_up(
+/// The jobs that could be claimed now but have been claimed `max_attempts` times.
+pub(crate) async fn hopeless(
     db: &mut Connection,
     now: Timestamp,
     max_attempts: u32,
-) -> Result<u64, StoreError> {
-    let done = sqlx::query(
-        "UPDATE jobs SET state = 'failed', finished_at = $1, lease_until = NULL,
-             error = 'gave up after ' || attempts || ' attempts; the last one: '
-                 || COALESCE(error, 'the worker ' || worker || ' stopped without a report')
-         WHERE state IN ('queued', 'running') AND attempts >= $2
+) -> Result<Vec<JobId>, StoreError> {
+    let found = sqlx::query(
+        "SELECT id FROM jobs WHERE state IN ('queued', 'running') AND attempts >= $2
              AND ((state = 'running' AND lease_until <= $1) OR (state = 'queued' AND not_before <= $1))",
     )
     .bind(now.0)
     .bind(max_attempts)
+    .fetch_all(db)
+    .await?;
+    found.iter().map(|row| id(row, "id")).collect()
+}
+
+/// Fails a job that is tried no more.
+pub(crate) async fn give_up(db: &mut Connection, job: &JobId, now: Timestamp) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE jobs SET state = 'failed', finished_at = $2, lease_until = NULL,
+             error = 'gave up after ' || attempts || ' attempts; the last one: '
+                 || COALESCE(error, 'the worker ' || worker || ' stopped without a report')
+         WHERE id = $1",
+    )
+    .bind(job.as_str())
+    .bind(now.0)
     .execute(db)
     .await?;
-    Ok(done.rows_affected())
+    Ok(())
 }
 
 /// Gives the next job that can be claimed to `worker`: one that waits no longer, if the user has no running job, or
@@ -48,7 +60,9 @@ pub(crate) async fn claim(
                  AND ((j.state = 'running' AND j.lease_until <= $2)
                      OR (j.state = 'queued' AND j.not_before <= $2
                          AND (j.urgent OR j.attempts > 0 OR j.created_at <= $2 - $6
-                             OR (j.new_items >= $4 AND j.touched_at <= $2 - $5))
+                             OR (j.new_items >= $4 AND j.touched_at <= $2 - $5
+                                 AND (u.rejections < 2
+                                     OR u.rejected_at <= $2 - ($7 << min(u.rejections - 2, 20)))))
                          AND NOT EXISTS (
                              SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
                  AND NOT EXISTS (
@@ -62,6 +76,7 @@ pub(crate) async fn claim(
     .bind(policy.min_new_items as i64)
     .bind(policy.debounce_millis)
     .bind(policy.max_staleness_millis)
+    .bind(policy.rest_millis)
     .fetch_optional(&mut *db)
     .await?;
     let Some(seq) = claimed else { return Ok(None) };

@@ -279,35 +279,69 @@ pub(crate) async fn requeue(
     Ok(done.rows_affected() == 1)
 }
 
-/// Adds what a running job was to do to what the user's queued job is to do, and what it has cost to what that has, if
-/// there is one and the fence is the latest. What the queued one asks for is newer, and stands.
-pub(crate) async fn hand_on(db: &mut Connection, fence: &Fence, now: Timestamp) -> Result<(), StoreError> {
+/// Adds what a running job was to do to what the user's queued job is to do, and what it has cost to what that has, but
+/// for what is noted of it already, if there is one and the fence is the latest. What the queued one asks for is newer,
+/// and stands. It is the next try: it waits as the running job would have, and has as many attempts behind it, but for
+/// the `uncounted`.
+pub(crate) async fn hand_on(
+    db: &mut Connection,
+    fence: &Fence,
+    error: Option<&str>,
+    not_before: Timestamp,
+    uncounted: u32,
+    now: Timestamp,
+) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE jobs AS q SET new_items = q.new_items + r.new_items, urgent = q.urgent OR r.urgent,
              scratch = q.scratch OR r.scratch, training = COALESCE(q.training, r.training),
-             spent_tokens = q.spent_tokens + r.spent_tokens + r.tokens, spent_seconds = q.spent_seconds
-                 + r.spent_seconds + max(0, $3 - COALESCE(r.started_at, $3)) / 1000.0
+             error = COALESCE($4, q.error), not_before = max(q.not_before, $5),
+             attempts = max(q.attempts, r.attempts - $6),
+             learns_scratch = COALESCE(q.learns_scratch, r.learns_scratch),
+             learns_items = COALESCE(q.learns_items, r.learns_items),
+             learns_new = COALESCE(q.learns_new, r.learns_new),
+             learns_replayed = COALESCE(q.learns_replayed, r.learns_replayed),
+             spent_tokens = q.spent_tokens + max(0, r.spent_tokens + r.tokens
+                 - (SELECT COALESCE(sum(p.tokens), 0) FROM progress p WHERE p.user_id = r.user_id AND p.job = r.id)),
+             spent_seconds = q.spent_seconds + max(0.0,
+                 r.spent_seconds + max(0, $3 - COALESCE(r.started_at, $3)) / 1000.0
+                 - (SELECT COALESCE(sum(p.seconds), 0.0) FROM progress p WHERE p.user_id = r.user_id AND p.job = r.id))
          FROM jobs AS r
          WHERE r.id = $1 AND r.token = $2 AND r.state = 'running' AND q.user_id = r.user_id AND q.state = 'queued'",
     )
     .bind(fence.job.as_str())
     .bind(fence.token)
     .bind(now.0)
+    .bind(error)
+    .bind(not_before.0)
+    .bind(uncounted)
     .execute(db)
     .await?;
     Ok(())
 }
 
-/// Has a running job learn everything from fresh weights, however often it is taken up; `false` if the fence is not the
-/// latest.
+/// Has a running job learn everything from fresh weights, however often it is taken up, which it has yet to begin; `false`
+/// if the fence is not the latest.
 pub(crate) async fn from_scratch(db: &mut Connection, fence: &Fence) -> Result<bool, StoreError> {
-    let done =
-        sqlx::query("UPDATE jobs SET scratch = TRUE WHERE id = $1 AND token = $2 AND state = 'running'")
-            .bind(fence.job.as_str())
-            .bind(fence.token)
-            .execute(db)
-            .await?;
+    let done = sqlx::query(
+        "UPDATE jobs SET scratch = TRUE, learns_scratch = NULL, learns_items = NULL, learns_new = NULL,
+             learns_replayed = NULL
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .execute(db)
+    .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Takes all attempts but the one under way off a running job.
+pub(crate) async fn forgive(db: &mut Connection, fence: &Fence) -> Result<(), StoreError> {
+    sqlx::query("UPDATE jobs SET attempts = 1 WHERE id = $1 AND token = $2 AND state = 'running'")
+        .bind(fence.job.as_str())
+        .bind(fence.token)
+        .execute(db)
+        .await?;
+    Ok(())
 }
 
 /// A job by its place in the queue, its fencing token, and what earlier claims have cost.

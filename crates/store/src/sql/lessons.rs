@@ -5,8 +5,8 @@ use sqlx::sqlite::SqliteRow;
 use types::{GenerationId, JobId, JobOutcome, Timestamp};
 
 use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
-use crate::StoreError;
-use crate::records::{Lesson, Manifest, ProgressPoint};
+use crate::records::{Lesson, Manifest, OldLoss, ProgressPoint};
+use crate::{Fence, StoreError};
 
 /// The manifest of a generation; `None` if it has none.
 pub(crate) async fn manifest(
@@ -38,16 +38,39 @@ pub(crate) async fn judged(
     row.map(|row| hashes(&row, "judged")).transpose()
 }
 
+/// The baseline of a generation; empty if it has none.
+pub(crate) async fn baseline(
+    db: &mut Connection,
+    user: UserKey,
+    generation: &GenerationId,
+) -> Result<Vec<OldLoss>, StoreError> {
+    let Some(row) = find(db, user, generation).await? else { return Ok(Vec::new()) };
+    let bytes: &[u8] = row.try_get::<Option<_>, _>("baseline")?.unwrap_or_default();
+    let (losses, rest) = bytes.as_chunks::<44>();
+    if !rest.is_empty() {
+        return Err(StoreError::unreadable("baseline", format!("{} bytes", bytes.len())));
+    }
+    let loss = |bytes: &[u8; 44]| {
+        let (mut item, mut nats, mut tokens) = ([0; 32], [0; 8], [0; 4]);
+        item.copy_from_slice(&bytes[..32]);
+        nats.copy_from_slice(&bytes[32..40]);
+        tokens.copy_from_slice(&bytes[40..]);
+        OldLoss { item, nats: f64::from_le_bytes(nats), tokens: u32::from_le_bytes(tokens) }
+    };
+    Ok(losses.iter().map(loss).collect())
+}
+
 async fn find(
     db: &mut Connection,
     user: UserKey,
     generation: &GenerationId,
 ) -> Result<Option<SqliteRow>, StoreError> {
-    let row = sqlx::query("SELECT items, judged FROM manifests WHERE user_id = $1 AND generation = $2")
-        .bind(user.0)
-        .bind(generation.as_bytes().as_slice())
-        .fetch_optional(db)
-        .await?;
+    let row =
+        sqlx::query("SELECT items, judged, baseline FROM manifests WHERE user_id = $1 AND generation = $2")
+            .bind(user.0)
+            .bind(generation.as_bytes().as_slice())
+            .fetch_optional(db)
+            .await?;
     Ok(row)
 }
 
@@ -60,26 +83,32 @@ fn hashes(row: &SqliteRow, column: &'static str) -> Result<Manifest, StoreError>
     Ok(Manifest::Items(hashes.to_vec()))
 }
 
-/// Notes what has gone into a generation's weights, and what it was judged by.
+/// Notes what has gone into a generation's weights, what it was judged by, and what updates of it are measured by.
 pub(crate) async fn insert_manifest(
     db: &mut Connection,
     user: UserKey,
     generation: &GenerationId,
     learnt: &Manifest,
     judged: &Manifest,
+    baseline: &[OldLoss],
 ) -> Result<(), StoreError> {
     let bytes = |manifest: &Manifest| match manifest {
         Manifest::Items(hashes) => Some(hashes.as_flattened().to_vec()),
         Manifest::Unknown => None,
     };
+    let losses = baseline.iter().flat_map(|OldLoss { item, nats, tokens }| {
+        [item.as_slice(), &nats.to_le_bytes(), &tokens.to_le_bytes()].concat()
+    });
     sqlx::query(
-        "INSERT INTO manifests (user_id, generation, items, judged) VALUES ($1, $2, $3, $4)
-         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items, judged = excluded.judged",
+        "INSERT INTO manifests (user_id, generation, items, judged, baseline) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (user_id, generation) DO UPDATE SET items = excluded.items, judged = excluded.judged,
+             baseline = excluded.baseline",
     )
     .bind(user.0)
     .bind(generation.as_bytes().as_slice())
     .bind(bytes(learnt))
     .bind(bytes(judged))
+    .bind(losses.collect::<Vec<u8>>())
     .execute(db)
     .await?;
     Ok(())
@@ -121,6 +150,47 @@ pub(crate) async fn insert_progress(
     Ok(())
 }
 
+/// Notes what a job is about to learn; `false` if the fence is not the latest.
+pub(crate) async fn begin(db: &mut Connection, fence: &Fence, lesson: &Lesson) -> Result<bool, StoreError> {
+    let done = sqlx::query(
+        "UPDATE jobs SET learns_scratch = $3, learns_items = $4, learns_new = $5, learns_replayed = $6
+         WHERE id = $1 AND token = $2 AND state = 'running'",
+    )
+    .bind(fence.job.as_str())
+    .bind(fence.token)
+    .bind(lesson.from_scratch)
+    .bind(lesson.items as i64)
+    .bind(lesson.new_items as i64)
+    .bind(lesson.replayed_items as i64)
+    .execute(db)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Notes what a job has cost that comes to no numbers, up to its last sign of life, if it is open and has begun to train.
+/// What has been noted of it before is taken off.
+pub(crate) async fn insert_unfinished(
+    db: &mut Connection,
+    job: &JobId,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO progress (user_id, job, at, scratch, items, new_items, replayed_items, tokens, seconds)
+         SELECT j.user_id, j.id, $2, j.learns_scratch, j.learns_items, j.learns_new, j.learns_replayed,
+             max(0, j.spent_tokens + j.tokens
+                 - (SELECT COALESCE(sum(p.tokens), 0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id)),
+             max(0.0, j.spent_seconds
+                 + CASE WHEN j.state = 'running' THEN max(0, COALESCE(j.beat_at - j.started_at, 0)) / 1000.0 ELSE 0 END
+                 - (SELECT COALESCE(sum(p.seconds), 0.0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id))
+         FROM jobs j WHERE j.id = $1 AND j.state IN ('queued', 'running') AND j.learns_scratch IS NOT NULL",
+    )
+    .bind(job.as_str())
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
 fn point(row: &SqliteRow) -> Result<(i64, ProgressPoint), StoreError> {
     let point = ProgressPoint {
         job: id(row, "job")?,
@@ -153,6 +223,21 @@ pub(crate) async fn progress(
         .fetch_all(db)
         .await?;
     found.iter().map(point).collect()
+}
+
+/// The user's updates since the last training from fresh weights, whatever came of either. What was called off does not
+/// count: it came to nothing that could be judged.
+pub(crate) async fn updates_since_full(db: &mut Connection, user: UserKey) -> Result<i64, StoreError> {
+    let updates = sqlx::query_scalar(
+        "WITH ended AS (
+             SELECT p.seq, p.scratch FROM progress p JOIN jobs j ON j.id = p.job
+             WHERE p.user_id = $1 AND j.state <> 'cancelled')
+         SELECT count(*) FROM ended WHERE seq > COALESCE((SELECT max(seq) FROM ended WHERE scratch), 0)",
+    )
+    .bind(user.0)
+    .fetch_one(db)
+    .await?;
+    Ok(updates)
 }
 
 /// Number, tokens and seconds of the user's trainings: on from the head, and from fresh weights.

@@ -2,7 +2,7 @@
 
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
-use types::{AdapterId, AdapterName, GenerationId, HistoryStats, TenantId, Timestamp, UserId};
+use types::{AdapterId, AdapterName, GenerationId, HistoryStats, JobId, TenantId, Timestamp, UserId};
 
 use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
 use crate::StoreError;
@@ -48,6 +48,25 @@ pub(crate) async fn ensure(
     .execute(&mut *db)
     .await?;
     find(db, adapter).await?.ok_or_else(|| StoreError::not_found("user", adapter))
+}
+
+/// Counts a job that has published nothing for its user.
+pub(crate) async fn turn_down(db: &mut Connection, job: &JobId, now: Timestamp) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE users SET rejections = rejections + 1, rejected_at = $2
+         WHERE id = (SELECT user_id FROM jobs WHERE id = $1)",
+    )
+    .bind(job.as_str())
+    .bind(now.0)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Begins the count anew: a job has published something.
+pub(crate) async fn accept(db: &mut Connection, user: UserKey) -> Result<(), StoreError> {
+    sqlx::query("UPDATE users SET rejections = 0 WHERE id = $1").bind(user.0).execute(db).await?;
+    Ok(())
 }
 
 /// Users of a tenant by name, from after `after`.

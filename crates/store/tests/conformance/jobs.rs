@@ -205,6 +205,36 @@ pub(crate) async fn a_retry_yields_to_a_queued_job(t: Trial) {
     }
 }
 
+/// Items that come all the time do not take a user past the wait after a failure, nor past the last attempt.
+pub(crate) async fn who_yields_hands_its_wait_on(t: Trial) {
+    let mut claimed = t.running_job(&alice()).await;
+    for attempt in 1..=ATTEMPTS {
+        assert_eq!(claimed.job.attempts, attempt);
+        let next = t.append(&alice(), vec![text("b")]).await.job.unwrap();
+        t.store.fail(&claimed.fence, "training panicked", Some(1_000)).await.unwrap();
+        let waits = t.store.job(&alice().tenant, &next.id).await.unwrap().unwrap();
+        assert_eq!((waits.attempts, waits.error.as_deref()), (attempt, Some("training panicked")));
+        assert_eq!(waits.retry_at, Some(t.now().plus_millis(1_000)));
+        t.clock.advance_millis(999);
+        assert_eq!(t.claim().await, None);
+        t.clock.advance_millis(1);
+        let Some(again) = t.claim().await else {
+            assert_eq!(attempt, ATTEMPTS);
+            break;
+        };
+        assert_eq!(again.job.id, next.id);
+        claimed = again;
+    }
+    let given_up = t.store.latest_job(&alice()).await.unwrap().unwrap();
+    assert_eq!((given_up.state, given_up.attempts), (JobState::Failed, ATTEMPTS));
+    // One that is given back has not been tried, and hands no wait on.
+    let released = t.running_job(&alice()).await;
+    let next = t.append(&alice(), vec![text("c")]).await.job.unwrap();
+    t.store.release(&released.fence).await.unwrap();
+    let claimed = t.claim().await.unwrap();
+    assert_eq!((&claimed.job.id, claimed.job.attempts), (&next.id, 1));
+}
+
 /// What a job was asked to do is not lost with it.
 pub(crate) async fn a_job_that_yields_hands_its_demands_on(t: Trial) {
     let options = |rank| TrainingOptions { rank: Some(rank), ..TrainingOptions::default() };
@@ -224,7 +254,12 @@ pub(crate) async fn a_job_that_yields_hands_its_demands_on(t: Trial) {
             };
             // The one item of its own would have to wait for others.
             let min_new_items = if urgent { 99 } else { 3 };
-            let policy = Policy { min_new_items, debounce_millis: 0, max_staleness_millis: 1 << 40 };
+            let policy = Policy {
+                min_new_items,
+                debounce_millis: 0,
+                max_staleness_millis: 1 << 40,
+                ..Policy::AT_ONCE
+            };
             let other = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
             assert_eq!((&other.job.id, other.job.from_scratch), (&next.id, true));
             assert_eq!(other.job.training, Some(own.unwrap_or(options(4))), "the newer wish counts");

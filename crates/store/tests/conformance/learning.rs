@@ -1,10 +1,12 @@
 //! Properties of what surrounds training: calling off, pauses, turns, checkpoints, forgetting, progress.
 
 use store::{
-    Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, Pause, PauseScope, Pauses, Policy, Selection,
-    Standing, item_hash,
+    Claimed, Cost, Demand, Lesson, Manifest, NewGeneration, OldLoss, Pause, PauseScope, Pauses, Policy,
+    Selection, Spent, Standing, item_hash,
 };
-use types::{AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobState, Timestamp, TrainingOptions};
+use types::{
+    AdapterId, GenerationId, HistoryStats, Job, JobOutcome, JobProgress, JobState, Timestamp, TrainingOptions,
+};
 
 use crate::trial::{
     ATTEMPTS, LEASE, Trial, adapter, alice, assert_fenced, bob, generation, item, outcome, text,
@@ -143,7 +145,8 @@ pub(crate) async fn tenants_take_turns(t: Trial) {
 }
 
 pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {
-    let policy = Policy { min_new_items: 3, debounce_millis: 100, max_staleness_millis: 10_000 };
+    let policy =
+        Policy { min_new_items: 3, debounce_millis: 100, max_staleness_millis: 10_000, ..Policy::AT_ONCE };
     let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
     t.append(&alice(), vec![text("a"), text("b")]).await;
     t.clock.advance_millis(200);
@@ -172,6 +175,57 @@ pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {
     assert_eq!(claim().await, None);
     t.store.enqueue(&bob(), &Demand { urgent: true, ..Demand::default() }).await.unwrap();
     assert_eq!(claim().await.unwrap().job.adapter, bob());
+}
+
+pub(crate) async fn who_is_turned_down_again_waits_longer(t: Trial) {
+    let policy = Policy { rest_millis: 100, max_staleness_millis: 1_000, ..Policy::AT_ONCE };
+    let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
+    // How long a user's new job waits whose last one has just ended.
+    let waits = async || {
+        t.append(&alice(), vec![text("more")]).await;
+        let mut waited = 0;
+        loop {
+            if let Some(claimed) = claim().await {
+                return (waited, claimed);
+            }
+            t.clock.advance_millis(1);
+            waited += 1;
+        }
+    };
+    let kept_back = async |claimed: &Claimed| {
+        t.store.finish_lesson(&claimed.fence, &outcome(None), &Lesson::default()).await.unwrap();
+    };
+    let (waited, mut claimed) = waits().await;
+    assert_eq!(waited, 0);
+    for wait in [0, 100, 200, 400, 800, 1_000, 1_000] {
+        kept_back(&claimed).await;
+        // Nobody else waits for that.
+        t.append(&bob(), vec![text("b")]).await;
+        let bobs = claim().await.unwrap();
+        assert_eq!(bobs.job.adapter, bob());
+        t.store.finish(&bobs.fence, &outcome(None)).await.unwrap();
+        let waited;
+        (waited, claimed) = waits().await;
+        assert_eq!(waited, wait);
+    }
+    // A training that is asked for does not wait.
+    kept_back(&claimed).await;
+    t.append(&alice(), vec![text("more")]).await;
+    assert_eq!(claim().await, None);
+    t.store.enqueue(&alice(), &Demand { urgent: true, ..Demand::default() }).await.unwrap();
+    let asked = claim().await.unwrap();
+    // With what is published the count begins anew; a failure counts, and what was called off does not.
+    let finish = Some((asked.fence, outcome(Some(generation(1).id))));
+    t.store.publish(&alice(), generation(1), None, finish).await.unwrap();
+    for wait in [0, 0, 100] {
+        let (waited, claimed) = waits().await;
+        assert_eq!(waited, wait);
+        t.store.fail(&claimed.fence, "not finite", None).await.unwrap();
+    }
+    let (waited, cancelled) = waits().await;
+    assert_eq!(waited, 200);
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    assert_eq!(waits().await.0, 0, "it has rested already");
 }
 
 pub(crate) async fn demands_add_up(t: Trial) {
@@ -219,27 +273,58 @@ pub(crate) async fn a_checkpoint_comes_back(t: Trial) {
     let first = t.running_job(&alice()).await;
     assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), None);
     for state in [vec![1; 100_000], vec![2; 50], Vec::new(), vec![3; 7]] {
-        t.store.save_checkpoint(&alice(), &first.fence, WORK, state.clone()).await.unwrap();
+        t.store.save_checkpoint(&alice(), &first.fence, WORK, 1, state.clone()).await.unwrap();
         assert_eq!(t.store.checkpoint(&first.fence, WORK).await.unwrap(), Some(state));
     }
     assert_eq!(t.store.checkpoint(&first.fence, [6; 32]).await.unwrap(), None, "other work");
     t.clock.advance_millis(LEASE);
     let second = t.claim().await.unwrap();
-    assert_fenced(t.store.save_checkpoint(&alice(), &first.fence, WORK, vec![9]).await);
+    assert_fenced(t.store.save_checkpoint(&alice(), &first.fence, WORK, 1, vec![9]).await);
     assert_eq!(t.store.checkpoint(&second.fence, WORK).await.unwrap(), Some(vec![3; 7]));
     // Given back and claimed again, it is there still.
     t.store.release(&second.fence).await.unwrap();
     let third = t.claim().await.unwrap();
     assert_eq!(t.store.checkpoint(&third.fence, WORK).await.unwrap(), Some(vec![3; 7]));
     let other = t.running_job(&bob()).await;
-    assert_fenced(t.store.save_checkpoint(&alice(), &other.fence, WORK, vec![9]).await);
+    assert_fenced(t.store.save_checkpoint(&alice(), &other.fence, WORK, 1, vec![9]).await);
     assert_eq!(t.store.checkpoint(&other.fence, WORK).await.unwrap(), None);
+}
+
+pub(crate) async fn who_gets_on_is_not_given_up(t: Trial) {
+    let save = async |claimed: &Claimed, work, step| {
+        t.store.save_checkpoint(&alice(), &claimed.fence, work, step, vec![1]).await.unwrap()
+    };
+    let attempts = async || t.store.latest_job(&alice()).await.unwrap().unwrap().attempts;
+    let mut claimed = t.running_job(&alice()).await;
+    let killed = async || {
+        t.clock.advance_millis(LEASE);
+        t.claim().await
+    };
+    for step in 1..=3 * ATTEMPTS {
+        assert!(save(&claimed, WORK, step).await);
+        assert_eq!(attempts().await, 1);
+        claimed = killed().await.unwrap();
+        assert_eq!(claimed.job.attempts, 2);
+    }
+    // Other work begins at its own first step. Whoever begins anew has got on when it is further than ever.
+    assert!(save(&claimed, [6; 32], 5).await);
+    assert_eq!(attempts().await, 1);
+    claimed = killed().await.unwrap();
+    for step in [1, 4, 5] {
+        assert!(!save(&claimed, [6; 32], step).await);
+    }
+    assert_eq!(attempts().await, 2);
+    claimed = killed().await.unwrap();
+    assert!(!save(&claimed, [6; 32], 5).await);
+    assert_eq!(killed().await, None, "three attempts that came no further");
+    let job = t.store.latest_job(&alice()).await.unwrap().unwrap();
+    assert_eq!((job.state, job.attempts), (JobState::Failed, ATTEMPTS));
 }
 
 pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
     for end in 0..5 {
         let claimed = t.running_job(&alice()).await;
-        t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+        t.store.save_checkpoint(&alice(), &claimed.fence, WORK, 1, vec![1; 10]).await.unwrap();
         match end {
             0 => drop(t.store.finish(&claimed.fence, &outcome(None)).await.unwrap()),
             1 => drop(t.store.fail(&claimed.fence, "no", None).await.unwrap()),
@@ -253,7 +338,7 @@ pub(crate) async fn a_checkpoint_ends_with_its_job(t: Trial) {
         assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None, "end {end}");
     }
     let claimed = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &claimed.fence, WORK, vec![1; 10]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &claimed.fence, WORK, 1, vec![1; 10]).await.unwrap();
     assert!(t.store.erase_user(&alice()).await.unwrap());
     assert_eq!(t.store.checkpoint(&claimed.fence, WORK).await.unwrap(), None);
     assert!(!t.store.erase_user(&alice()).await.unwrap(), "nothing is left to erase");
@@ -306,7 +391,7 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     let bytes = t.store.history_stats(&alice()).await.unwrap().bytes;
 
     let running = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, 1, vec![1]).await.unwrap();
     let forget = async |id: &str| {
         let selection = Selection::Item(id.parse().unwrap());
         t.store.forget_items(&alice(), &selection).await.unwrap().unwrap()
@@ -323,7 +408,8 @@ pub(crate) async fn what_has_learnt_from_an_item_is_forgotten_with_it(t: Trial) 
     assert_fenced(t.store.finish(&running.fence, &outcome(None)).await);
     let job = t.store.job(&alice().tenant, &running.job.id).await.unwrap().unwrap();
     assert_eq!(job.state, JobState::Cancelled);
-    let policy = Policy { min_new_items: 99, debounce_millis: 99, max_staleness_millis: 99 };
+    let policy =
+        Policy { min_new_items: 99, debounce_millis: 99, max_staleness_millis: 99, ..Policy::AT_ONCE };
     let next = t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap().unwrap();
     assert_eq!((&next.job.id, next.job.from_scratch), (&forgotten.job.unwrap().id, true));
     assert_eq!(t.store.checkpoint(&next.fence, WORK).await.unwrap(), None);
@@ -372,7 +458,7 @@ pub(crate) async fn a_forgotten_history_leaves_no_adapter(t: Trial) {
     let other = learn(&t, &alice(), 3, &[]).await;
     t.store.pin(&alice(), &other, true).await.unwrap();
     let running = t.running_job(&alice()).await;
-    t.store.save_checkpoint(&alice(), &running.fence, WORK, vec![1]).await.unwrap();
+    t.store.save_checkpoint(&alice(), &running.fence, WORK, 1, vec![1]).await.unwrap();
     let moves = t.store.head_moves(&alice());
     let forgotten = forget().await;
     assert_eq!((forgotten.items, forgotten.head, forgotten.job), (3, Some(imported), None));
@@ -402,6 +488,23 @@ pub(crate) async fn a_forgotten_history_leaves_no_adapter(t: Trial) {
     learn(&t, &alice(), 7, &["d"]).await;
     assert_eq!(forget().await.head, None);
     assert_eq!(t.head(&alice()).await, None);
+}
+
+pub(crate) async fn a_baseline_comes_back(t: Trial) {
+    t.append(&alice(), vec![item("a", 1)]).await;
+    let loss = |item, nats, tokens| OldLoss { item: [item; 32], nats, tokens };
+    let losses = vec![loss(1, 0.1 + 0.2, 7), loss(2, 1e-300, u32::MAX), loss(255, 0.0, 0)];
+    for (seed, baseline) in [(1, losses), (2, Vec::new())] {
+        let claimed = t.running_job(&alice()).await;
+        let lesson = Lesson { baseline: baseline.clone(), ..Lesson::default() };
+        let (head, finish) = (t.head(&alice()).await, (claimed.fence, outcome(Some(generation(seed).id))));
+        t.store.publish_lesson(&alice(), generation(seed), head, finish, lesson).await.unwrap();
+        assert_eq!(t.store.baseline(&alice(), &generation(seed).id).await.unwrap(), baseline);
+    }
+    let unknown = [(alice(), generation(3).id), (bob(), generation(1).id)];
+    for (user, id) in unknown {
+        assert_eq!(t.store.baseline(&user, &id).await.unwrap(), []);
+    }
 }
 
 pub(crate) async fn ranges_select_what_they_say(t: Trial) {
@@ -452,6 +555,118 @@ pub(crate) async fn progress_is_kept(t: Trial) {
     assert_eq!(rest.points.next, None);
     assert_eq!((rest.updates.trainings, rest.from_scratch.trainings), (1, 1));
     assert_eq!((rest.updates.tokens, rest.updates.seconds), (1234, 5.5));
+}
+
+pub(crate) async fn updates_are_counted_whatever_comes_of_them(t: Trial) {
+    let updates = async || t.store.updates_since_full(&alice()).await.unwrap();
+    assert_eq!(updates().await, 0);
+    let lesson = |from_scratch| Lesson { from_scratch, ..Lesson::default() };
+    let kept_back = async |from_scratch| {
+        let claimed = t.running_job(&alice()).await;
+        t.store.finish_lesson(&claimed.fence, &outcome(None), &lesson(from_scratch)).await.unwrap();
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    learn_judged(&t, &alice(), 1, &[], &[], true).await;
+    assert_eq!(updates().await, 0);
+    learn_judged(&t, &alice(), 2, &[], &[], false).await;
+    kept_back(false).await;
+    assert_eq!(updates().await, 2, "one was published, and one kept back");
+    let bobs = t.running_job(&bob()).await;
+    t.store.finish_lesson(&bobs.fence, &outcome(None), &lesson(true)).await.unwrap();
+    let called_off = t.running_job(&alice()).await;
+    t.store.give_update_up(&called_off.fence, &outcome(None), &lesson(false)).await.unwrap();
+    t.store.cancel(&alice().tenant, &called_off.job.id).await.unwrap();
+    assert_eq!(updates().await, 2, "what was called off is none, nor is another user's");
+    kept_back(true).await;
+    assert_eq!(updates().await, 0, "also one from fresh weights that was kept back");
+    kept_back(false).await;
+    assert_eq!(updates().await, 1);
+}
+
+/// What trainings have cost in all: tokens and seconds.
+async fn costs(t: &Trial) -> (u64, f64) {
+    let progress = t.store.progress(&alice(), None, 10).await.unwrap().unwrap();
+    let [updates, whole] = [progress.updates, progress.from_scratch];
+    (updates.tokens + whole.tokens, updates.seconds + whole.seconds)
+}
+
+/// A job whose update is booked yields to another: what the other is told of its cost is what is not booked.
+pub(crate) async fn an_update_of_no_use_is_booked_once(t: Trial) {
+    let cost = |trained_tokens, seconds| JobOutcome { trained_tokens, seconds, ..outcome(None) };
+    let lesson = |from_scratch| Lesson { from_scratch, items: 2, new_items: 1, ..Lesson::default() };
+    let first = t.running_job(&alice()).await;
+    t.store.begin_lesson(&first.fence, &lesson(false)).await.unwrap();
+    t.clock.advance_millis(2_000);
+    t.store.give_update_up(&first.fence, &cost(100, 2.0), &lesson(false)).await.unwrap();
+    t.store.begin_lesson(&first.fence, &lesson(true)).await.unwrap();
+    t.clock.advance_millis(1_000);
+    let progress = JobProgress { step: 1, steps: 9, loss: 1.0, tokens: 130 };
+    t.store.beat(&first.fence, Some(progress), LEASE).await.unwrap();
+    t.append(&alice(), vec![text("b")]).await;
+    t.store.release(&first.fence).await.unwrap();
+    let next = t.claim().await.unwrap();
+    assert_eq!(next.spent, Spent { tokens: 30, seconds: 1.0 });
+    // Ended before it has begun, it is booked as what the first was about to do.
+    t.store.fail(&next.fence, "the learning rate is too large", None).await.unwrap();
+    assert_eq!(costs(&t).await, (130, 3.0));
+    let points = t.store.progress(&alice(), None, 10).await.unwrap().unwrap().points.entries;
+    let points: Vec<_> = points.iter().map(|point| (&point.job, point.from_scratch, point.tokens)).collect();
+    assert_eq!(points, [(&first.job.id, false, 100), (&next.job.id, true, 30)]);
+}
+
+/// What failed for good, was called off or given up has cost something, too.
+pub(crate) async fn trainings_without_an_end_are_booked(t: Trial) {
+    let lesson =
+        Lesson { from_scratch: true, items: 5, new_items: 3, replayed_items: 2, ..Lesson::default() };
+    let at = |tokens| Some(JobProgress { step: 1, steps: 9, loss: 1.0, tokens });
+    let begun = async |tokens| {
+        let claimed = t.claim().await.unwrap();
+        t.store.begin_lesson(&claimed.fence, &lesson).await.unwrap();
+        t.clock.advance_millis(1_000);
+        t.store.beat(&claimed.fence, at(tokens), LEASE).await.unwrap();
+        claimed
+    };
+    t.append(&alice(), vec![text("a")]).await;
+    let failed = begun(1).await;
+    t.store.fail(&failed.fence, "not finite", None).await.unwrap();
+    assert_eq!(costs(&t).await, (1, 1.0));
+    let point = t.store.progress(&alice(), None, 10).await.unwrap().unwrap().points.entries.remove(0);
+    assert_eq!((&point.job, point.at, point.from_scratch), (&failed.job.id, t.now(), true));
+    assert_eq!((point.items, point.new_items, point.replayed_items), (5, 3, 2));
+    assert_eq!((point.new_bits, point.generation), (None, None));
+
+    t.append(&alice(), vec![text("b")]).await;
+    let cancelled = begun(10).await;
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    t.store.cancel(&alice().tenant, &cancelled.job.id).await.unwrap();
+    assert_eq!(costs(&t).await, (11, 2.0));
+    // Also where it waits for another try, or its end is that of what it has read.
+    t.append(&alice(), vec![text("c")]).await;
+    let waiting = begun(100).await;
+    t.store.fail(&waiting.fence, "out of memory", Some(1 << 40)).await.unwrap();
+    assert_eq!(costs(&t).await, (11, 2.0), "it is not over");
+    t.store.cancel(&alice().tenant, &waiting.job.id).await.unwrap();
+    assert_eq!(costs(&t).await, (111, 3.0));
+    t.append(&alice(), vec![text("d")]).await;
+    begun(1_000).await;
+    t.forget_all(&alice()).await;
+    assert_eq!(costs(&t).await, (1_111, 4.0));
+    // Killed again and again: up to the last sign of life of each.
+    t.append(&alice(), vec![text("e")]).await;
+    for _ in 0..ATTEMPTS {
+        begun(10_000).await;
+        t.clock.advance_millis(LEASE);
+    }
+    assert_eq!(t.claim().await, None);
+    let (tokens, seconds) = (10_000 * u64::from(ATTEMPTS), f64::from(ATTEMPTS));
+    assert_eq!(costs(&t).await, (1_111 + tokens, 4.0 + seconds));
+    // What has not begun to train has cost nothing.
+    t.append(&alice(), vec![text("f")]).await;
+    let idle = t.claim().await.unwrap();
+    t.store.fail(&idle.fence, "no", None).await.unwrap();
+    let progress = t.store.progress(&alice(), None, 10).await.unwrap().unwrap();
+    assert_eq!(progress.from_scratch.trainings, 5);
+    assert_fenced(t.store.begin_lesson(&idle.fence, &lesson).await);
 }
 
 pub(crate) async fn an_update_of_no_use_is_booked_apart(t: Trial) {

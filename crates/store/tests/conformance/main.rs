@@ -46,7 +46,7 @@ conformance! {
         uploads_coalesce_into_the_queued_job, duplicates_enqueue_nothing, the_oldest_claimable_job_is_next,
         each_job_goes_to_one_worker, a_running_job_holds_back_the_next, an_expired_lease_passes_the_job_on,
         a_beat_extends_the_lease, an_old_fence_can_do_nothing, a_job_is_given_up_after_its_attempts,
-        a_failed_job_waits_for_its_retry, a_retry_yields_to_a_queued_job,
+        a_failed_job_waits_for_its_retry, a_retry_yields_to_a_queued_job, who_yields_hands_its_wait_on,
         a_job_that_yields_hands_its_demands_on, a_released_job_keeps_its_attempts,
         costs_outlive_claims, an_outcome_comes_back, jobs_are_listed, the_queue_is_counted;
     adapters:
@@ -56,10 +56,12 @@ conformance! {
     learning:
         a_cancelled_job_is_over, a_pause_holds_jobs_back, a_pause_of_the_server_holds_everybody,
         a_job_says_what_it_waits_for, tenants_take_turns, a_job_waits_as_the_policy_says,
-        demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, a_checkpoint_ends_with_its_job,
+        who_is_turned_down_again_waits_longer, demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, who_gets_on_is_not_given_up,
+        a_checkpoint_ends_with_its_job,
         what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,
-        a_forgotten_history_leaves_no_adapter, ranges_select_what_they_say, progress_is_kept,
-        an_update_of_no_use_is_booked_apart;
+        a_forgotten_history_leaves_no_adapter, a_baseline_comes_back, ranges_select_what_they_say, progress_is_kept,
+        updates_are_counted_whatever_comes_of_them, an_update_of_no_use_is_booked_apart,
+        an_update_of_no_use_is_booked_once, trainings_without_an_end_are_booked;
     lineage:
         heads_can_be_moved, old_generations_are_pruned, generations_say_where_they_come_from,
         any_head_can_be_replaced, generations_come_in_pages, pinned_generations_stay, generations_are_deleted_singly,

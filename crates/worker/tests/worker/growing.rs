@@ -58,6 +58,33 @@ async fn a_history_that_grows_updates_its_adapter() {
     worker.await.unwrap().unwrap();
 }
 
+/// A gate that keeps every update back does not keep the whole history from being learnt when that is due.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn updates_that_are_kept_back_count() {
+    let rig = Rig::new().await;
+    let (worker, stop) = rig.start(settings());
+    let ada = user("ada");
+    let job = rig.upload(&ada, 0..20, |_| OLD.into()).await;
+    assert!(rig.until(&job, done).await.outcome.unwrap().published);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    // Nobody can be a hundred percent ahead.
+    let mut strict = settings();
+    strict.gate.min_gain = 1.0;
+    (strict.growth.full_every, strict.growth.max_drift) = (2, f64::INFINITY);
+    let (worker, stop) = rig.start(strict);
+    for begin in [20, 30, 40, 50] {
+        let job = rig.upload(&ada, begin..begin + 10, |_| OLD.into()).await;
+        let outcome = rig.until(&job, done).await.outcome.unwrap();
+        assert!(!outcome.published, "{}", outcome.reason);
+    }
+    let points = rig.store.progress(&ada, None, 10).await.unwrap().unwrap().points.entries;
+    let course: Vec<_> = points.iter().map(|point| point.from_scratch).collect();
+    assert_eq!(course, [true, false, false, true, false]);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+}
+
 /// The trainings of a user to whose history of old words some others are added, by the rule of the default settings:
 /// whether each was from scratch, its tokens, and whether it came to numbers; and the tokens of the second job.
 async fn trainings(words: &str) -> (Vec<(bool, u64, bool)>, u64) {
@@ -98,6 +125,45 @@ async fn an_update_that_drifts_learns_everything() {
     let (points, tokens) = trainings(OLD).await;
     assert_eq!(points.len(), 2, "{points:?}");
     assert_eq!(points[1], (false, tokens, true));
+}
+
+/// What one update has done to old items the next one answers for, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drift_adds_up_over_updates() {
+    let rig = Rig::new().await;
+    let mut settings = settings();
+    settings.recipe.epochs = 12;
+    (settings.growth.replay, settings.growth.min_replay) = (0.0, 0);
+    let mut blind = settings.clone();
+    blind.growth.max_drift = f64::INFINITY;
+    let ada = user("ada");
+    let (worker, stop) = rig.start(blind);
+    for (begin, words) in [(0, OLD), (20, NEW)] {
+        let job = rig.upload(&ada, begin..begin + 20, |_| words.into()).await;
+        let outcome = rig.until(&job, done).await.outcome.unwrap();
+        assert!(outcome.published, "{}", outcome.reason);
+    }
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    let head = rig.head(&ada).await.unwrap();
+    let baseline = rig.store.baseline(&ada, &head).await.unwrap();
+    assert_eq!(baseline.len(), 15, "what the first training learnt, and the update did not");
+    let bits = |nats: f64, tokens: u32| nats / std::f64::consts::LN_2 / f64::from(tokens);
+    let before =
+        bits(baseline.iter().map(|loss| loss.nats).sum(), baseline.iter().map(|loss| loss.tokens).sum());
+    let places: Vec<i64> = (0..15).collect();
+    assert!(self::bits(&rig, &ada, &places).await > before * 1.05, "the update would not have passed");
+
+    // One that hardly changes anything: next to the head that is no harm.
+    settings.recipe.learning_rate = 1e-6;
+    let (worker, stop) = rig.start(settings);
+    let job = rig.upload(&ada, 40..60, |_| NEW.into()).await;
+    rig.until(&job, done).await;
+    let points = rig.store.progress(&ada, None, 10).await.unwrap().unwrap().points.entries;
+    let course: Vec<_> = points.iter().map(|point| point.from_scratch).collect();
+    assert_eq!(course, [true, false, false, true]);
+    stop.cancel();
+    worker.await.unwrap().unwrap();
 }
 
 /// Items that come late with an early time push what the head has learnt into the newest slice.

@@ -50,7 +50,10 @@ async fn hurry(clock: Arc<ManualClock>) {
     }
 }
 
-async fn trained(trainer: Arc<dyn Trainer>) -> (types::GenerationId, u32) {
+/// Attempts without getting on after which these jobs are given up.
+const CAP: u32 = 9;
+
+async fn trained(trainer: Arc<dyn Trainer>) -> types::GenerationId {
     let folder = tempfile::tempdir().unwrap();
     let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
     let shared: Arc<dyn Clock> = clock.clone();
@@ -59,7 +62,7 @@ async fn trained(trainer: Arc<dyn Trainer>) -> (types::GenerationId, u32) {
     let mut settings = settings();
     settings.checkpoint_millis = 0;
     settings.lease_millis = 1 << 40;
-    settings.max_attempts = 1000;
+    settings.max_attempts = CAP;
     let (worker, stop) = rig.start_with(settings, trainer);
     let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
     let job = rig.until(&job, done).await;
@@ -69,7 +72,7 @@ async fn trained(trainer: Arc<dyn Trainer>) -> (types::GenerationId, u32) {
     hurry.abort();
     let left = walk(&folder.path().join("adapters"));
     assert_eq!(left, 2, "the published files, and no checkpoint");
-    (outcome.generation.unwrap(), job.attempts)
+    outcome.generation.unwrap()
 }
 
 fn walk(folder: &std::path::Path) -> usize {
@@ -77,22 +80,24 @@ fn walk(folder: &std::path::Path) -> usize {
     entries.map(|path| if path.is_dir() { walk(&path) } else { 1 }).sum()
 }
 
+/// The generation, the steps that were taken, and the deaths that were died.
 async fn killed(deaths: Vec<u32>) -> (types::GenerationId, u32, u32) {
     let mortal = Arc::new(Mortal { deaths, died: AtomicU32::new(0), steps: AtomicU32::new(0) });
-    let (generation, attempts) = trained(mortal.clone()).await;
-    (generation, mortal.steps.load(Ordering::Relaxed), attempts)
+    let generation = trained(mortal.clone()).await;
+    let [steps, died] = [&mortal.steps, &mortal.died].map(|count| count.load(Ordering::Relaxed));
+    (generation, steps, died)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fifty_kills_change_no_bit() {
-    let (whole, steps, attempts) = killed(Vec::new()).await;
-    assert_eq!((steps, attempts), (STEPS, 1));
+    let (whole, steps, died) = killed(Vec::new()).await;
+    assert_eq!((steps, died), (STEPS, 0));
     // Every death comes after the checkpoint before it, so that all fifty are reached.
     let mut random = StdRng::seed_from_u64(5);
     let mut deaths: Vec<u32> = (0..50).map(|_| random.random_range(1..=STEPS)).collect();
     deaths.sort_unstable();
-    let (killed, steps, attempts) = killed(deaths).await;
-    assert_eq!(attempts, 51);
+    let (killed, steps, died) = killed(deaths).await;
+    assert_eq!(died, 50, "more than {CAP} attempts, because it gets on between them");
     assert_eq!(killed, whole, "the id is a hash of the weights");
     assert_eq!(steps, STEPS + 50, "no step but the one it died in is done twice");
 }
@@ -154,7 +159,7 @@ async fn killed_in_two_rounds(deaths: Vec<(u32, u32)>) -> (types::GenerationId, 
     let job = rig.until(&job, done).await;
     let outcome = job.outcome.unwrap_or_else(|| panic!("{:?}", job.error));
     assert!(outcome.published, "{}", outcome.reason);
-    assert_eq!(job.attempts as usize, 1 + twice.deaths.len());
+    assert_eq!(twice.died.load(Ordering::Relaxed) as usize, twice.deaths.len());
     stop.cancel();
     worker.await.unwrap().unwrap();
     hurry.abort();
@@ -243,6 +248,28 @@ async fn the_last_attempt_says_why() {
     worker.await.unwrap().unwrap();
 }
 
+/// Attempts that get no further than the one before count up to the cap, wherever they die; those that did get further
+/// before do not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_get_on_is_given_up() {
+    let clock = Arc::new(ManualClock::new(Timestamp(1_790_000_000_000)));
+    let shared: Arc<dyn Clock> = clock.clone();
+    let rig = Rig::over(Store::in_memory(shared).await.unwrap());
+    let hurry = tokio::spawn(hurry(clock));
+    let mut settings = settings();
+    (settings.checkpoint_millis, settings.lease_millis, settings.max_attempts) = (0, 1 << 40, 3);
+    let deaths = vec![2, 4, 6, 8, 9, 9, 9, 9, 9];
+    let mortal = Arc::new(Mortal { deaths, died: AtomicU32::new(0), steps: AtomicU32::new(0) });
+    let (worker, stop) = rig.start_with(settings, mortal.clone());
+    let job = rig.upload(&user("ada"), 0..20, |_| "ahoy and welcome aboard".into()).await;
+    let failed = rig.until(&job, done).await;
+    assert_eq!((failed.state, failed.attempts), (JobState::Failed, 3));
+    assert_eq!(mortal.died.load(Ordering::Relaxed), 4 + 3, "three times where it gets no further");
+    stop.cancel();
+    worker.await.unwrap().unwrap();
+    hurry.abort();
+}
+
 /// Leaves a checkpoint of something else behind when it first dies.
 #[derive(Default)]
 struct Litters {
@@ -273,8 +300,7 @@ impl Trainer for Litters {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_of_another_run_is_left_aside() {
     let litters = Arc::new(Litters::default());
-    let (generation, attempts) = trained(litters.clone()).await;
-    assert_eq!(attempts, 2);
+    let generation = trained(litters.clone()).await;
     let given = litters.given.lock().unwrap().clone();
     assert_eq!(given, [None, Some(b"another run's".to_vec()), None]);
     assert_eq!(generation, killed(Vec::new()).await.0);

@@ -4,6 +4,7 @@
 mod alive;
 mod bad_runs;
 mod basics;
+mod damaged;
 mod forgetting;
 mod growing;
 mod kills;
