@@ -97,7 +97,8 @@ fn settings_are_refused_before_the_model_is_looked_for() {
     let folder = tempfile::tempdir().unwrap();
     let absent = folder.path().join("absent.gguf");
     for (settings, words) in [
-        (&["--listen", "0.0.0.0:0"][..], "--api-key"),
+        (&["--listen", "0.0.0.0:0"][..], "--api-key or --api-keys"),
+        (&["--api-keys", "no-such-file.json"], "--api-keys no-such-file.json"),
         (
             &["--adapter-storage", "int8", "--precision", "exact"],
             "--adapter-storage int8: needs --precision fast",

@@ -5,4 +5,5 @@ mod bad_models;
 mod default_model;
 mod program;
 mod task_adapter;
+mod tenants;
 mod the_loop;

@@ -5,6 +5,7 @@
 
 pub mod demo;
 pub mod fetch;
+mod keys;
 mod model_path;
 pub mod service;
 pub mod settings;

@@ -10,8 +10,7 @@ use anyhow::{Context, bail};
 use engine::{Engine, ModelEngine};
 use model::{BaseModel, LoadOptions, Loaded};
 use peft::{PagePool, Storage};
-use server::{ApiKey, App, AppState, Auth, Limits};
-use sha2::{Digest, Sha256};
+use server::{App, AppState, Limits};
 use store::{Policy, Store};
 use telemetry::Metrics;
 use text::Tokenizer;
@@ -23,7 +22,7 @@ use types::{SystemClock, TrainingLimits};
 use worker::{Worker, WorkerError};
 
 use crate::settings::{MIB, PrecisionArg, ServiceArgs};
-use crate::{fetch, model_path, task_adapter};
+use crate::{fetch, keys, model_path, task_adapter};
 
 /// A running service.
 pub struct Service {
@@ -49,7 +48,7 @@ impl Service {
     /// be had.
     pub async fn start(args: &ServiceArgs, data: &Path) -> anyhow::Result<Self> {
         // What is wrong with the settings is said at once and does not wait for the model.
-        let auth = auth(args)?;
+        let auth = keys::auth(args)?;
         let worker_settings = worker_settings(args)?;
         let metrics = Metrics::default();
         let cache_settings = cache_settings(args, &metrics)?;
@@ -161,20 +160,6 @@ impl Service {
         self.store.close().await;
         served??;
         Ok(())
-    }
-}
-
-fn auth(args: &ServiceArgs) -> anyhow::Result<Auth> {
-    match &args.api_key {
-        Some(key) if key.len() < 16 => bail!("--api-key: must have at least 16 characters"),
-        Some(key) => {
-            let sha256 = Sha256::digest(key.as_bytes()).into();
-            Ok(Auth::Keys(vec![ApiKey { sha256, tenant: "default".parse()?, operator: true }]))
-        }
-        None if args.listen.ip().is_loopback() => Ok(Auth::Open),
-        None => {
-            bail!("--listen {}: listening beyond loopback needs --api-key (or ATELIER_API_KEY)", args.listen)
-        }
     }
 }
 

@@ -48,7 +48,7 @@ pub enum Command {
 /// Everything a server needs to know.
 #[derive(Debug, Clone, Args)]
 pub struct ServiceArgs {
-    /// Address to listen on; port 0 takes a free one. Other than loopback needs --api-key.
+    /// Address to listen on; port 0 takes a free one. Other than loopback needs --api-key or --api-keys.
     #[arg(long, default_value = "127.0.0.1:8080", env = "ATELIER_LISTEN")]
     pub listen: SocketAddr,
     /// Folder for histories, jobs and adapters. [default: ./atelier-data; demo: in the cache folder]
@@ -68,9 +68,13 @@ pub struct ServiceArgs {
     /// Name of the model in the API. [default: the model's own]
     #[arg(long, env = "ATELIER_MODEL_NAME")]
     pub model_name: Option<String>,
-    /// Key that clients must send as bearer token.
+    /// Key that clients must send as bearer token: the operator's, of the tenant `default`.
     #[arg(long, env = "ATELIER_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// JSON file with the keys of tenants: a list of objects with `tenant`, `key` (or `sha256`, its hash in hexadecimal)
+    /// and, for an operator's, `"operator": true`. It is read at the start only; --api-key may be given beside it.
+    #[arg(long, value_name = "FILE", env = "ATELIER_API_KEYS")]
+    pub api_keys: Option<PathBuf>,
     /// Folder for what is fetched. [default: ~/.cache/atelier]
     #[arg(long, env = "ATELIER_CACHE")]
     pub cache: Option<PathBuf>,

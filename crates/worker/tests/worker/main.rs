@@ -10,4 +10,5 @@ mod growing;
 mod kills;
 mod pauses;
 mod rig;
+mod sudden_death;
 mod together;
