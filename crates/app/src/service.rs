@@ -257,6 +257,7 @@ fn worker_settings(service: &ServiceArgs) -> anyhow::Result<worker::Settings> {
             min_new_items: args.min_new_items,
             debounce_millis: i64::from(args.debounce_ms),
             max_staleness_millis: i64::from(args.max_staleness_s) * 1000,
+            turn_millis: i64::from(args.train_turn_s) * 1000,
             ..defaults.policy
         },
         jobs_at_once: args.train_jobs.into(),

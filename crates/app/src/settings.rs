@@ -236,6 +236,9 @@ pub struct TrainingArgs {
     /// two such in a row the next one waits 5 seconds, and twice as long after each more.
     #[arg(long, default_value_t = 600, env = "ATELIER_MAX_STALENESS_S")]
     pub max_staleness_s: u32,
+    /// Seconds after which a job gives way to other users' jobs that wait, and goes on after them where it was.
+    #[arg(long, default_value_t = 300, env = "ATELIER_TRAIN_TURN_S")]
+    pub train_turn_s: u32,
     /// Old items learnt again beside new ones, in percent of these.
     #[arg(long, default_value_t = 100, env = "ATELIER_REPLAY_PERCENT")]
     pub replay_percent: u32,

@@ -140,8 +140,9 @@ impl Store {
     ///
     /// # Errors
     /// If the database fails.
-    pub async fn standing(&self, fence: &Fence) -> Result<Standing, StoreError> {
-        sql::claims::standing(&mut *self.read().await?, fence).await
+    pub async fn standing(&self, fence: &Fence, policy: &Policy) -> Result<Standing, StoreError> {
+        let now = self.now();
+        sql::claims::standing(&mut *self.read().await?, fence, now, policy).await
     }
 
     /// Reports that a job is being worked on (and how far it is), which extends its lease from now on. While this waits
@@ -267,7 +268,7 @@ impl Store {
         self.end_badly(fence, back, error).await
     }
 
-    /// Gives a job back untried, for a worker that is told to stop: the claim does not count as an
+    /// Gives a job back untried, for a worker that is told to stop or that others wait for: the claim does not count as an
     /// attempt. If the user has another queued job, that one does the work, with the demands of both, and this one fails.
     ///
     /// # Errors

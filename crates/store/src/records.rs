@@ -312,12 +312,19 @@ pub struct Policy {
     pub rest_millis: i64,
     /// Longest wait for any of these.
     pub max_staleness_millis: i64,
+    /// How long a job runs before it gives way to another user's that could begin.
+    pub turn_millis: i64,
 }
 
 impl Policy {
-    /// Nothing waits.
-    pub const AT_ONCE: Self =
-        Self { min_new_items: 0, debounce_millis: 0, rest_millis: 0, max_staleness_millis: 0 };
+    /// Nothing waits, and nobody gives way (a day is a long turn).
+    pub const AT_ONCE: Self = Self {
+        min_new_items: 0,
+        debounce_millis: 0,
+        rest_millis: 0,
+        max_staleness_millis: 0,
+        turn_millis: 24 * 60 * 60 * 1000,
+    };
 }
 
 /// How the holder of a claim stands.
@@ -327,6 +334,8 @@ pub enum Standing {
     Held,
     /// It is, but its tenant or user is paused: the worker should give it back.
     Paused,
+    /// It is, but it has had its turn, and another user's job could begin: it should give way.
+    Awaited,
     /// It is not: the worker must stop.
     Lost,
 }

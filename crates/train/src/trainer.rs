@@ -46,7 +46,8 @@ pub type Verdict = ControlFlow<()>;
 
 /// Who watches over a training.
 pub trait Control {
-    /// Called after every step of every job; a job that shall stop ends with [`TrainError::Stopped`], the others go on.
+    /// Called after every step of every job; a job that shall stop ends with [`TrainError::Stopped`], the others go on. After
+    /// the last step there is nothing to stop: what is done is not thrown away.
     fn step(&mut self, job: usize, report: StepReport) -> Verdict;
 
     /// Called between two steps of a job, of which `step` are done; `make` gives the checkpoint if it is wanted.
@@ -133,10 +134,11 @@ pub(crate) fn go_on(
             match run.end() {
                 Ok(report) => {
                     let verdict = control.step(job, report);
-                    if report.step < report.steps {
+                    let goes_on = report.step < report.steps;
+                    if goes_on {
                         control.checkpoint(job, report.step, &mut || run.checkpoint());
                     }
-                    if verdict.is_break() {
+                    if goes_on && verdict.is_break() {
                         ended[job] = Some(Err(TrainError::Stopped));
                     } else {
                         running.push((job, run));

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use store::{Fence, Standing, Store, StoreError};
+use store::{Fence, Policy, Standing, Store, StoreError};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 use train::StepReport;
@@ -18,7 +18,7 @@ use types::JobProgress;
 /// Why a job is to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Halt {
-    /// The worker is told to stop, or the job is paused: it goes back to the queue.
+    /// The worker is told to stop, the job is paused, or it has had its turn: it goes back to the queue.
     GiveBack,
     /// It is somebody else's, or nobody's.
     Lost,
@@ -136,21 +136,30 @@ pub(crate) fn runtime() -> std::io::Result<Handle> {
     RUNTIME.get().map(|runtime| runtime.handle().clone()).ok_or_else(|| std::io::Error::other("no runtime"))
 }
 
+/// On what terms jobs are held.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    /// How long a claim lasts without progress.
+    pub(crate) lease_millis: i64,
+    /// When jobs are worth doing, and how long is a turn.
+    pub(crate) policy: Policy,
+}
+
 /// Starts the thread. It ends when [`Pulse::over`] is set, and sets it itself when the training thread has given no
 /// sign for two leases: then every claim has run out, and the thread is given up.
 pub(crate) fn start(
     store: Store,
     pulse: Arc<Pulse>,
-    lease_millis: i64,
+    terms: Terms,
     stop: CancellationToken,
 ) -> std::io::Result<()> {
     let runtime = runtime()?;
-    let body = move || runtime.block_on(beat(&store, &pulse, lease_millis, &stop));
+    let body = move || runtime.block_on(beat(&store, &pulse, terms, &stop));
     std::thread::Builder::new().name("heartbeat".into()).spawn(body).map(drop)
 }
 
-async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &CancellationToken) {
-    let lease = Duration::from_millis(lease_millis.max(1).unsigned_abs());
+async fn beat(store: &Store, pulse: &Pulse, terms: Terms, stop: &CancellationToken) {
+    let lease = Duration::from_millis(terms.lease_millis.max(1).unsigned_abs());
     let between = (lease / 6).clamp(Duration::from_millis(20), Duration::from_secs(2));
     let mut interrupts = store.interrupts();
     let (mut seen, mut last_sign) = (pulse.signs.load(Ordering::Acquire), Instant::now());
@@ -173,7 +182,7 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
             if told {
                 claim.stop(Halt::GiveBack);
             }
-            look_after(store, claim, alive, lease_millis, between)
+            look_after(store, claim, alive, terms, between)
         });
         join_all(looks).await;
         if last_sign.elapsed() > 2 * lease {
@@ -183,14 +192,14 @@ async fn beat(store: &Store, pulse: &Pulse, lease_millis: i64, stop: &Cancellati
     }
 }
 
-async fn look_after(store: &Store, claim: &Claim, alive: bool, lease_millis: i64, patience: Duration) {
+async fn look_after(store: &Store, claim: &Claim, alive: bool, terms: Terms, patience: Duration) {
     let beat = match alive {
-        true => store.beat(&claim.fence, claim.progress(), lease_millis).await,
+        true => store.beat(&claim.fence, claim.progress(), terms.lease_millis).await,
         false => Ok(()),
     };
     let standing = match beat {
         // A busy store may not keep the next beat waiting.
-        Ok(()) => match tokio::time::timeout(patience, store.standing(&claim.fence)).await {
+        Ok(()) => match tokio::time::timeout(patience, store.standing(&claim.fence, &terms.policy)).await {
             Ok(standing) => standing,
             Err(_) => return,
         },
@@ -198,7 +207,7 @@ async fn look_after(store: &Store, claim: &Claim, alive: bool, lease_millis: i64
     };
     match standing {
         Ok(Standing::Held) => {}
-        Ok(Standing::Paused) => claim.stop(Halt::GiveBack),
+        Ok(Standing::Paused | Standing::Awaited) => claim.stop(Halt::GiveBack),
         Ok(Standing::Lost) | Err(StoreError::Fenced { .. }) => claim.stop(Halt::Lost),
         Err(error) => tracing::warn!(%error, "a heartbeat failed"),
     }

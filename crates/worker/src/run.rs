@@ -13,7 +13,7 @@ use train::StepReport;
 use types::{AdapterId, GenerationId, Job};
 
 use crate::error::WorkerError;
-use crate::heartbeat::{self, Claim, Pulse};
+use crate::heartbeat::{self, Claim, Pulse, Terms};
 use crate::patience::{Load, Patience, Visits, run_when_idle};
 use crate::settings::Settings;
 use crate::shift::Shift;
@@ -117,7 +117,8 @@ impl Worker {
                 claimed.iter().map(|Claimed { job, fence, .. }| Claim::new(fence.clone(), job.attempts));
             let claims = claims.map(Arc::new);
             let pulse = Arc::new(Pulse::new(claims.collect()));
-            heartbeat::start(store.clone(), Arc::clone(&pulse), settings.lease_millis, stop.clone())?;
+            let terms = Terms { lease_millis: settings.lease_millis, policy: settings.policy };
+            heartbeat::start(store.clone(), Arc::clone(&pulse), terms, stop.clone())?;
             let shift = Shift {
                 store: store.clone(),
                 bench: Arc::clone(&bench),

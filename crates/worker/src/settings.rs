@@ -91,6 +91,7 @@ impl Default for Settings {
                 debounce_millis: 500,
                 rest_millis: 5_000,
                 max_staleness_millis: 600_000,
+                turn_millis: 300_000,
             },
             max_rank: DEFAULT_MAX_RANK,
             min_items: 8,

@@ -39,8 +39,26 @@ pub(crate) async fn give_up(db: &mut Connection, job: &JobId, now: Timestamp) ->
     Ok(())
 }
 
-/// Gives the next job that can be claimed to `worker`: one that waits no longer, if the user has no running job, or
-/// one that runs, if its lease has run out. The tenant who was served longest ago comes first, then the oldest job.
+/// That job `j` of user `u` can be claimed at `$2` under the policy in `$4` to `$7`: one that waits no longer, if the user
+/// has no running job, or one that runs, if its lease has run out.
+macro_rules! ripe {
+    () => {
+        "j.state IN ('queued', 'running')
+            AND ((j.state = 'running' AND j.lease_until <= $2)
+                OR (j.state = 'queued' AND j.not_before <= $2
+                    AND (j.urgent OR j.attempts > 0 OR j.created_at <= $2 - $6
+                        OR (j.new_items >= $4 AND j.touched_at <= $2 - $5
+                            AND (u.rejections < 2
+                                OR u.rejected_at <= $2 - ($7 << min(u.rejections - 2, 20)))))
+                    AND NOT EXISTS (
+                        SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
+            AND NOT EXISTS (
+                SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name))"
+    };
+}
+
+/// Gives the next job that can be claimed to `worker`. The tenant who was served longest ago comes first, then the user
+/// of whom that is true, then the oldest job; but what a dead worker has begun comes before what has not begun.
 pub(crate) async fn claim(
     db: &mut Connection,
     worker: &str,
@@ -48,7 +66,7 @@ pub(crate) async fn claim(
     lease_until: Timestamp,
     policy: &Policy,
 ) -> Result<Option<(Job, i64, Spent)>, StoreError> {
-    let claimed: Option<i64> = sqlx::query_scalar(
+    let claimed: Option<i64> = sqlx::query_scalar(concat!(
         "UPDATE jobs SET state = 'running', attempts = attempts + 1, token = token + 1, worker = $1,
              lease_until = $3, started_at = $2, beat_at = $2, step = NULL, steps = NULL, loss = NULL, error = NULL,
              spent_tokens = spent_tokens + tokens, tokens = 0, spent_seconds = spent_seconds + CASE
@@ -56,20 +74,11 @@ pub(crate) async fn claim(
              last_item = COALESCE(last_item, (SELECT max(i.seq) FROM items i WHERE i.user_id = jobs.user_id), 0)
          WHERE seq = (
              SELECT j.seq FROM jobs j JOIN users u ON u.id = j.user_id LEFT JOIN turns t ON t.tenant = u.tenant
-             WHERE j.state IN ('queued', 'running')
-                 AND ((j.state = 'running' AND j.lease_until <= $2)
-                     OR (j.state = 'queued' AND j.not_before <= $2
-                         AND (j.urgent OR j.attempts > 0 OR j.created_at <= $2 - $6
-                             OR (j.new_items >= $4 AND j.touched_at <= $2 - $5
-                                 AND (u.rejections < 2
-                                     OR u.rejected_at <= $2 - ($7 << min(u.rejections - 2, 20)))))
-                         AND NOT EXISTS (
-                             SELECT 1 FROM jobs r WHERE r.user_id = j.user_id AND r.state = 'running')))
-                 AND NOT EXISTS (
-                     SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name))
-             ORDER BY COALESCE(t.served, 0), j.seq LIMIT 1)
+             WHERE ",
+        ripe!(),
+        " ORDER BY COALESCE(t.served, 0), j.state = 'queued', u.served, j.seq LIMIT 1)
          RETURNING seq",
-    )
+    ))
     .bind(worker)
     .bind(now.0)
     .bind(lease_until.0)
@@ -86,26 +95,53 @@ pub(crate) async fn claim(
          ON CONFLICT (tenant) DO UPDATE SET served = excluded.served",
     )
     .bind(job.adapter.tenant.as_str())
+    .execute(&mut *db)
+    .await?;
+    sqlx::query(
+        "UPDATE users SET served = (SELECT max(served) + 1 FROM users)
+         WHERE id = (SELECT user_id FROM jobs WHERE seq = $1)",
+    )
+    .bind(seq)
     .execute(db)
     .await?;
     Ok(Some((job, token, spent)))
 }
 
 /// How the holder of a claim stands.
-pub(crate) async fn standing(db: &mut Connection, fence: &Fence) -> Result<Standing, StoreError> {
-    let paused: Option<bool> = sqlx::query_scalar(
-        "SELECT EXISTS (SELECT 1 FROM pauses p WHERE p.tenant IN ('', u.tenant) AND p.name IN ('', u.name))
-         FROM jobs j JOIN users u ON u.id = j.user_id
-         WHERE j.id = $1 AND j.token = $2 AND j.state = 'running'",
-    )
+pub(crate) async fn standing(
+    db: &mut Connection,
+    fence: &Fence,
+    now: Timestamp,
+    policy: &Policy,
+) -> Result<Standing, StoreError> {
+    let found = sqlx::query(concat!(
+        "SELECT
+             EXISTS (SELECT 1 FROM pauses p WHERE p.tenant IN ('', o.tenant) AND p.name IN ('', o.name)) AS paused,
+             own.started_at <= $2 - $8
+                 AND NOT EXISTS (SELECT 1 FROM jobs q WHERE q.user_id = own.user_id AND q.state = 'queued')
+                 AND EXISTS (
+                     SELECT 1 FROM jobs j JOIN users u ON u.id = j.user_id
+                     WHERE j.user_id <> own.user_id AND ",
+        ripe!(),
+        ") AS awaited
+         FROM jobs own JOIN users o ON o.id = own.user_id
+         WHERE own.id = $1 AND own.token = $3 AND own.state = 'running'",
+    ))
     .bind(fence.job.as_str())
+    .bind(now.0)
     .bind(fence.token)
+    .bind(policy.min_new_items as i64)
+    .bind(policy.debounce_millis)
+    .bind(policy.max_staleness_millis)
+    .bind(policy.rest_millis)
+    .bind(policy.turn_millis)
     .fetch_optional(db)
     .await?;
-    Ok(match paused {
-        None => Standing::Lost,
-        Some(true) => Standing::Paused,
-        Some(false) => Standing::Held,
+    let Some(row) = found else { return Ok(Standing::Lost) };
+    Ok(match (row.try_get("paused")?, row.try_get("awaited")?) {
+        (true, _) => Standing::Paused,
+        (false, true) => Standing::Awaited,
+        (false, false) => Standing::Held,
     })
 }
 

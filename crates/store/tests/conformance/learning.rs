@@ -23,11 +23,11 @@ pub(crate) async fn a_cancelled_job_is_over(t: Trial) {
     assert_eq!(t.claim().await, None);
     let mut interrupts = t.store.interrupts();
     let running = t.running_job(&alice()).await;
-    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
+    assert_eq!(t.store.standing(&running.fence, &Policy::AT_ONCE).await.unwrap(), Standing::Held);
     t.store.cancel(&alice().tenant, &running.job.id).await.unwrap();
     assert!(interrupts.has_changed().unwrap(), "the worker is told");
     interrupts.mark_unchanged();
-    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Lost);
+    assert_eq!(t.store.standing(&running.fence, &Policy::AT_ONCE).await.unwrap(), Standing::Lost);
     assert_fenced(t.store.beat(&running.fence, None, LEASE).await);
     assert_fenced(t.store.finish(&running.fence, &outcome(None)).await);
     assert_fenced(t.store.release(&running.fence).await);
@@ -55,9 +55,9 @@ pub(crate) async fn a_pause_holds_jobs_back(t: Trial) {
     assert_eq!(held(alice_alone.user()).await, (false, false, false));
     assert_eq!(t.claim().await, None, "only bob's job waits, and bob is paused");
     assert!(t.store.latest_job(&bob()).await.unwrap().unwrap().paused);
-    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Held);
+    assert_eq!(t.store.standing(&running.fence, &Policy::AT_ONCE).await.unwrap(), Standing::Held);
     t.store.pause(&all, &tenant, None).await.unwrap();
-    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
+    assert_eq!(t.store.standing(&running.fence, &Policy::AT_ONCE).await.unwrap(), Standing::Paused);
     assert!(t.store.latest_job(&alice()).await.unwrap().unwrap().paused);
     t.store.beat(&running.fence, None, LEASE).await.unwrap();
     t.store.release(&running.fence).await.unwrap();
@@ -69,8 +69,8 @@ pub(crate) async fn a_pause_holds_jobs_back(t: Trial) {
     t.store.resume(&all).await.unwrap();
     assert_eq!(held(None).await, (false, false, false));
     assert!(!t.store.latest_job(&alice()).await.unwrap().unwrap().paused);
+    assert_eq!(t.claim().await.unwrap().job.adapter, bob(), "who has had no turn yet");
     assert_eq!(t.claim().await.unwrap().job.adapter, alice());
-    assert_eq!(t.claim().await.unwrap().job.adapter, bob());
 }
 
 pub(crate) async fn a_pause_of_the_server_holds_everybody(t: Trial) {
@@ -85,7 +85,7 @@ pub(crate) async fn a_pause_of_the_server_holds_everybody(t: Trial) {
         let pauses = t.store.pauses(tenant, None).await.unwrap();
         assert_eq!(pauses, Pauses { server: Some(pause.clone()), ..Pauses::default() });
     }
-    assert_eq!(t.store.standing(&running.fence).await.unwrap(), Standing::Paused);
+    assert_eq!(t.store.standing(&running.fence, &Policy::AT_ONCE).await.unwrap(), Standing::Paused);
     t.store.release(&running.fence).await.unwrap();
     t.append(&adapter("globex", "carol"), vec![text("c")]).await;
     assert_eq!(t.claim().await, None);
@@ -142,6 +142,55 @@ pub(crate) async fn tenants_take_turns(t: Trial) {
     t.append(&adapter("late", "u"), vec![text("a")]).await;
     t.append(&adapter("busy", "new"), vec![text("a")]).await;
     assert_eq!(t.claim().await.unwrap().job.adapter.tenant.as_str(), "late");
+}
+
+pub(crate) async fn a_long_job_gives_way_and_users_take_turns(t: Trial) {
+    let policy =
+        Policy { turn_millis: 1_000, min_new_items: 2, max_staleness_millis: 60_000, ..Policy::AT_ONCE };
+    let claim = async || t.store.claim_ripe("worker", LEASE, ATTEMPTS, &policy).await.unwrap();
+    let (carol, late) = (adapter("acme", "carol"), adapter("acme", "late"));
+    t.append(&alice(), vec![text("a"), text("b")]).await;
+    let long = claim().await.unwrap();
+    let standing = async || t.store.standing(&long.fence, &policy).await.unwrap();
+    t.clock.advance_millis(5_000);
+    assert_eq!(standing().await, Standing::Held, "nobody waits");
+    t.append(&bob(), vec![text("a")]).await;
+    assert_eq!(standing().await, Standing::Held, "who waits could not begin");
+    t.append(&bob(), vec![text("b")]).await;
+    t.append(&carol, vec![text("a"), text("b")]).await;
+    assert_eq!(standing().await, Standing::Awaited);
+    // What it has done would be of no use to a job with a longer history.
+    let newer = t.append(&alice(), vec![text("c")]).await.job.unwrap();
+    assert_eq!(standing().await, Standing::Held);
+    t.store.cancel(&alice().tenant, &newer.id).await.unwrap();
+    assert_eq!(standing().await, Standing::Awaited);
+    let given = t.store.release(&long.fence).await.unwrap();
+    assert_eq!((given.state, given.attempts), (JobState::Queued, 0));
+    // Who has not been served yet comes first, whenever they came.
+    t.append(&late, vec![text("a"), text("b")]).await;
+    let mut order = Vec::new();
+    while let Some(claimed) = claim().await {
+        assert_eq!(
+            t.store.standing(&claimed.fence, &policy).await.unwrap(),
+            Standing::Held,
+            "its turn has begun"
+        );
+        order.push(claimed.job.adapter.owner.to_string());
+        t.store.finish(&claimed.fence, &outcome(None)).await.unwrap();
+    }
+    assert_eq!(order, ["bob", "carol", "late", "alice@example.org"]);
+    // Two that give way to each other take turns: neither comes before the other twice.
+    for user in [&carol, &alice(), &bob()] {
+        t.append(user, vec![text("c"), text("d")]).await;
+    }
+    let mut turns = Vec::new();
+    for _ in 0..6 {
+        let claimed = claim().await.unwrap();
+        turns.push(claimed.job.adapter.owner.to_string());
+        t.store.release(&claimed.fence).await.unwrap();
+    }
+    assert_eq!(turns[..3], ["bob", "carol", "alice@example.org"]);
+    assert_eq!(turns[3..], turns[..3]);
 }
 
 pub(crate) async fn a_job_waits_as_the_policy_says(t: Trial) {

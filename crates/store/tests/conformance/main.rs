@@ -56,6 +56,7 @@ conformance! {
     learning:
         a_cancelled_job_is_over, a_pause_holds_jobs_back, a_pause_of_the_server_holds_everybody,
         a_job_says_what_it_waits_for, tenants_take_turns, a_job_waits_as_the_policy_says,
+        a_long_job_gives_way_and_users_take_turns,
         who_is_turned_down_again_waits_longer, demands_add_up, a_job_reads_the_same_history_again, a_checkpoint_comes_back, who_gets_on_is_not_given_up,
         a_checkpoint_ends_with_its_job,
         what_has_learnt_from_an_item_is_forgotten_with_it, who_was_judged_by_an_item_is_forgotten_with_it,

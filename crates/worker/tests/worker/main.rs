@@ -12,3 +12,4 @@ mod pauses;
 mod rig;
 mod sudden_death;
 mod together;
+mod turns;
