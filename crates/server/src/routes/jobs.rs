@@ -22,7 +22,7 @@ pub(crate) struct WireJob {
     user: String,
     /// `queued`, `running`, `succeeded` (see `outcome`), `failed` or `cancelled` (see `error`).
     status: &'static str,
-    /// How often a worker has taken it.
+    /// How often a worker has taken it since it last got further than ever before.
     attempts: u32,
     /// Unix seconds.
     created_at: f64,
