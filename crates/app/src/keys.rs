@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use serde_json::{Map, Value};
 use server::{ApiKey, Auth};
 use sha2::{Digest, Sha256};
+use types::hash_from_hex;
 
 use crate::settings::ServiceArgs;
 
@@ -90,7 +91,7 @@ fn entry(value: &Value) -> anyhow::Result<ApiKey> {
     };
     let sha256 = match (string(fields, "key")?, string(fields, "sha256")?) {
         (Some(key), None) => digest(key).map_err(|problem| anyhow!("key: {problem}"))?,
-        (None, Some(hex)) => sha256(hex).context("sha256: must be 64 hexadecimal digits")?,
+        (None, Some(hex)) => hash_from_hex(hex).context("sha256: must be 64 hexadecimal digits")?,
         (None, None) => bail!("key: is missing, and so is sha256"),
         (Some(_), Some(_)) => bail!("key: stands beside sha256; one of them is enough"),
     };
@@ -112,16 +113,6 @@ fn digest(key: &str) -> Result<[u8; 32], String> {
         return Err("may hold visible ASCII characters only, and blanks between them".into());
     }
     Ok(Sha256::digest(key).into())
-}
-
-/// The bytes of a hash in hexadecimal.
-fn sha256(hex: &str) -> Option<[u8; 32]> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-    let pairs = hex.as_bytes().chunks(2).map(|pair| match pair {
-        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
-        _ => None,
-    });
-    pairs.collect::<Option<Vec<u8>>>()?.try_into().ok()
 }
 
 #[cfg(test)]

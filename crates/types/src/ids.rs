@@ -223,17 +223,23 @@ impl fmt::Debug for GenerationId {
 impl FromStr for GenerationId {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let digits = text.as_bytes();
-        if digits.len() != 64 {
-            return Err(IdError::Generation);
-        }
-        let digit = |c: u8| (c as char).to_digit(16).ok_or(IdError::Generation);
-        let mut bytes = [0u8; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = (digit(pair[0])? * 16 + digit(pair[1])?) as u8;
-        }
-        Ok(Self(bytes))
+        hash_from_hex(text).map(Self).ok_or(IdError::Generation)
     }
+}
+
+/// The 32 bytes of a hash in 64 hexadecimal digits; `None` if it is anything else.
+#[must_use]
+pub fn hash_from_hex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.as_bytes();
+    if digits.len() != 64 {
+        return None;
+    }
+    let digit = |c: u8| (c as char).to_digit(16);
+    let mut bytes = [0u8; 32];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = (digit(pair[0])? * 16 + digit(pair[1])?) as u8;
+    }
+    Some(bytes)
 }
 
 impl TryFrom<String> for GenerationId {

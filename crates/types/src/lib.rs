@@ -17,7 +17,9 @@ mod training;
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use example::Example;
 pub use history::{HistoryItem, HistoryStats, NewItem};
-pub use ids::{AdapterId, AdapterName, GenerationId, IdError, ItemId, JobId, Owner, TenantId, UserId};
+pub use ids::{
+    AdapterId, AdapterName, GenerationId, IdError, ItemId, JobId, Owner, TenantId, UserId, hash_from_hex,
+};
 pub use job::{GateReport, Job, JobOutcome, JobProgress, JobState};
 pub use provenance::{HistoryRange, Provenance, TrainingCourse};
 pub use sampling::{FinishReason, SamplingParams, Usage};
