@@ -46,15 +46,23 @@ pub(crate) fn lane_sum(values: &[f32], f: impl Fn(usize, f32) -> f32) -> f32 {
 /// The largest value; NaN counts for nothing.
 #[inline(always)]
 pub(crate) fn lane_max(values: &[f32]) -> f32 {
+    lane_max_or_nan(values).0
+}
+
+/// [`lane_max`], and whether there is a NaN.
+#[inline(always)]
+fn lane_max_or_nan(values: &[f32]) -> (f32, bool) {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (mut lanes, mut nan) = ([f32::NEG_INFINITY; 16], [0u32; 16]);
     let (body, tail) = values.as_chunks::<16>();
     for part in body {
-        for (lane, &value) in lanes.iter_mut().zip(part) {
-            *lane = larger(*lane, value);
+        for lane in 0..16 {
+            lanes[lane] = larger(lanes[lane], part[lane]);
+            nan[lane] |= u32::from(part[lane].is_nan());
         }
     }
-    lanes.iter().chain(tail).copied().fold(f32::NEG_INFINITY, larger)
+    let max = lanes.iter().chain(tail).copied().fold(f32::NEG_INFINITY, larger);
+    (max, nan.iter().any(|&nan| nan > 0) || tail.iter().any(|value| value.is_nan()))
 }
 
 /// The largest value and its place, the first among equals; none when it is not finite or a value is NaN.
@@ -71,21 +79,11 @@ multiversion! {
 
 #[inline(always)]
 fn find_largest_body(values: &[f32], found: &mut Option<(usize, f32)>) {
-    let (mut largest, mut nan) = ([f32::NEG_INFINITY; 16], [0u32; 16]);
-    let (body, tail) = values.as_chunks::<16>();
-    for part in body {
-        for lane in 0..16 {
-            largest[lane] = if part[lane] > largest[lane] { part[lane] } else { largest[lane] };
-            nan[lane] |= u32::from(part[lane].is_nan());
-        }
-    }
-    if nan.iter().any(|&nan| nan > 0) || tail.iter().any(|value| value.is_nan()) {
+    let (max, has_nan) = lane_max_or_nan(values);
+    if has_nan || !max.is_finite() {
         return;
     }
-    let max = largest.iter().chain(tail).copied().fold(f32::NEG_INFINITY, f32::max);
-    if !max.is_finite() {
-        return;
-    }
+    let (body, _) = values.as_chunks::<16>();
     let among = |part: &[f32; 16]| part.iter().fold(false, |any, value| any | (*value == max));
     let first = body.iter().position(among).map_or(16 * body.len(), |part| 16 * part);
     let place = values[first..].iter().position(|value| *value == max);
