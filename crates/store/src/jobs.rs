@@ -1,19 +1,11 @@
 //! The queue of training jobs: at most one queued and one running job per adapter.
 
-use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, Timestamp, UserId};
+use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, TenantId, UserId};
 
 use crate::history::ordered_uuid;
+use crate::sql::jobs::Back;
 use crate::sql::{self, Connection, UserKey};
 use crate::{Claimed, Demand, Fence, Lesson, Page, Policy, QueueStats, Standing, Store, StoreError};
-
-/// How a job goes back into the queue.
-struct Back<'a> {
-    /// What went wrong, if anything.
-    error: Option<&'a str>,
-    not_before: Timestamp,
-    /// Attempts to be taken off.
-    uncounted: u32,
-}
 
 impl Store {
     /// Makes sure that a job will train on the user's history as it is now, and as `demand` says:
@@ -284,10 +276,10 @@ impl Store {
         let mut tx = self.write().await?;
         let mut queued = false;
         match back {
-            Some(Back { error, not_before, uncounted }) => {
-                queued = sql::jobs::requeue(&mut tx, fence, error, not_before, uncounted, now).await?;
+            Some(back) => {
+                queued = sql::jobs::requeue(&mut tx, fence, &back, now).await?;
                 if !queued {
-                    sql::jobs::hand_on(&mut tx, fence, error, not_before, uncounted, now).await?;
+                    sql::jobs::hand_on(&mut tx, fence, &back, now).await?;
                 }
             }
             None => {

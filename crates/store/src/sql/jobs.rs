@@ -4,7 +4,7 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 use types::{AdapterId, Job, JobId, JobOutcome, JobProgress, JobState, TenantId, Timestamp, UserId};
 
-use super::{Connection, UserKey, count, id, json_or_none, rows, time, time_or_none};
+use super::{Connection, UserKey, booked, count, id, json_or_none, rows, time, time_or_none};
 use crate::records::{Demand, Spent};
 use crate::{Fence, QueueStats, StoreError};
 
@@ -251,14 +251,21 @@ pub(crate) async fn fail(
     Ok(done.rows_affected() == 1)
 }
 
+/// How a job goes back into the queue.
+pub(crate) struct Back<'a> {
+    /// What went wrong, if anything.
+    pub(crate) error: Option<&'a str>,
+    pub(crate) not_before: Timestamp,
+    /// Attempts to be taken off.
+    pub(crate) uncounted: u32,
+}
+
 /// Puts a running job back into the queue, unless the user has another one there: `false` then, or
-/// if the fence is not the latest. `uncounted` attempts are taken off.
+/// if the fence is not the latest.
 pub(crate) async fn requeue(
     db: &mut Connection,
     fence: &Fence,
-    error: Option<&str>,
-    not_before: Timestamp,
-    uncounted: u32,
+    back: &Back<'_>,
     now: Timestamp,
 ) -> Result<bool, StoreError> {
     let done = sqlx::query(
@@ -270,9 +277,9 @@ pub(crate) async fn requeue(
     )
     .bind(fence.job.as_str())
     .bind(fence.token)
-    .bind(error)
-    .bind(not_before.0)
-    .bind(uncounted)
+    .bind(back.error)
+    .bind(back.not_before.0)
+    .bind(back.uncounted)
     .bind(now.0)
     .execute(db)
     .await?;
@@ -281,17 +288,14 @@ pub(crate) async fn requeue(
 
 /// Adds what a running job was to do to what the user's queued job is to do, and what it has cost to what that has, but
 /// for what is noted of it already, if there is one and the fence is the latest. What the queued one asks for is newer,
-/// and stands. It is the next try: it waits as the running job would have, and has as many attempts behind it, but for
-/// the `uncounted`.
+/// and stands. It is the next try: it waits as the running job would have, and has as many attempts behind it.
 pub(crate) async fn hand_on(
     db: &mut Connection,
     fence: &Fence,
-    error: Option<&str>,
-    not_before: Timestamp,
-    uncounted: u32,
+    back: &Back<'_>,
     now: Timestamp,
 ) -> Result<(), StoreError> {
-    sqlx::query(
+    sqlx::query(concat!(
         "UPDATE jobs AS q SET new_items = q.new_items + r.new_items, urgent = q.urgent OR r.urgent,
              scratch = q.scratch OR r.scratch, training = COALESCE(q.training, r.training),
              error = COALESCE($4, q.error), not_before = max(q.not_before, $5),
@@ -301,19 +305,22 @@ pub(crate) async fn hand_on(
              learns_new = COALESCE(q.learns_new, r.learns_new),
              learns_replayed = COALESCE(q.learns_replayed, r.learns_replayed),
              spent_tokens = q.spent_tokens + max(0, r.spent_tokens + r.tokens
-                 - (SELECT COALESCE(sum(p.tokens), 0) FROM progress p WHERE p.user_id = r.user_id AND p.job = r.id)),
-             spent_seconds = q.spent_seconds + max(0.0,
+                 - ",
+        booked!("tokens", "r"),
+        "), spent_seconds = q.spent_seconds + max(0.0,
                  r.spent_seconds + max(0, $3 - COALESCE(r.started_at, $3)) / 1000.0
-                 - (SELECT COALESCE(sum(p.seconds), 0.0) FROM progress p WHERE p.user_id = r.user_id AND p.job = r.id))
+                 - ",
+        booked!("seconds", "r"),
+        ")
          FROM jobs AS r
          WHERE r.id = $1 AND r.token = $2 AND r.state = 'running' AND q.user_id = r.user_id AND q.state = 'queued'",
-    )
+    ))
     .bind(fence.job.as_str())
     .bind(fence.token)
     .bind(now.0)
-    .bind(error)
-    .bind(not_before.0)
-    .bind(uncounted)
+    .bind(back.error)
+    .bind(back.not_before.0)
+    .bind(back.uncounted)
     .execute(db)
     .await?;
     Ok(())

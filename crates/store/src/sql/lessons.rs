@@ -4,7 +4,7 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 use types::{GenerationId, JobId, JobOutcome, Timestamp};
 
-use super::{Connection, UserKey, count, generation_or_none, id, rows, time};
+use super::{Connection, UserKey, booked, count, generation_or_none, id, rows, time};
 use crate::records::{Lesson, Manifest, OldLoss, ProgressPoint};
 use crate::{Fence, StoreError};
 
@@ -174,16 +174,20 @@ pub(crate) async fn insert_unfinished(
     job: &JobId,
     now: Timestamp,
 ) -> Result<(), StoreError> {
-    sqlx::query(
+    sqlx::query(concat!(
         "INSERT INTO progress (user_id, job, at, scratch, items, new_items, replayed_items, tokens, seconds)
          SELECT j.user_id, j.id, $2, j.learns_scratch, j.learns_items, j.learns_new, j.learns_replayed,
              max(0, j.spent_tokens + j.tokens
-                 - (SELECT COALESCE(sum(p.tokens), 0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id)),
+                 - ",
+        booked!("tokens", "j"),
+        "),
              max(0.0, j.spent_seconds
                  + CASE WHEN j.state = 'running' THEN max(0, COALESCE(j.beat_at - j.started_at, 0)) / 1000.0 ELSE 0 END
-                 - (SELECT COALESCE(sum(p.seconds), 0.0) FROM progress p WHERE p.user_id = j.user_id AND p.job = j.id))
+                 - ",
+        booked!("seconds", "j"),
+        ")
          FROM jobs j WHERE j.id = $1 AND j.state IN ('queued', 'running') AND j.learns_scratch IS NOT NULL",
-    )
+    ))
     .bind(job.as_str())
     .bind(now.0)
     .execute(db)

@@ -24,6 +24,23 @@ use crate::StoreError;
 
 pub(crate) type Connection = sqlx::SqliteConnection;
 
+/// What has been noted in `progress` of the cost, in this column, of the job in a row with this name.
+macro_rules! booked {
+    ($column:literal, $job:literal) => {
+        concat!(
+            "(SELECT COALESCE(sum(p.",
+            $column,
+            "), 0) FROM progress p
+              WHERE p.user_id = ",
+            $job,
+            ".user_id AND p.job = ",
+            $job,
+            ".id)"
+        )
+    };
+}
+pub(crate) use booked;
+
 /// Names one life of a user; see the schema.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct UserKey(i64);
