@@ -15,6 +15,9 @@ use crate::ours::Ours;
 use crate::progress::progress;
 use crate::row::{Row, median};
 
+/// What each phase took.
+type Times = [PhaseTime; Phase::ALL.len()];
+
 const USERS: usize = 16;
 /// Where the steps that count begin and end, in tokens of a sequence.
 const STEPS: std::ops::Range<usize> = 24..72;
@@ -30,7 +33,7 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let progress = progress("profile", bench.runs * cases.len());
     let team = Team::new(cores()).context("a team")?;
     let (mut cached, mut stream) = (Vec::new(), Vec::new());
-    let mut times: Vec<Vec<[PhaseTime; Phase::ALL.len()]>> = vec![Vec::new(); cases.len()];
+    let mut times: Vec<Vec<Times>> = vec![Vec::new(); cases.len()];
     for _ in 0..bench.runs {
         cached.push(at_best(ours, &team)?);
         stream.push(bandwidth(&team));
@@ -43,8 +46,8 @@ pub(crate) fn rows(bench: &Bench, ours: &Ours) -> anyhow::Result<Vec<Row>> {
     let (cached, stream) = (median(&cached).context("no run")?, median(&stream).context("no run")?);
     let mut rows = vec![];
     for (times, (name, batch, _)) in times.iter().zip(cases) {
-        let of = |of: &dyn Fn(&[PhaseTime; 7]) -> f64| times.iter().map(of).collect::<Vec<_>>();
-        let whole = |times: &[PhaseTime; 7]| times.iter().map(|time| time.whole.as_secs_f64()).sum::<f64>();
+        let of = |of: &dyn Fn(&Times) -> f64| times.iter().map(of).collect::<Vec<_>>();
+        let whole = |times: &Times| times.iter().map(|time| time.whole.as_secs_f64()).sum::<f64>();
         rows.push(Row::alone(
             format!("a step of {name}, ms"),
             &of(&|times| whole(times) * 1e3 / STEPS.len() as f64),
@@ -106,7 +109,7 @@ fn products(ours: &Ours, phase: Phase) -> Option<(usize, usize)> {
 }
 
 /// A token for each of `rows` sequences, step after step.
-fn steps(ours: &Ours, rows: usize, leases: &[Lease]) -> anyhow::Result<[PhaseTime; Phase::ALL.len()]> {
+fn steps(ours: &Ours, rows: usize, leases: &[Lease]) -> anyhow::Result<Times> {
     let each = STEPS.end.div_ceil(BLOCK_LEN) as u32;
     let mut runtime = Runtime::new(cores(), Precision::Fast).context("threads")?;
     let mut kv = KvPool::new(ours.base.config(), rows * each as usize, Precision::Fast)?;
