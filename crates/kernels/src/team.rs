@@ -267,10 +267,12 @@ impl Workers for Team {
         while shared.left.load(Ordering::Acquire) < joined {
             std::hint::spin_loop();
         }
+        // Also where the leader panicked: the next round is not to blame.
+        let helper_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
             resume_unwind(panic);
         }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a task of the team panicked");
+        assert!(!helper_panicked, "a task of the team panicked");
     }
 }
 
@@ -382,6 +384,22 @@ mod tests {
             assert!(refused.is_err());
         });
         team.run(2, &|_| ());
+    }
+
+    #[test]
+    fn a_round_in_which_everybody_panicked_leaves_nothing_to_the_next() {
+        let team = Team::new(2).unwrap_or_else(|error| panic!("{error}"));
+        for _ in 0..50 {
+            let met = std::sync::Barrier::new(2);
+            let failed = catch_unwind(AssertUnwindSafe(|| {
+                team.run(2, &|_| {
+                    met.wait();
+                    panic!("seeded");
+                });
+            }));
+            assert!(failed.is_err());
+            team.run(2, &|_| ());
+        }
     }
 
     #[test]
