@@ -81,7 +81,7 @@ fn train(base: &BaseModel, tokens: &[u32]) -> anyhow::Result<AdapterWeights> {
         target_modules: TargetModules::names(&sites),
         ..LoraConfig::oppu()
     });
-    let recipe = Recipe { adapter, ..served()?.training.recipe() };
+    let recipe = Recipe { adapter, ..served()?.training.recipe(base.parameters()) };
     Ok(train::train(base, None, &examples, &recipe, |_| ControlFlow::Continue(()))?.weights)
 }
 

@@ -49,7 +49,7 @@ impl Service {
     pub async fn start(args: &ServiceArgs, data: &Path) -> anyhow::Result<Self> {
         // What is wrong with the settings is said at once and does not wait for the model.
         let auth = keys::auth(args)?;
-        let worker_settings = worker_settings(args)?;
+        let mut worker_settings = worker_settings(args)?;
         let metrics = Metrics::default();
         let cache_settings = cache_settings(args, &metrics)?;
         // A taken port is the commonest mistake.
@@ -79,7 +79,8 @@ impl Service {
         let tokenizer =
             Tokenizer::new(&source).with_context(|| format!("tokenizer of {}", path.display()))?;
         let base = Arc::new(model);
-        // Which blocks there are is known by now.
+        // How large the base is and which blocks there are is known by now.
+        worker_settings.recipe = args.training.recipe(base.parameters());
         let limits = TrainingLimits { layers: base.shape().layers, ..args.training_limits() };
         for (tenant, options) in &worker_settings.tenants {
             options.check(&limits).with_context(|| format!("--tenant-training: {tenant}"))?;
@@ -230,7 +231,8 @@ fn cache_settings(args: &ServiceArgs, metrics: &Metrics) -> anyhow::Result<Cache
 fn worker_settings(service: &ServiceArgs) -> anyhow::Result<worker::Settings> {
     let (args, limits) = (&service.training, service.training_limits());
     let defaults = worker::Settings::default();
-    let recipe = args.recipe();
+    // The base is not known yet; what nobody asked for is within the limits for any.
+    let recipe = args.recipe(usize::MAX);
     recipe.check().context("training settings")?;
     if args.rank > limits.rank {
         bail!("--rank {}: must be at most --max-rank, {}", args.rank, limits.rank);

@@ -195,7 +195,7 @@ impl From<TaskModeArg> for TaskMode {
     }
 }
 
-/// The recipe's numbers: OPPU's structure, with rates fit for a small base.
+/// The recipe's numbers: OPPU's, with rates fit for a small base where the base is one.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Training")]
 pub struct TrainingArgs {
@@ -205,15 +205,15 @@ pub struct TrainingArgs {
     /// Threads of the training. [default: all cores]
     #[arg(long, env = "ATELIER_TRAIN_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub train_threads: Option<u16>,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 2e-3, env = "ATELIER_LEARNING_RATE")]
-    pub learning_rate: f64,
-    /// Passes over a user's items.
-    #[arg(long, default_value_t = 3, env = "ATELIER_EPOCHS")]
-    pub epochs: u32,
-    /// Items per optimiser step.
-    #[arg(long, default_value_t = 4, env = "ATELIER_TRAIN_BATCH")]
-    pub train_batch: usize,
+    /// Peak learning rate. [default: 1e-4, OPPU's; 2e-3 for a base below a billion parameters]
+    #[arg(long, env = "ATELIER_LEARNING_RATE")]
+    pub learning_rate: Option<f64>,
+    /// Passes over a user's items. [default: 2, OPPU's; 3 for a base below a billion parameters]
+    #[arg(long, env = "ATELIER_EPOCHS")]
+    pub epochs: Option<u32>,
+    /// Items per optimiser step. [default: 16, OPPU's; 4 for a base below a billion parameters]
+    #[arg(long, env = "ATELIER_TRAIN_BATCH")]
+    pub train_batch: Option<usize>,
     /// Rank of the adapters, at most --max-rank.
     #[arg(long, default_value_t = 8, env = "ATELIER_RANK")]
     pub rank: usize,
@@ -286,13 +286,13 @@ impl TrainPrecisionArg {
 }
 
 impl TrainingArgs {
-    /// The recipe: OPPU's with these numbers; alpha equals the rank, as there.
+    /// The recipe for a base of so many parameters with these numbers; alpha equals the rank, as OPPU has it.
     #[must_use]
-    pub fn recipe(&self) -> Recipe {
-        let mut recipe = Recipe::oppu();
-        recipe.learning_rate = self.learning_rate;
-        recipe.epochs = self.epochs;
-        recipe.batch = self.train_batch;
+    pub fn recipe(&self, parameters: usize) -> Recipe {
+        let mut recipe = Recipe::for_base(parameters);
+        recipe.learning_rate = self.learning_rate.unwrap_or(recipe.learning_rate);
+        recipe.epochs = self.epochs.unwrap_or(recipe.epochs);
+        recipe.batch = self.train_batch.unwrap_or(recipe.batch);
         recipe.activation_bytes = self.train_activation_mib as usize * MIB;
         recipe.products = self.train_precision.products();
         recipe.adapter =
@@ -337,12 +337,29 @@ mod tests {
         }
     }
 
+    /// The recipe of a server that is started with these words on a base of so many parameters.
+    fn recipe(words: &[&str], parameters: usize) -> Option<Recipe> {
+        match Cli::try_parse_from([&["atelier", "serve"], words].concat()) {
+            Ok(Cli { command: Command::Serve(args) }) => Some(args.training.recipe(parameters)),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn rates_are_those_of_the_base_unless_asked_for() {
+        let rates = |words: &[&str], parameters| {
+            recipe(words, parameters).map(|recipe| (recipe.learning_rate, recipe.epochs, recipe.batch))
+        };
+        let (small, large) = (135_000_000, 7_000_000_000);
+        assert_eq!(rates(&[], small), Some((2e-3, 3, 4)));
+        assert_eq!(rates(&[], large), Some((1e-4, 2, 16)));
+        let asked = ["--learning-rate", "5e-4", "--epochs", "7", "--train-batch", "9"];
+        assert_eq!([small, large].map(|size| rates(&asked, size)), [Some((5e-4, 7, 9)); 2]);
+    }
+
     #[test]
     fn activations_have_a_budget() {
-        let bytes = |words: &[&str]| match Cli::try_parse_from([&["atelier", "serve"], words].concat()) {
-            Ok(Cli { command: Command::Serve(args) }) => Some(args.training.recipe().activation_bytes),
-            _ => None,
-        };
+        let bytes = |words: &[&str]| recipe(words, 0).map(|recipe| recipe.activation_bytes);
         let setting = |given: &'static str| bytes(&["--train-activation-mib", given]);
         assert_eq!(bytes(&[]), Some(Recipe::oppu().activation_bytes));
         assert_eq!(["0", "7", "4096", "-1"].map(setting), [Some(0), Some(7 << 20), Some(4 << 30), None]);

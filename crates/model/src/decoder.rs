@@ -142,6 +142,14 @@ impl BaseModel {
         &self.hash
     }
 
+    /// Its parameters, without the few thousand of norms and biases.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        let linears = self.blocks.iter().flat_map(|block| &block.linears).map(|linear| &linear.weight);
+        let head = (!Arc::ptr_eq(&self.embedding, &self.head.weight)).then_some(&self.head.weight);
+        linears.chain([&self.embedding]).chain(head).map(|weight| weight.rows() * weight.cols()).sum()
+    }
+
     /// Bytes of weights in memory.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {

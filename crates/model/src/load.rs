@@ -70,7 +70,7 @@ pub fn load(path: &Path, options: LoadOptions) -> Result<Loaded, ModelError> {
     let hash = source.tensors.hash()?;
     let model = build(&source, hash)?;
     let unit = kernels::isa().name();
-    tracing::info!(path = %path.display(), bytes = model.weight_bytes(), unit, "model loaded");
+    tracing::info!(path = %path.display(), bytes = model.weight_bytes(), parameters = model.parameters(), unit, "model loaded");
     Ok(Loaded { model, tokenizer: source.tokenizer })
 }
 

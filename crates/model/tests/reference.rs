@@ -119,6 +119,23 @@ fn base_logits_equal_transformers() {
 }
 
 #[test]
+fn parameters_are_the_files_matrices() {
+    for name in ["tiny-llama", "tiny-llama-tied", "tiny-qwen3"] {
+        let files = std::fs::read_dir(fixtures().join(name)).unwrap().map(|entry| entry.unwrap().path());
+        let of_the_model = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("model") && name.ends_with(".safetensors")
+        };
+        let matrices = files.filter(of_the_model).flat_map(|file| {
+            let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+            tensors.into_values().filter(|tensor| tensor.rank() == 2)
+        });
+        let parameters: usize = matrices.map(|matrix| matrix.elem_count()).sum();
+        assert_eq!(base(name).parameters(), parameters, "{name}");
+    }
+}
+
+#[test]
 fn adapter_logits_equal_peft() {
     let all = KINDS.as_slice();
     for (model, kinds) in [

@@ -9,6 +9,9 @@ use crate::optimiser::Adam;
 /// Smallest epsilon of AdamW: far above what float32 takes for 0.
 const MIN_EPSILON: f64 = 1e-16;
 
+/// A base of fewer parameters is small: see [`Recipe::for_base`].
+const SMALL_BASE: usize = 1_000_000_000;
+
 /// Hyper-parameters of one training run (Tan et al., "Democratizing Large Language Models via Personalized
 /// Parameter-Efficient Fine-tuning", 2024, and its released code).
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +69,14 @@ impl Recipe {
             products: Products::F32,
             seed: 0,
         }
+    }
+
+    /// The numbers for a base of so many parameters where nobody has asked for others: OPPU's, but below a billion with
+    /// a higher rate and more, smaller steps, as OPPU's hardly move such a base on a hundred items.
+    #[must_use]
+    pub fn for_base(parameters: usize) -> Self {
+        let oppu = Self::oppu();
+        if parameters < SMALL_BASE { Self { epochs: 3, batch: 4, learning_rate: 2e-3, ..oppu } } else { oppu }
     }
 
     /// Checks the limits.
@@ -132,4 +143,22 @@ pub fn learning_rate(recipe: &Recipe, step: u32, steps: u32) -> f64 {
     let (step, steps) = (f64::from(step), f64::from(steps));
     let share = if step < warmup { step / warmup } else { (steps - step) / (steps - warmup).max(1.0) };
     recipe.learning_rate * share.max(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_as_oppus_has_oppus_numbers_and_a_small_one_the_same_but_for_the_rates() {
+        let llama_2_7b = 6_738_415_616;
+        assert_eq!(Recipe::for_base(llama_2_7b), Recipe::oppu());
+        assert_eq!(Recipe::for_base(SMALL_BASE), Recipe::oppu());
+        for small in [135_000_000, SMALL_BASE - 1] {
+            let own = Recipe::for_base(small);
+            assert_eq!((own.learning_rate, own.epochs, own.batch), (2e-3, 3, 4));
+            let Recipe { learning_rate, epochs, batch, .. } = Recipe::oppu();
+            assert_eq!(Recipe { learning_rate, epochs, batch, ..own }, Recipe::oppu());
+        }
+    }
 }
