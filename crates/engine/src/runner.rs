@@ -284,11 +284,11 @@ impl Runner {
     /// the step can be gone on with.
     fn settle(&mut self, work: &[Work]) -> bool {
         let all = std::mem::take(&mut self.logits);
-        let mut logits = all.rows();
+        let mut rows = all.rows().enumerate().map(|(at, logits)| (logits, all.largest(at)));
         let (mut own, mut prompt, mut generated) = (0, 0, 0);
         let mut kept = true;
         for work in work {
-            let row = if work.sample { logits.next() } else { None };
+            let row = if work.sample { rows.next() } else { None };
             let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
             let computed = sequence.compute(work.tokens);
             own += computed.0 as u64;
@@ -328,7 +328,7 @@ impl Runner {
                 Progress::Failed(reason) => self.fail(work.id, reason),
             }
         }
-        drop(logits);
+        drop(rows);
         self.logits = all;
         self.shared.count(|stats| {
             stats.virtual_tokens += own;

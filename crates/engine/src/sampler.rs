@@ -56,28 +56,29 @@ impl Sampler {
         &self.params
     }
 
-    /// Chooses the token at `position` of the answer; `banned` tokens cannot be chosen. `None` when no
-    /// finite logit is left.
+    /// Chooses the token at `position` of the answer; `largest` is the largest logit, as [`model::Logits::largest`] has it;
+    /// `banned` tokens cannot be chosen. `None` when no finite logit is left.
     ///
     /// Order: repetition, frequency and presence penalty, bias; temperature, min-p, top-k, top-p. The random
     /// number depends on seed and position alone.
     pub fn choose(
         &mut self,
         logits: &[f32],
+        largest: Option<(u32, f32)>,
         position: u32,
         banned: &[u32],
         scratch: &mut Scratch,
     ) -> Option<Choice> {
         let Scratch { logits: copy, weights, candidates } = scratch;
-        let adjusted = if self.seen.is_empty() && self.params.logit_bias.is_empty() && banned.is_empty() {
-            logits
+        let as_they_are = self.seen.is_empty() && self.params.logit_bias.is_empty() && banned.is_empty();
+        let (adjusted, best) = if as_they_are {
+            (logits, largest?)
         } else {
             copy.clear();
             copy.extend_from_slice(logits);
             self.adjust(copy, banned);
-            copy
+            (&copy[..], best(copy)?)
         };
-        let best = best(adjusted)?;
         let greedy = self.params.temperature <= 0.0;
         let id =
             if greedy { best.0 } else { draw(&self.params, adjusted, best.1, position, weights, candidates) };
@@ -144,9 +145,12 @@ mod tests {
     use crate::draw::uniform;
 
     fn choose(params: SamplingParams, logits: &[f32], position: u32) -> u32 {
-        Sampler::new(params, &[])
-            .choose(logits, position, &[], &mut Scratch::default())
-            .map_or(u32::MAX, |choice| choice.id)
+        chosen(&mut Sampler::new(params, &[]), logits, position, &[]).unwrap_or(u32::MAX)
+    }
+
+    fn chosen(sampler: &mut Sampler, logits: &[f32], position: u32, banned: &[u32]) -> Option<u32> {
+        let choice = sampler.choose(logits, best(logits), position, banned, &mut Scratch::default());
+        choice.map(|choice| choice.id)
     }
 
     #[test]
@@ -187,27 +191,24 @@ mod tests {
     fn penalties_and_bias_change_the_choice() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let logits = [2.0, 1.9, 0.0];
-        let mut scratch = Scratch::default();
         let mut sampler = Sampler::new(SamplingParams { presence_penalty: 0.5, ..greedy.clone() }, &[1]);
-        let ids: Vec<u32> =
-            (0..3).filter_map(|p| sampler.choose(&logits, p, &[], &mut scratch)).map(|c| c.id).collect();
+        let ids: Vec<u32> = (0..3).filter_map(|p| chosen(&mut sampler, &logits, p, &[])).collect();
         assert_eq!(ids, [0, 1, 0]);
         let biased = SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy.clone() };
         assert_eq!(choose(biased, &logits, 0), 2);
         let repeated = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
-        assert_eq!(Sampler::new(repeated, &[0]).choose(&logits, 0, &[], &mut scratch).map(|c| c.id), Some(1));
-        assert_eq!(
-            Sampler::new(greedy.clone(), &[]).choose(&logits, 0, &[0], &mut scratch).map(|c| c.id),
-            Some(1)
-        );
-        assert_eq!(Sampler::new(greedy, &[]).choose(&[f32::NAN, 1.0], 0, &[], &mut scratch), None);
+        assert_eq!(chosen(&mut Sampler::new(repeated, &[0]), &logits, 0, &[]), Some(1));
+        assert_eq!(chosen(&mut Sampler::new(greedy.clone(), &[]), &logits, 0, &[0]), Some(1));
+        assert_eq!(chosen(&mut Sampler::new(greedy, &[]), &[f32::NAN, 1.0], 0, &[]), None);
     }
 
     #[test]
     fn log_probabilities_are_those_of_the_model() {
         let params =
             SamplingParams { logprobs: Some(2), temperature: 0.3, top_k: 1, ..SamplingParams::default() };
-        let choice = Sampler::new(params, &[]).choose(&[0.0, 1.0, 2.0], 0, &[], &mut Scratch::default());
+        let logits = [0.0, 1.0, 2.0];
+        let choice =
+            Sampler::new(params, &[]).choose(&logits, best(&logits), 0, &[], &mut Scratch::default());
         let log_sum = (1.0f32 + 1.0f32.exp() + 2.0f32.exp()).ln();
         let choice = choice.unwrap_or(Choice { id: 9, logprob: 0.0, top: Vec::new() });
         assert_eq!(choice.id, 2);
@@ -320,7 +321,8 @@ mod tests {
             let mut scratch = Scratch { logits: vec![9.0; 70], weights: vec![9.0; 70], candidates: vec![(3, 9.0); 70] };
             let mut answer = Vec::new();
             for position in 0..6 {
-                let ours = sampler.choose(&logits, position, &banned, &mut scratch).map(|choice| choice.id);
+                let ours = sampler.choose(&logits, best(&logits), position, &banned, &mut scratch);
+                let ours = ours.map(|choice| choice.id);
                 prop_assert_eq!(ours, plainly(&params, &prompt, &answer, &logits, &banned));
                 answer.extend(ours);
             }
@@ -350,7 +352,7 @@ mod tests {
     fn greedy_choices_without_penalties_copy_nothing() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let mut scratch = Scratch::default();
-        let choice = Sampler::new(greedy, &[1]).choose(&[0.0; 64], 0, &[], &mut scratch);
+        let choice = Sampler::new(greedy, &[1]).choose(&[0.0; 64], Some((0, 0.0)), 0, &[], &mut scratch);
         assert_eq!(choice.map(|choice| choice.id), Some(0));
         assert_eq!((scratch.logits.capacity(), scratch.candidates.capacity()), (0, 0));
     }

@@ -129,7 +129,7 @@ impl Sequence {
     /// Chooses the next token, tells the reader, and says whether the sequence goes on.
     pub(crate) fn advance(
         &mut self,
-        logits: &[f32],
+        (logits, largest): (&[f32], Option<(u32, f32)>),
         eos: &[u32],
         context: usize,
         scratch: &mut Scratch,
@@ -137,7 +137,7 @@ impl Sequence {
         let position = self.answered();
         let SamplingParams { min_tokens, max_tokens, .. } = *self.sampler.params();
         let banned = if position < min_tokens { &self.banned[..] } else { &[] };
-        let Some(choice) = self.sampler.choose(logits, position, banned, scratch) else {
+        let Some(choice) = self.sampler.choose(logits, largest, position, banned, scratch) else {
             return Progress::Failed("the model gave no finite logits".into());
         };
         let params = self.sampler.params();

@@ -7,12 +7,11 @@
 
 use std::cell::Cell;
 
-use crate::isa::Isa;
 use crate::lanes::{Lanes, brain_to_f32, multiversion};
 use crate::linear::Means;
 use crate::paging::{BLOCK, KvElement, KvLayout, Pages};
 use crate::parallel::Shared;
-use crate::pointwise::exp;
+use crate::pointwise::exp_with;
 
 /// Keys and values, to read one layer's.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +53,7 @@ pub fn paged_attention<E: KvElement>(
     let rows = pages.check(kv.layout, kv.numbers.len());
     assert!(kv.layer < layers, "layer {} of {layers}", kv.layer);
     assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
+    assert!(head_dim.is_multiple_of(2), "heads of an odd number of values");
     assert_eq!(q.len(), rows * width, "q is not {rows} x {width}");
     assert_eq!(q.len(), out.len());
     let (mut tiles, mut products) = (0, 0);
@@ -83,8 +83,9 @@ pub fn paged_attention<E: KvElement>(
             first: first_row + from,
             start: sequence.start + from,
             count: TILE_ROWS.min(sequence.rows - from),
+            next: (&[], 0),
         };
-        attend_tile(means.isa, kv, rows, (kv_head, heads), q, shared);
+        attend_tile(means.isa, kv.raw(), rows, (kv_head, heads), q.as_ptr(), shared);
     };
     let tasks = tiles * kv_heads;
     if products < ALONE {
@@ -94,43 +95,34 @@ pub fn paged_attention<E: KvElement>(
     }
 }
 
-/// Some consecutive rows of a sequence.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    blocks: &'a [u32],
-    /// In the batch.
-    first: usize,
-    /// Position of the first.
-    start: usize,
-    count: usize,
+impl<E: KvElement> KvStore<'_, E> {
+    fn raw(&self) -> Raw {
+        let Self { layout, numbers, layer, window } = *self;
+        Raw { numbers: numbers.as_ptr().cast(), brain: E::BRAIN, layout, layer, window }
+    }
 }
 
-fn attend_tile<E: KvElement>(
-    isa: Isa,
-    kv: &KvStore<'_, E>,
-    rows: Rows<'_>,
-    heads: (usize, usize),
-    q: &[f32],
-    out: Shared<'_>,
-) {
-    let raw = Raw {
-        numbers: kv.numbers.as_ptr().cast(),
-        brain: E::BRAIN,
-        layout: kv.layout,
-        layer: kv.layer,
-        window: kv.window,
-    };
-    tile(isa, raw, rows, heads, q, out);
+/// Some consecutive rows of a sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) blocks: &'a [u32],
+    /// In the batch.
+    pub(crate) first: usize,
+    /// Position of the first.
+    pub(crate) start: usize,
+    pub(crate) count: usize,
+    /// Blocks and key head of what the thread computes next: their keys come out of memory meanwhile.
+    pub(crate) next: (&'a [u32], usize),
 }
 
 /// A [`KvStore`] of either precision.
 #[derive(Clone, Copy)]
-struct Raw {
-    numbers: *const u8,
-    brain: bool,
-    layout: KvLayout,
-    layer: usize,
-    window: Option<usize>,
+pub(crate) struct Raw {
+    pub(crate) numbers: *const u8,
+    pub(crate) brain: bool,
+    pub(crate) layout: KvLayout,
+    pub(crate) layer: usize,
+    pub(crate) window: Option<usize>,
 }
 
 impl Raw {
@@ -144,7 +136,25 @@ impl Raw {
         self.layout.values(self.layer, block, head)
     }
 
-    /// Sixteen numbers.
+    /// Thirty-two numbers: two dimensions of sixteen positions' keys, or of a value sixteen dimensions and those after
+    /// them.
+    ///
+    /// # Safety
+    /// `at` and thirty-one more lie in the store.
+    #[inline(always)]
+    unsafe fn load_two<L: Lanes>(&self, at: usize) -> [L; 2] {
+        // SAFETY: the caller vouches for the place.
+        unsafe {
+            if self.brain {
+                L::load_brain_pairs(self.numbers.add(at * 2))
+            } else {
+                let at = self.numbers.cast::<f32>().add(at);
+                [L::load(at), L::load(at.add(16))]
+            }
+        }
+    }
+
+    /// Sixteen dimensions of a value that are not among thirty-two.
     ///
     /// # Safety
     /// `at` and fifteen more lie in the store.
@@ -167,10 +177,11 @@ impl Raw {
 }
 
 multiversion! {
-    /// Some rows and the query heads of key head `heads.0` out of `heads.1` query heads in all.
-    fn tile(
-        kv: Raw, rows: Rows<'_>, heads: (usize, usize), q: &[f32], out: Shared<'_>,
-    ) = tile_body<Lanes>
+    /// Some rows and the query heads of key head `heads.0` out of `heads.1` query heads in all. The store holds the rows'
+    /// blocks, `q` and `out` the rows, and nobody else writes what is read or reads what is written.
+    pub(crate) fn attend_tile(
+        kv: Raw, rows: Rows<'_>, heads: (usize, usize), q: *const f32, out: Shared<'_>,
+    ) = attend_tile_body<Lanes>
 }
 
 /// The part of the attention that one query row and head has.
@@ -187,11 +198,11 @@ struct Query {
 const MOST: usize = 12;
 
 #[inline(always)]
-fn tile_body<L: Lanes>(
+fn attend_tile_body<L: Lanes>(
     kv: Raw,
     rows: Rows<'_>,
     (kv_head, heads): (usize, usize),
-    q: &[f32],
+    q: *const f32,
     out: Shared<'_>,
 ) {
     let KvLayout { kv_heads, head_dim, .. } = kv.layout;
@@ -219,16 +230,16 @@ fn tile_body<L: Lanes>(
         // SAFETY: the caller checked blocks and lengths; tasks own disjoint rows and heads.
         unsafe {
             if L::TALL && waiting == MOST {
-                attend::<L, MOST>(kv, rows.blocks, kv_head, batch, q, &mut scores, out);
+                attend::<L, MOST>(kv, rows, kv_head, batch, q, &mut scores, out);
             } else {
                 let mut rest = batch;
                 while let Some((three, more)) = rest.split_first_chunk::<3>() {
-                    attend::<L, 3>(kv, rows.blocks, kv_head, three, q, &mut scores, out);
+                    attend::<L, 3>(kv, rows, kv_head, three, q, &mut scores, out);
                     rest = more;
                 }
                 for query in rest {
                     let one = std::slice::from_ref(query);
-                    attend::<L, 1>(kv, rows.blocks, kv_head, one, q, &mut scores, out);
+                    attend::<L, 1>(kv, rows, kv_head, one, q, &mut scores, out);
                 }
             }
         }
@@ -242,55 +253,36 @@ fn tile_body<L: Lanes>(
 #[inline(always)]
 unsafe fn attend<L: Lanes, const N: usize>(
     kv: Raw,
-    blocks: &[u32],
+    rows: Rows<'_>,
     kv_head: usize,
     queries: &[Query],
-    q: &[f32],
+    q: *const f32,
     scores: &mut [f32],
     out: Shared<'_>,
 ) {
-    let dim = kv.layout.head_dim;
+    let (dim, blocks) = (kv.layout.head_dim, rows.blocks);
     let scale = 1.0 / (dim as f32).sqrt();
     let seen = |position: usize| kv.window.map_or(0, |window| (position + 1).saturating_sub(window));
     // Queries are in the order of their positions.
     let first = seen(queries[0].position);
     let last = queries[N - 1].position;
-    for block in first / BLOCK..=last / BLOCK {
-        let [keys, next] =
-            [block, (block + 1).min(last / BLOCK)].map(|block| kv.keys(blocks[block], kv_head));
-        let values = kv.values(blocks[block], kv_head);
-        let mut sums = [L::zero(); N];
-        for d in 0..dim {
-            if d % 2 == 0 {
-                // The next keys and this block's values come out of memory meanwhile.
-                kv.prefetch::<L>(next + d * BLOCK);
-                kv.prefetch::<L>(values + d * BLOCK);
-            }
-            // SAFETY: the block lies in the store (the caller's promise).
-            let key: L = unsafe { kv.load(keys + d * BLOCK) };
-            for i in 0..N {
-                // SAFETY: a query has `dim` values.
-                let q = unsafe { *q.get_unchecked(queries[i].at + d) };
-                sums[i] = sums[i].fma(key, L::splat(q));
+    let (mut block, end) = (first / BLOCK, last / BLOCK + 1);
+    // Few queries wait for their sums: so many blocks together as keep the unit busy.
+    let together = if !L::TALL || N > 3 { 1 } else { 4 };
+    while block < end {
+        let count = together.min(end - block);
+        // SAFETY: as for this function; there are so many blocks.
+        unsafe {
+            match count {
+                4 => score::<L, N, 4>(kv, rows, kv_head, block, queries, q, scale, scores),
+                3 => score::<L, N, 3>(kv, rows, kv_head, block, queries, q, scale, scores),
+                2 => score::<L, N, 2>(kv, rows, kv_head, block, queries, q, scale, scores),
+                _ => score::<L, N, 1>(kv, rows, kv_head, block, queries, q, scale, scores),
             }
         }
-        for i in 0..N {
-            let to = &mut scores[queries[i].scores + block * BLOCK..][..BLOCK];
-            // SAFETY: sixteen values.
-            unsafe { sums[i].mul(L::splat(scale)).store(to.as_mut_ptr()) };
-        }
+        block += count;
     }
-    let mut factors = [0.0; N];
-    for i in 0..N {
-        let Query { position, scores: at, .. } = queries[i];
-        let from = seen(position);
-        // Whole blocks; what a query does not see weighs nothing.
-        let row = &mut scores[at + first / BLOCK * BLOCK..at + (last / BLOCK + 1) * BLOCK];
-        let base = first / BLOCK * BLOCK;
-        row[..from - base].fill(f32::NEG_INFINITY);
-        row[position + 1 - base..].fill(f32::NEG_INFINITY);
-        factors[i] = 1.0 / exponentials(row, from / BLOCK - first / BLOCK);
-    }
+    let factors = weights::<L, N>([first, last], queries, seen, scores);
     let mut d = 0;
     while d < dim {
         if d + 4 * 16 <= dim && N <= 6 {
@@ -324,6 +316,57 @@ unsafe fn attend<L: Lanes, const N: usize>(
     }
 }
 
+/// The queries' scores of the positions in `B` blocks from `block` on.
+///
+/// # Safety
+/// As for [`attend`]; there are so many blocks.
+#[inline(always)]
+unsafe fn score<L: Lanes, const N: usize, const B: usize>(
+    kv: Raw,
+    rows: Rows<'_>,
+    kv_head: usize,
+    block: usize,
+    queries: &[Query],
+    q: *const f32,
+    scale: f32,
+    scores: &mut [f32],
+) {
+    let own: [u32; B] = std::array::from_fn(|b| rows.blocks[block + b]);
+    let keys = own.map(|block| kv.keys(block, kv_head));
+    let values = own.map(|block| kv.values(block, kv_head));
+    // Of this tile, or of the one that the thread comes to next.
+    let rest = rows.blocks[block + B..].iter().map(|&block| kv.keys(block, kv_head));
+    let mut rest = rest.chain(rows.next.0.iter().map(|&block| kv.keys(block, rows.next.1)));
+    let next: [usize; B] = std::array::from_fn(|b| rest.next().unwrap_or(keys[b]));
+    let mut sums = [[L::zero(); B]; N];
+    for d in (0..kv.layout.head_dim).step_by(2) {
+        let mut two = [[L::zero(); 2]; B];
+        for b in 0..B {
+            // The next keys and these blocks' values come out of memory meanwhile.
+            kv.prefetch::<L>(next[b] + d * BLOCK);
+            kv.prefetch::<L>(values[b] + d * BLOCK);
+            // SAFETY: the block lies in the store (the caller's promise), and heads have even numbers of values.
+            two[b] = unsafe { kv.load_two(keys[b] + d * BLOCK) };
+        }
+        for of in 0..2 {
+            for i in 0..N {
+                // SAFETY: a query has as many values as a head.
+                let q = L::splat(unsafe { *q.add(queries[i].at + d + of) });
+                for b in 0..B {
+                    sums[i][b] = sums[i][b].fma(two[b][of], q);
+                }
+            }
+        }
+    }
+    for i in 0..N {
+        for b in 0..B {
+            let to = &mut scores[queries[i].scores + (block + b) * BLOCK..][..BLOCK];
+            // SAFETY: sixteen values.
+            unsafe { sums[i][b].mul(L::splat(scale)).store(to.as_mut_ptr()) };
+        }
+    }
+}
+
 fn one(kv: Raw, at: usize) -> f32 {
     // SAFETY: `attend`'s caller vouches for the place.
     unsafe {
@@ -335,38 +378,43 @@ fn one(kv: Raw, at: usize) -> f32 {
     }
 }
 
-/// Replaces scores by `e^(score - max)` and returns their sum, in sixteen lanes and a fixed tree. The first `skip`
-/// blocks, which the row does not see, are left out of the sum, so that its order is the row's own.
+/// Replaces the queries' scores of whole blocks by `e^(score - max)`, what a query does not see by nothing, and returns
+/// one over their sums, in sixteen lanes and a fixed tree. The queries take turns, so that none waits for itself.
 #[inline(always)]
-fn exponentials(row: &mut [f32], skip: usize) -> f32 {
-    let mut max = [f32::NEG_INFINITY; BLOCK];
-    for block in row.as_chunks::<BLOCK>().0 {
-        for i in 0..BLOCK {
-            max[i] = if block[i] > max[i] { block[i] } else { max[i] };
+fn weights<L: Lanes, const N: usize>(
+    [first, last]: [usize; 2],
+    queries: &[Query],
+    seen: impl Fn(usize) -> usize,
+    scores: &mut [f32],
+) -> [f32; N] {
+    let (base, count) = (first / BLOCK * BLOCK, last / BLOCK + 1 - first / BLOCK);
+    let mut max = [L::splat(f32::NEG_INFINITY); N];
+    for i in 0..N {
+        let Query { position, scores: at, .. } = queries[i];
+        let row = &mut scores[at + base..][..count * BLOCK];
+        row[..seen(position) - base].fill(f32::NEG_INFINITY);
+        row[position + 1 - base..].fill(f32::NEG_INFINITY);
+        for block in row.as_chunks::<BLOCK>().0 {
+            // SAFETY: a block has sixteen values; this code is compiled for the unit.
+            max[i] = max[i].max(unsafe { L::load(block.as_ptr()) });
         }
     }
-    let max = max.iter().fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max });
-    let mut sums = [0.0f32; BLOCK];
-    for (index, block) in row.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
-        for i in 0..BLOCK {
-            let seen = block[i] != f32::NEG_INFINITY;
-            let value = exp(block[i] - max);
-            block[i] = if seen { value } else { 0.0 };
-        }
-        if index >= skip {
-            for i in 0..BLOCK {
-                sums[i] += block[i];
+    let max = max.map(L::max_lane);
+    let mut sums = [L::zero(); N];
+    for block in 0..count {
+        for i in 0..N {
+            let row = &mut scores[queries[i].scores + base + block * BLOCK..][..BLOCK];
+            for score in &mut *row {
+                let is_seen = *score != f32::NEG_INFINITY;
+                let power = *score - max[i];
+                let weight = if L::FUSED { exp_with::<true>(power) } else { exp_with::<false>(power) };
+                *score = if is_seen { weight } else { 0.0 };
             }
+            // SAFETY: as above.
+            sums[i] = sums[i].add(unsafe { L::load(row.as_ptr()) });
         }
     }
-    let mut width = BLOCK / 2;
-    while width > 0 {
-        for i in 0..width {
-            sums[i] += sums[i + width];
-        }
-        width /= 2;
-    }
-    sums[0]
+    sums.map(|sums| 1.0 / sums.sum())
 }
 
 /// The dimensions `d..d + 16 * W` of the outputs: values weighted by the scores, position after position.
@@ -393,9 +441,15 @@ unsafe fn mix<L: Lanes, const N: usize, const W: usize>(
         for position in from..=last.min(block * BLOCK + BLOCK - 1) {
             let at = values + (position - block * BLOCK) * dim;
             let mut value = [L::zero(); W];
-            for w in 0..W {
+            for w in (0..W).step_by(2) {
                 // SAFETY: the block lies in the store (the caller's promise).
-                value[w] = unsafe { kv.load(at + w * 16) };
+                unsafe {
+                    if w + 1 < W {
+                        [value[w], value[w + 1]] = kv.load_two(at + w * 16);
+                    } else {
+                        value[w] = kv.load(at + w * 16);
+                    }
+                }
             }
             for i in 0..N {
                 // SAFETY: a query has scores up to the last position's block.

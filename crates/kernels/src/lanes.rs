@@ -46,6 +46,11 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `from` is valid for reading 32 bytes, and the CPU has the implementation's unit.
     unsafe fn load_brain(from: *const u8) -> Self;
+    /// Sixteen pairs of bfloat16 values from memory: the first of each, and the second.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 64 bytes, and the CPU has the implementation's unit.
+    unsafe fn load_brain_pairs(from: *const u8) -> [Self; 2];
     /// Sixteen unsigned bytes from memory.
     ///
     /// # Safety
@@ -64,6 +69,8 @@ pub(crate) trait Lanes: Copy {
     fn add(self, b: Self) -> Self;
     /// `self + a * b`, lane by lane.
     fn fma(self, a: Self, b: Self) -> Self;
+    /// The larger, lane by lane; NaN counts for nothing in `b`.
+    fn max(self, b: Self) -> Self;
     /// The larger magnitude, lane by lane; NaN counts for nothing in `self`.
     fn max_abs(self, b: Self) -> Self;
     /// The largest lane, none being NaN.
@@ -218,6 +225,12 @@ impl Lanes for Portable {
         Self(unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(brain_to_f32))
     }
     #[inline(always)]
+    unsafe fn load_brain_pairs(from: *const u8) -> [Self; 2] {
+        // SAFETY: the caller vouches for the memory.
+        let pairs = unsafe { from.cast::<[[u16; 2]; 16]>().read_unaligned() };
+        [0, 1].map(|of| Self(pairs.map(|pair| brain_to_f32(pair[of]))))
+    }
+    #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self {
         // SAFETY: the caller vouches for the memory.
         Self(unsafe { from.cast::<[u8; 16]>().read_unaligned() }.map(f32::from))
@@ -251,6 +264,10 @@ impl Lanes for Portable {
         }))
     }
     #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| if b.0[i] > self.0[i] { b.0[i] } else { self.0[i] }))
+    }
+    #[inline(always)]
     fn max_abs(self, b: Self) -> Self {
         Self(std::array::from_fn(|i| {
             let size = b.0[i].abs();
@@ -259,7 +276,7 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     fn max_lane(self) -> f32 {
-        self.0.iter().fold(0.0, |max, &v| if v > max { v } else { max })
+        self.0.iter().fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max })
     }
     #[inline(always)]
     unsafe fn store_i8(self, to: *mut i8) {

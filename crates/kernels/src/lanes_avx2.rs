@@ -86,6 +86,17 @@ impl Lanes for Avx2 {
         })
     }
     #[inline(always)]
+    unsafe fn load_brain_pairs(from: *const u8) -> [Self; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let pairs = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())];
+            let first = both!(pairs, |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)));
+            let mask = _mm256_set1_epi32(!0xffff);
+            let second = both!(pairs, |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, mask)));
+            [Self(first), Self(second)]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self {
         // SAFETY: as for `zero`; the caller vouches for the memory.
         Self(unsafe {
@@ -122,6 +133,11 @@ impl Lanes for Avx2 {
         Self(unsafe {
             [_mm256_fmadd_ps(a.0[0], b.0[0], self.0[0]), _mm256_fmadd_ps(a.0[1], b.0[1], self.0[1])]
         })
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        // SAFETY: as for `zero`. Of a NaN and a number the instruction gives its second operand.
+        Self(unsafe { [_mm256_max_ps(b.0[0], self.0[0]), _mm256_max_ps(b.0[1], self.0[1])] })
     }
     #[inline(always)]
     fn max_abs(self, b: Self) -> Self {

@@ -45,6 +45,15 @@ impl Lanes for Avx512 {
         })
     }
     #[inline(always)]
+    unsafe fn load_brain_pairs(from: *const u8) -> [Self; 2] {
+        // SAFETY: as for `zero`; the caller vouches for the memory.
+        unsafe {
+            let pairs = _mm512_loadu_si512(from.cast());
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff));
+            [_mm512_slli_epi32::<16>(pairs), second].map(|half| Self(_mm512_castsi512_ps(half)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self {
         // SAFETY: as for `zero`; the caller vouches for the memory.
         Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) })
@@ -73,6 +82,11 @@ impl Lanes for Avx512 {
     fn fma(self, a: Self, b: Self) -> Self {
         // SAFETY: as for `zero`.
         Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        // SAFETY: as for `zero`. Of a NaN and a number the instruction gives its second operand.
+        Self(unsafe { _mm512_max_ps(b.0, self.0) })
     }
     #[inline(always)]
     fn max_abs(self, b: Self) -> Self {

@@ -80,6 +80,19 @@ macro_rules! neon_lanes {
                 Self(all!(|I| unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.add(4 * I)))) }))
             }
             #[inline(always)]
+            unsafe fn load_brain_pairs(from: *const u8) -> [Self; 2] {
+                let from = from.cast::<u32>();
+                // SAFETY: the caller vouches for the memory.
+                unsafe {
+                    let pairs = all!(|I| vld1q_u32(from.add(4 * I)));
+                    let second = vdupq_n_u32(!0xffff);
+                    [
+                        Self(all!(|I| vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs[I])))),
+                        Self(all!(|I| vreinterpretq_f32_u32(vandq_u32(pairs[I], second)))),
+                    ]
+                }
+            }
+            #[inline(always)]
             unsafe fn load_u8(from: *const u8) -> Self {
                 // SAFETY: the caller vouches for the memory.
                 unsafe {
@@ -126,6 +139,11 @@ macro_rules! neon_lanes {
             fn fma(self, a: Self, b: Self) -> Self {
                 // SAFETY: as for `splat`.
                 Self(all!(|I| unsafe { vfmaq_f32(self.0[I], a.0[I], b.0[I]) }))
+            }
+            #[inline(always)]
+            fn max(self, b: Self) -> Self {
+                // SAFETY: as for `splat`. Of a NaN and a number `maxnm` gives the number.
+                Self(all!(|I| unsafe { vmaxnmq_f32(self.0[I], b.0[I]) }))
             }
             #[inline(always)]
             fn max_abs(self, b: Self) -> Self {

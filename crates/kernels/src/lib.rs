@@ -43,7 +43,9 @@ mod parallel;
 mod pointwise;
 pub mod reference;
 mod rotary;
+mod rotary_attention;
 mod routing;
+mod row_maxima;
 mod sequence_attention;
 mod team;
 mod transpose;
@@ -68,7 +70,9 @@ pub use pointwise::{
     Thinning, largest, rms_norm, rms_norm_grad, softmax_loss, softmax_weights, swiglu, swiglu_grad, thin_out,
 };
 pub use rotary::{KvStoreMut, RopeTable, Rotary, rope, rotate_and_store};
+pub use rotary_attention::rotate_and_attend;
 pub use routing::{Listing, NoAdapters, RouteTable, Routing};
+pub use row_maxima::RowMaxima;
 pub use sequence_attention::{Group, Span, SpanAttention, span_attention, span_attention_grad};
 pub use team::{Rayon, Team, Workers};
 pub use vectors::Vectors;

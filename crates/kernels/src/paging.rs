@@ -46,13 +46,17 @@ impl KvElement for u16 {
 
 /// The shape of a store of keys and values. A block has all layers' keys and values of its positions side by side: (blocks,
 /// layers, [keys, values]), keys being (kv_heads, head_dim, 16 positions) and values (kv_heads, 16 positions, head_dim).
+///
+/// In bfloat16 two numbers share each 32 bits, from which either is a float32 by one operation: keys are (kv_heads,
+/// head_dim / 2, 16 positions, 2), and of values every 32 dimensions are (16, 2), the second being 16 dimensions after the
+/// first; what is left of a head that does not divide by 32 is as in float32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     /// Layers.
     pub layers: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// Values per head.
+    /// Values per head, an even number.
     pub head_dim: usize,
 }
 
@@ -101,6 +105,8 @@ pub struct Pages<'a> {
     blocks: &'a [u32],
     /// In the order of their rows.
     sequences: &'a [PagedSequence],
+    /// Every sequence has one row, in a block that no other sequence has.
+    single: bool,
 }
 
 impl<'a> Pages<'a> {
@@ -111,7 +117,7 @@ impl<'a> Pages<'a> {
     /// When a sequence's blocks do not reach its last row, or two rows lie at one place.
     #[must_use]
     pub fn new(blocks: &'a [u32], sequences: &'a [PagedSequence]) -> Self {
-        let pages = Self { blocks, sequences };
+        let mut pages = Self { blocks, sequences, single: false };
         for sequence in sequences {
             let (end, own) = (sequence.start.checked_add(sequence.rows), pages.of(sequence).len());
             assert!(
@@ -130,7 +136,20 @@ impl<'a> Pages<'a> {
                 assert!(own == 1 && !others.into_iter().any(meets), "two rows at one place of block {block}");
             }
         }
+        pages.single = sequences.iter().all(|sequence| sequence.rows == 1 && pages.is_alone(sequence));
         pages
+    }
+
+    /// Whether no other sequence has the block of this one's first row.
+    fn is_alone(self, sequence: &PagedSequence) -> bool {
+        let own = self.of(sequence)[sequence.start / BLOCK];
+        let others = self.sequences.iter().filter(|other| !std::ptr::eq(*other, sequence));
+        !others.into_iter().any(|other| self.of(other).contains(&own))
+    }
+
+    /// Whether every sequence has one row, and none reads what another one's stores.
+    pub(crate) fn is_single(self) -> bool {
+        self.single
     }
 
     /// The sequences.
@@ -184,16 +203,31 @@ impl<'a> Pages<'a> {
 mod tests {
     use super::*;
 
-    /// Whether sequences of (first block, blocks, rows, start) are taken.
-    fn takes(blocks: &[u32], sequences: &[[usize; 4]]) -> bool {
-        let sequences = sequences.iter().map(|&[first_block, blocks, rows, start]| PagedSequence {
+    /// Sequences of (first block, blocks, rows, start).
+    fn sequences(sequences: &[[usize; 4]]) -> Vec<PagedSequence> {
+        let sequence = |&[first_block, blocks, rows, start]: &[usize; 4]| PagedSequence {
             first_block,
             blocks,
             rows,
             start,
-        });
-        let sequences: Vec<_> = sequences.collect();
-        std::panic::catch_unwind(|| Pages::new(blocks, &sequences).sequences().len()).is_ok()
+        };
+        sequences.iter().map(sequence).collect()
+    }
+
+    /// Whether they are taken.
+    fn takes(blocks: &[u32], of: &[[usize; 4]]) -> bool {
+        std::panic::catch_unwind(|| Pages::new(blocks, &sequences(of)).sequences().len()).is_ok()
+    }
+
+    #[test]
+    fn rows_that_read_nothing_of_each_others_are_single() {
+        let single = |blocks: &[u32], of: &[[usize; 4]]| Pages::new(blocks, &sequences(of)).is_single();
+        assert!(single(&[1, 2, 3], &[[0, 2, 1, 20], [2, 1, 1, 0]]));
+        assert!(single(&[9, 2, 9, 3], &[[0, 2, 1, 20], [2, 2, 1, 31]]), "a common beginning");
+        assert!(!single(&[1, 2, 3], &[[0, 2, 1, 20], [2, 1, 2, 0]]), "two rows");
+        assert!(!single(&[2, 2], &[[0, 1, 1, 4], [1, 1, 1, 5]]), "two in one block");
+        assert!(!single(&[2, 2, 3], &[[0, 1, 1, 15], [1, 2, 1, 16]]), "one reads where the other stores");
+        assert!(!single(&[2, 3, 2], &[[0, 2, 1, 16], [2, 1, 1, 15]]), "the other way round");
     }
 
     #[test]

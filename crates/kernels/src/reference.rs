@@ -111,8 +111,16 @@ pub fn paged_attention<E: KvElement>(
                     let block = blocks[p / BLOCK] as usize * layout.layers + kv.layer;
                     ((2 * block + which) * layout.kv_heads + kv_head) * BLOCK * dim
                 };
-                let key = |p: usize, d: usize| kv.numbers[start(p, 0) + d * BLOCK + p % BLOCK].to_f32();
-                let value = |p: usize, d: usize| kv.numbers[start(p, 1) + p % BLOCK * dim + d].to_f32();
+                // Two dimensions of bfloat16 keys lie side by side; of the values, every 32 are (16, 2) turned over.
+                let key_at = |p: usize, d: usize| {
+                    if E::BRAIN { d / 2 * 2 * BLOCK + p % BLOCK * 2 + d % 2 } else { d * BLOCK + p % BLOCK }
+                };
+                let value_at = |d: usize| {
+                    if E::BRAIN && d < dim / 32 * 32 { d / 32 * 32 + d % 16 * 2 + d % 32 / 16 } else { d }
+                };
+                let key = |p: usize, d: usize| kv.numbers[start(p, 0) + key_at(p, d)].to_f32();
+                let value =
+                    |p: usize, d: usize| kv.numbers[start(p, 1) + p % BLOCK * dim + value_at(d)].to_f32();
                 let mine = ((first_row + row) * heads + head) * dim;
                 let q = &q[mine..][..dim];
                 let product = |(d, q): (usize, &f32), p| f64::from(*q) * f64::from(key(p, d));

@@ -128,16 +128,17 @@ pub fn rotate_and_store<E: KvElement>(
     assert!(q.len() == rows * query_width && query_width.is_multiple_of(layout.head_dim));
     assert!(k.len() == rows * key_width && v.len() == k.len());
     let (q, k) = (Shared::new(q), Shared::new(k));
-    let store = Store { numbers: kv.numbers.as_mut_ptr(), layout, layer: kv.layer };
+    let store = Store::new(kv);
     let task = |task: usize| {
         for row in task * TASK_ROWS..(task * TASK_ROWS + TASK_ROWS).min(rows) {
             let Some((blocks, position)) = pages.locate(row) else { continue };
+            let place = Place { block: blocks[position / BLOCK], within: position % BLOCK, head: 0 };
             // SAFETY: every row is one task's own, and so is its place in the store: positions of a step differ.
             unsafe {
                 let q = q.part(row * query_width, query_width);
                 let k = k.part(row * key_width, key_width);
                 ready(rotary, position as u32, q, k);
-                store.put(blocks[position / BLOCK], position % BLOCK, k, &v[row * key_width..][..key_width]);
+                store.put(place, k, &v[row * key_width..][..key_width]);
             }
         }
     };
@@ -148,38 +149,57 @@ pub fn rotate_and_store<E: KvElement>(
     }
 }
 
-/// A store that tasks write disjoint places of.
-struct Store<E> {
+/// A layer of a store that tasks write disjoint places of.
+pub(crate) struct Store<E> {
     numbers: *mut E,
     layout: KvLayout,
     layer: usize,
 }
 
-// SAFETY: see `rotate_and_store`.
+// SAFETY: see `Store::put`, which alone writes.
 unsafe impl<E: Sync> Sync for Store<E> {}
 
+/// Where keys and values of one position go.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) block: u32,
+    /// The position in the block.
+    pub(crate) within: usize,
+    /// The first head.
+    pub(crate) head: usize,
+}
+
 impl<E: KvElement> Store<E> {
+    pub(crate) fn new(kv: &mut KvStoreMut<'_, E>) -> Self {
+        Self { numbers: kv.numbers.as_mut_ptr(), layout: kv.layout, layer: kv.layer }
+    }
+
+    pub(crate) fn start(&self) -> *const E {
+        self.numbers
+    }
+
     /// # Safety
-    /// The block lies in the store, and nobody else writes this position; `k` and `v` have a row's values.
-    unsafe fn put(&self, block: u32, within: usize, k: &[f32], v: &[f32]) {
+    /// The block lies in the store, and nobody else writes this position of these heads, nor reads it meanwhile; `k` and
+    /// `v` have the values of some heads.
+    pub(crate) unsafe fn put(&self, place: Place, k: &[f32], v: &[f32]) {
         let Self { numbers, layout, layer } = *self;
         if E::BRAIN {
-            put_brains(numbers.cast(), layout, (layer, block, within), k, v);
+            put_brains(numbers.cast(), layout, layer, place, k, v);
         } else {
-            put_singles(numbers.cast(), layout, (layer, block, within), k, v);
+            put_singles(numbers.cast(), layout, layer, place, k, v);
         }
     }
 }
 
 multiversion! {
     fn put_brains(
-        numbers: *mut u16, layout: KvLayout, place: (usize, u32, usize), k: &[f32], v: &[f32],
+        numbers: *mut u16, layout: KvLayout, layer: usize, place: Place, k: &[f32], v: &[f32],
     ) = put_body
 }
 
 multiversion! {
     fn put_singles(
-        numbers: *mut f32, layout: KvLayout, place: (usize, u32, usize), k: &[f32], v: &[f32],
+        numbers: *mut f32, layout: KvLayout, layer: usize, place: Place, k: &[f32], v: &[f32],
     ) = put_body
 }
 
@@ -190,32 +210,51 @@ const ROUNDED: usize = 64;
 fn put_body<E: KvElement>(
     numbers: *mut E,
     layout: KvLayout,
-    (layer, block, within): (usize, u32, usize),
+    layer: usize,
+    Place { block, within, head }: Place,
     k: &[f32],
     v: &[f32],
 ) {
     let dim = layout.head_dim;
     let mut rounded = [E::from_f32(0.0); ROUNDED];
-    for (head, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
-        let keys = layout.keys(layer, block, head) + within;
-        let values = layout.values(layer, block, head) + within * dim;
+    for (at, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
+        let keys = layout.keys(layer, block, head + at);
+        let values = layout.values(layer, block, head + at) + within * dim;
         for (part, k) in k.chunks(ROUNDED).enumerate() {
             rounded.iter_mut().zip(k).for_each(|(to, from)| *to = E::from_f32(*from));
-            for (d, key) in rounded[..k.len()].iter().enumerate() {
+            for (pair, two) in rounded[..k.len()].as_chunks::<2>().0.iter().enumerate() {
+                let to = numbers.wrapping_add(keys + (part * ROUNDED + pair * 2) * BLOCK);
                 // SAFETY: inside the block (the promise of `Store::put`'s caller).
-                unsafe { *numbers.add(keys + (part * ROUNDED + d) * BLOCK) = *key };
+                unsafe {
+                    if E::BRAIN {
+                        to.add(within * 2).cast::<[E; 2]>().write_unaligned(*two);
+                    } else {
+                        *to.add(within) = two[0];
+                        *to.add(BLOCK + within) = two[1];
+                    }
+                }
             }
         }
         // SAFETY: as above.
         let to = unsafe { std::slice::from_raw_parts_mut(numbers.add(values), dim) };
-        to.iter_mut().zip(v).for_each(|(to, from)| *to = E::from_f32(*from));
+        let (to_groups, to_rest) = to.as_chunks_mut::<32>();
+        let (groups, rest) = v.as_chunks::<32>();
+        for (to, from) in to_groups.iter_mut().zip(groups) {
+            rounded.iter_mut().zip(from).for_each(|(to, from)| *to = E::from_f32(*from));
+            for i in 0..16 {
+                let [first, second] = if E::BRAIN { [2 * i, 2 * i + 1] } else { [i, 16 + i] };
+                (to[first], to[second]) = (rounded[i], rounded[16 + i]);
+            }
+        }
+        to_rest.iter_mut().zip(rest).for_each(|(to, from)| *to = E::from_f32(*from));
     }
 }
 
 multiversion! {
-    fn ready(rotary: Rotary<'_>, position: u32, q: &mut [f32], k: &mut [f32]) = ready_body
+    pub(crate) fn ready(rotary: Rotary<'_>, position: u32, q: &mut [f32], k: &mut [f32]) = ready_body
 }
 
+/// Norms and rotates some heads of one row's queries and keys.
 #[inline(always)]
 fn ready_body(rotary: Rotary<'_>, position: u32, q: &mut [f32], k: &mut [f32]) {
     if let Some(weight) = rotary.query_norm {

@@ -6,12 +6,10 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::{
-    Format, Group, Input, Isa, KvElement, KvLayout, KvStore, KvStoreMut, Layer, Left, Listing, LowRank,
-    Means, Numbers, PagedSequence, Pages, Precision, Products, Rayon, Right, RopeTable, Rotary, RouteTable,
-    Routing, Scratch, Span, SpanAttention, Team, Vectors, Weight, codes_stride, fused_linear, isas, linear,
-    linear_many, linear_transposed, multiply, pack_b, paged_attention, quantise_low_rank, reference,
-    rms_norm, rms_norm_grad, rope, rotate_and_store, span_attention, span_attention_grad, swiglu,
-    swiglu_grad,
+    Format, Group, Input, Isa, Layer, Left, Listing, LowRank, Means, Numbers, Precision, Products, Rayon,
+    Right, RopeTable, RouteTable, Routing, Scratch, Span, SpanAttention, Team, Vectors, Weight, codes_stride,
+    fused_linear, isas, linear, linear_many, linear_transposed, multiply, pack_b, quantise_low_rank,
+    reference, rms_norm, rms_norm_grad, rope, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -628,88 +626,6 @@ fn plain_products_equal_a_loop() {
             assert!(worst(&out, &plain) > 1e-2, "not added");
         }
     }
-}
-
-fn means(isa: Isa) -> Means<'static> {
-    Means { isa, workers: &Rayon, precision: Precision::Fast }
-}
-
-fn attention_equals_the_reference<E: KvElement>() {
-    let mut rng = StdRng::seed_from_u64(7);
-    for (head_dim, heads) in [(20, 9), (64, 9), (128, 3), (96, 15)] {
-        let layout = KvLayout { layers: 3, kv_heads: 3, head_dim };
-        let blocks = 12;
-        let numbers = random(&mut rng, blocks * layout.block_values());
-        let numbers: Vec<E> = numbers.into_iter().map(E::from_f32).collect();
-        let sequences = [
-            PagedSequence { first_block: 0, blocks: 3, rows: 1, start: 40 },
-            PagedSequence { first_block: 3, blocks: 1, rows: 9, start: 0 },
-            PagedSequence { first_block: 4, blocks: 4, rows: 20, start: 31 },
-        ];
-        let pages = Pages::new(&[7, 2, 5, 1, 3, 11, 0, 4], &sequences);
-        for window in [None, Some(8), Some(30)] {
-            let kv = KvStore { layout, numbers: &numbers, layer: 1, window };
-            let width = heads * head_dim;
-            let q = random(&mut rng, 30 * width);
-            let mut plain = vec![0.0; q.len()];
-            reference::paged_attention(&kv, pages, heads, &q, &mut plain);
-            for isa in isas() {
-                let mut fast = vec![0.0; q.len()];
-                paged_attention(means(isa), &kv, pages, heads, &q, &mut fast);
-                assert!(worst(&fast, &plain) < 1e-5, "window {window:?} on {isa:?}");
-                let mut at = 0;
-                for sequence in &sequences {
-                    for row in 0..sequence.rows {
-                        let alone = [PagedSequence { rows: 1, start: sequence.start + row, ..*sequence }];
-                        let alone = Pages::new(&[7, 2, 5, 1, 3, 11, 0, 4], &alone);
-                        let mut out = vec![0.0; width];
-                        paged_attention(means(isa), &kv, alone, heads, &q[at..at + width], &mut out);
-                        assert_eq!(out, &fast[at..at + width], "row {row} in company on {isa:?}");
-                        at += width;
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn paged_attention_equals_the_reference() {
-    attention_equals_the_reference::<f32>();
-    attention_equals_the_reference::<u16>();
-}
-
-#[test]
-fn packed_sequences_attend_as_paged_ones() {
-    let mut rng = StdRng::seed_from_u64(8);
-    let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 16 };
-    let shape = SpanAttention {
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 16,
-        window: Some(6),
-        groups: vec![Span { first: 0, len: 11 }.into(), Span { first: 11, len: 5 }.into()],
-    };
-    let (q, k, v) = (random(&mut rng, 16 * 64), random(&mut rng, 16 * 32), random(&mut rng, 16 * 32));
-    let mut packed = vec![0.0; q.len()];
-    span_attention(&shape, &q, &k, &v, &mut packed);
-    let sequences = [
-        PagedSequence { first_block: 0, blocks: 1, rows: 11, start: 0 },
-        PagedSequence { first_block: 1, blocks: 1, rows: 5, start: 0 },
-    ];
-    let pages = Pages::new(&[0, 1], &sequences);
-    let mut numbers = vec![0.0; 2 * layout.block_values()];
-    // Angles of zero: nothing turns.
-    let table = RopeTable::new(&[0.0; 8], 16);
-    let rotary = Rotary { table: &table, query_norm: None, key_norm: None, eps: 1e-5 };
-    let mut store = KvStoreMut { layout, numbers: &mut numbers, layer: 1 };
-    let (mut turned, mut k) = (q.clone(), k);
-    rotate_and_store(means(isas()[0]), rotary, &mut store, pages, &mut turned, &mut k, &v);
-    assert_eq!(turned, q);
-    let kv = KvStore { layout, numbers: &numbers, layer: 1, window: Some(6) };
-    let mut paged = vec![0.0; q.len()];
-    paged_attention(means(isas()[0]), &kv, pages, 4, &q, &mut paged);
-    assert!(worst(&packed, &paged) < 1e-5);
 }
 
 /// The derivative of `sum(f(x) * dy)` by central differences, at every place of `x`.

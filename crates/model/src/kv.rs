@@ -1,6 +1,6 @@
 //! The pool of key/value blocks all sequences share, sized once at the start.
 
-use kernels::{KvElement, KvLayout, KvStore, KvStoreMut, Means, PageBuffer, Pages, Precision, Rotary};
+use kernels::{KvLayout, KvStoreMut, Means, PageBuffer, Pages, Precision, Rotary};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -108,11 +108,11 @@ impl KvPool {
         match self.precision {
             Precision::Fast => {
                 let store = KvStoreMut { layout, numbers: self.numbers.bf16_mut(), layer };
-                attend(means, store, window, rotary, pages, heads, rows);
+                kernels::rotate_and_attend(means, rotary, store, window, pages, heads, rows);
             }
             Precision::Exact => {
                 let store = KvStoreMut { layout, numbers: self.numbers.f32_mut(), layer };
-                attend(means, store, window, rotary, pages, heads, rows);
+                kernels::rotate_and_attend(means, rotary, store, window, pages, heads, rows);
             }
         }
     }
@@ -120,20 +120,6 @@ impl KvPool {
 
 fn layout(config: &ModelConfig) -> KvLayout {
     KvLayout { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim }
-}
-
-fn attend<E: KvElement>(
-    means: Means<'_>,
-    mut store: KvStoreMut<'_, E>,
-    window: Option<usize>,
-    rotary: Rotary<'_>,
-    pages: Pages<'_>,
-    heads: usize,
-    [q, k, v, out]: [&mut [f32]; 4],
-) {
-    kernels::rotate_and_store(means, rotary, &mut store, pages, q, k, v);
-    let KvStoreMut { layout, numbers, layer } = store;
-    kernels::paged_attention(means, &KvStore { layout, numbers, layer, window }, pages, heads, q, out);
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@
 //! nothing is allocated. Training keeps the differentiable form; a test holds the two together.
 
 use kernels::{
-    Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, Scratch, Team, at_a_line,
-    first_at_a_line, fused_linear,
+    Input, Layer, Means, NoAdapters, PagedSequence, Pages, Precision, Rotary, RowMaxima, Scratch, Team,
+    at_a_line, first_at_a_line, fused_linear,
 };
 use peft::{Adapter, AdapterBatch};
 use types::{Site, SiteId};
@@ -97,12 +97,22 @@ pub struct Logits {
     values: Vec<f32>,
     rows: usize,
     vocab: usize,
+    maxima: RowMaxima,
 }
 
 impl Logits {
     /// The rows, each with one value per token of the vocabulary.
     pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
         self.values[first_at_a_line(&self.values)..][..self.rows * self.vocab].chunks_exact(self.vocab.max(1))
+    }
+
+    /// The largest logit of a row and its token, the first among equals; none when it is not finite or a logit is NaN.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    #[must_use]
+    pub fn largest(&self, row: usize) -> Option<(u32, f32)> {
+        self.maxima.of(row).map(|(token, logit)| (token as u32, logit))
     }
 }
 
@@ -278,6 +288,8 @@ impl BaseModel {
             let head =
                 Layer { weight: &self.head().weight, bias: None, adapters: &NoAdapters, y, add: false };
             fused_linear(scratch, means, normed, &mut [head]);
+            let y = &logits.values[first_at_a_line(&logits.values)..][..logits.rows * vocab];
+            logits.maxima.find(means.workers, y, vocab);
         }
         Ok(())
     }
