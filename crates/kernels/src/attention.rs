@@ -48,12 +48,10 @@ pub fn paged_attention<E: KvElement>(
     q: &[f32],
     out: &mut [f32],
 ) {
-    let KvLayout { layers, kv_heads, head_dim } = kv.layout;
+    let KvLayout { kv_heads, head_dim, .. } = kv.layout;
     let width = heads * head_dim;
     let rows = pages.check(kv.layout, kv.numbers.len());
-    assert!(kv.layer < layers, "layer {} of {layers}", kv.layer);
-    assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
-    assert!(head_dim.is_multiple_of(2), "heads of an odd number of values");
+    kv.layout.check(kv.layer, heads);
     assert_eq!(q.len(), rows * width, "q is not {rows} x {width}");
     assert_eq!(q.len(), out.len());
     let (mut tiles, mut products) = (0, 0);
@@ -97,8 +95,7 @@ pub fn paged_attention<E: KvElement>(
 
 impl<E: KvElement> KvStore<'_, E> {
     fn raw(&self) -> Raw {
-        let Self { layout, numbers, layer, window } = *self;
-        Raw { numbers: numbers.as_ptr().cast(), brain: E::BRAIN, layout, layer, window }
+        Raw::new(self.numbers.as_ptr(), self.layout, self.layer, self.window)
     }
 }
 
@@ -118,14 +115,23 @@ pub(crate) struct Rows<'a> {
 /// A [`KvStore`] of either precision.
 #[derive(Clone, Copy)]
 pub(crate) struct Raw {
-    pub(crate) numbers: *const u8,
-    pub(crate) brain: bool,
-    pub(crate) layout: KvLayout,
-    pub(crate) layer: usize,
-    pub(crate) window: Option<usize>,
+    numbers: *const u8,
+    brain: bool,
+    layout: KvLayout,
+    layer: usize,
+    window: Option<usize>,
 }
 
 impl Raw {
+    pub(crate) fn new<E: KvElement>(
+        numbers: *const E,
+        layout: KvLayout,
+        layer: usize,
+        window: Option<usize>,
+    ) -> Self {
+        Self { numbers: numbers.cast(), brain: E::BRAIN, layout, layer, window }
+    }
+
     #[inline(always)]
     fn keys(&self, block: u32, head: usize) -> usize {
         self.layout.keys(self.layer, block, head)

@@ -61,6 +61,17 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
+    /// Checks a layer and a number of query heads against it.
+    ///
+    /// # Panics
+    /// When there is no such layer, the heads do not divide into groups, or a head has an odd number of values.
+    pub(crate) fn check(self, layer: usize, heads: usize) {
+        let Self { layers, kv_heads, head_dim } = self;
+        assert!(layer < layers, "layer {layer} of {layers}");
+        assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
+        assert!(head_dim.is_multiple_of(2), "heads of an odd number of values");
+    }
+
     /// Numbers in one block of sixteen positions.
     #[must_use]
     pub const fn block_values(&self) -> usize {

@@ -122,10 +122,10 @@ pub fn rotate_and_store<E: KvElement>(
 ) {
     let layout = kv.layout;
     let rows = pages.check(layout, kv.numbers.len());
-    assert!(kv.layer < layout.layers, "layer {} of {}", kv.layer, layout.layers);
     let key_width = layout.kv_heads * layout.head_dim;
     let query_width = q.len() / rows.max(1);
     assert!(q.len() == rows * query_width && query_width.is_multiple_of(layout.head_dim));
+    layout.check(kv.layer, query_width / layout.head_dim);
     assert!(k.len() == rows * key_width && v.len() == k.len());
     let (q, k) = (Shared::new(q), Shared::new(k));
     let store = Store::new(kv);

@@ -31,12 +31,10 @@ pub fn rotate_and_attend<E: KvElement>(
         let KvStoreMut { layout, numbers, layer } = kv;
         return paged_attention(means, &KvStore { layout, numbers, layer, window }, pages, heads, q, out);
     }
-    let KvLayout { layers, kv_heads, head_dim } = kv.layout;
+    let KvLayout { kv_heads, head_dim, .. } = kv.layout;
     let (width, key_width) = (heads * head_dim, kv_heads * head_dim);
     let rows = pages.check(kv.layout, kv.numbers.len());
-    assert!(kv.layer < layers, "layer {} of {layers}", kv.layer);
-    assert!(heads.is_multiple_of(kv_heads), "heads do not divide into groups");
-    assert!(head_dim.is_multiple_of(2), "heads of an odd number of values");
+    kv.layout.check(kv.layer, heads);
     assert!(q.len() == rows * width && out.len() == q.len(), "q and out are not {rows} x {width}");
     assert!(k.len() == rows * key_width && v.len() == k.len(), "k and v are not {rows} x {key_width}");
     let (group, layout, layer) = (heads / kv_heads, kv.layout, kv.layer);
@@ -56,7 +54,7 @@ pub fn rotate_and_attend<E: KvElement>(
             ready(rotary, position as u32, queries, keys);
             store.put(place, keys, &v[own..][..head_dim]);
         }
-        let raw = Raw { numbers: store.start().cast(), brain: E::BRAIN, layout, layer, window };
+        let raw = Raw::new(store.start(), layout, layer, window);
         let (next, next_head) = ((index + 1) / kv_heads, (index + 1) % kv_heads);
         let next = pages.sequences().get(next).map_or(&[][..], |sequence| pages.of(sequence));
         let rows = Rows { blocks, first: row, start: position, count: 1, next: (next, next_head) };

@@ -1,21 +1,16 @@
 //! Attention over paged keys and values against the plain reference, and its ways against each other.
 
+mod support;
+
 use kernels::{
     Isa, KvElement, KvLayout, KvStore, KvStoreMut, Means, PagedSequence, Pages, Precision, Rayon, RopeTable,
     Rotary, Span, SpanAttention, Team, from_bf16, isa, isas, paged_attention, reference, rotate_and_attend,
     rotate_and_store, span_attention, to_bf16,
 };
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
-fn random(rng: &mut StdRng, len: usize) -> Vec<f32> {
-    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
-}
-
-fn worst(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
+use support::{random, worst};
 
 fn means(isa: Isa) -> Means<'static> {
     Means { isa, workers: &Rayon, precision: Precision::Fast }

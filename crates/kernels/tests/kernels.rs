@@ -1,6 +1,8 @@
 //! The fast kernels against the plain reference, on every vector unit this CPU has.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
+mod support;
+
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -11,12 +13,10 @@ use kernels::{
     fused_linear, isas, linear, linear_many, linear_transposed, multiply, pack_b, quantise_low_rank,
     reference, rms_norm, rms_norm_grad, rope, span_attention, span_attention_grad, swiglu, swiglu_grad,
 };
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
-fn random(rng: &mut StdRng, len: usize) -> Vec<f32> {
-    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
-}
+use support::{random, worst};
 
 fn ggml(format: Format) -> GgmlDType {
     match format {
@@ -37,11 +37,6 @@ fn weight(rng: &mut StdRng, format: Format, n: usize, k: usize) -> (Weight, Vec<
     let quantized = QTensor::quantize(&dense, ggml(format)).unwrap();
     let decoded = quantized.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     (Weight::new(format, n, k, quantized.data().unwrap().into_owned()).unwrap(), decoded)
-}
-
-fn worst(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 #[test]
