@@ -63,6 +63,7 @@ impl Bench {
             eos: Vec::new(),
         };
         let engine = ModelEngine::start(Arc::clone(&base), settings)?;
+        tokio::spawn(engine.carry());
         let store = Store::open(folder, Arc::new(SystemClock)).await?;
         Ok(Self { base, engine, store, runs: if quick { 1 } else { 5 }, quick })
     }

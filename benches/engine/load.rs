@@ -197,6 +197,14 @@ struct Planned {
     due: Option<Duration>,
 }
 
+/// What came of a request, and when; it is read when all is over, so that the clients take little of the machine.
+struct Raw {
+    asked: Instant,
+    body: Vec<u8>,
+    /// How much of the body was there at which time.
+    chunks: Vec<(Instant, usize)>,
+}
+
 struct Answer {
     first: f64,
     tokens: u64,
@@ -227,15 +235,17 @@ pub(crate) fn run(
                 anyhow::Ok(answers)
             });
         }
-        let mut report = Report::default();
+        let mut all = Vec::new();
         while let Some(answers) = clients.join_next().await {
-            for answer in answers?? {
-                report.first.push(answer.first);
-                report.tokens += answer.tokens;
-                report.gaps.extend(answer.gaps);
-            }
+            all.extend(answers??);
         }
-        report.wall = start.elapsed().as_secs_f64();
+        let mut report = Report { wall: start.elapsed().as_secs_f64(), ..Report::default() };
+        for raw in all {
+            let read = read(target, &raw, load.answer)?;
+            report.first.push(read.first);
+            report.tokens += read.tokens;
+            report.gaps.extend(read.gaps);
+        }
         Ok(report)
     })
 }
@@ -270,7 +280,7 @@ async fn ask(
     planned: Planned,
     answer: u32,
     start: Instant,
-) -> anyhow::Result<Answer> {
+) -> anyhow::Result<Raw> {
     let asked = match planned.due {
         Some(due) => start + due,
         None => Instant::now(),
@@ -281,18 +291,28 @@ async fn ask(
     if !response.status().is_success() {
         bail!("the server answered {}: {}", response.status(), response.text().await.unwrap_or_default());
     }
-    let (mut events, mut pieces, mut tokens) = (Events::default(), Vec::new(), None);
+    let (mut body, mut chunks) = (Vec::new(), Vec::new());
     while let Some(bytes) = response.chunk().await? {
-        let now = Instant::now();
-        for event in events.push(&bytes)? {
+        body.extend_from_slice(&bytes);
+        chunks.push((Instant::now(), body.len()));
+    }
+    Ok(Raw { asked, body, chunks })
+}
+
+fn read(target: Target, raw: &Raw, answer: u32) -> anyhow::Result<Answer> {
+    let (mut events, mut pieces, mut tokens) = (Events::default(), Vec::new(), None);
+    let mut begin = 0;
+    for &(came, end) in &raw.chunks {
+        for event in events.push(&raw.body[begin..end])? {
             let (text, total) = target.read(&event)?;
-            pieces.extend(text.then_some(now));
+            pieces.extend(text.then_some(came));
             tokens = total.or(tokens);
         }
+        begin = end;
     }
     let tokens = tokens.context("the answer has no end")?;
     ensure!(tokens == u64::from(answer), "the answer has {tokens} tokens, not {answer}");
     let first = pieces.first().context("the answer has no text")?;
     let gaps = pieces.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
-    Ok(Answer { first: first.saturating_duration_since(asked).as_secs_f64(), tokens, gaps })
+    Ok(Answer { first: first.saturating_duration_since(raw.asked).as_secs_f64(), tokens, gaps })
 }

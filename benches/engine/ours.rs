@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use atelier::service;
+use atelier::service::{self, io_threads};
 use atelier::settings::{Cli, Command, ServiceArgs};
 use clap::Parser;
 use engine::{Engine, Event, Generate, ModelEngine, TokenStream};
@@ -16,6 +16,7 @@ use peft::Lease;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use text::Tokenizer;
+use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
 use types::SamplingParams;
 
@@ -29,6 +30,8 @@ pub(crate) struct Ours {
     pub(crate) base: Arc<BaseModel>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) engine: ModelEngine,
+    /// Where tokens are read and HTTP is served, as in `atelier serve`.
+    pub(crate) runtime: Runtime,
 }
 
 /// One sequence to generate.
@@ -60,7 +63,9 @@ impl Ours {
         let tokenizer = Tokenizer::new(&loaded.tokenizer.context("the file has no tokenizer")?)?;
         let base = Arc::new(loaded.model);
         let engine = ModelEngine::start(Arc::clone(&base), service::engine_settings(&served()?, &tokenizer))?;
-        let ours = Self { base, tokenizer, engine };
+        let runtime = Builder::new_multi_thread().worker_threads(io_threads(None)).enable_all().build()?;
+        runtime.spawn(engine.carry());
+        let ours = Self { base, tokenizer, engine, runtime };
         ours.settle()?;
         Ok(ours)
     }
@@ -79,12 +84,12 @@ impl Ours {
 
     /// Runs sequences that arrive together to their end.
     pub(crate) fn run(&self, jobs: Vec<Job>) -> anyhow::Result<Batch> {
-        runtime()?.block_on(self.run_all(jobs))
+        self.runtime.block_on(self.run_all(jobs))
     }
 
     /// As [`Ours::run`], while sequences of `company` keep arriving, the next when the one before has ended.
     pub(crate) fn run_beside(&self, jobs: Vec<Job>, company: usize) -> anyhow::Result<Batch> {
-        runtime()?.block_on(async {
+        self.runtime.block_on(async {
             tokio::select! {
                 batch = self.run_all(jobs) => batch,
                 ended = keep_busy(&self.engine, company) => {
@@ -107,10 +112,6 @@ impl Ours {
         }
         Ok(Batch { start, tokens })
     }
-}
-
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 fn submit(engine: &ModelEngine, job: Job) -> anyhow::Result<TokenStream> {

@@ -2,16 +2,13 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use adapters::{AdapterCache, CacheSettings};
-use atelier::service::io_threads;
 use peft::{LoraWeights, Storage};
 use server::{App, AppState, Auth, Limits};
 use store::Store;
 use telemetry::Metrics;
 use tokio::net::TcpListener;
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use types::SystemClock;
@@ -28,15 +25,13 @@ const ADAPTER_BYTES: usize = 1 << 30;
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     stop: CancellationToken,
-    runtime: Option<Runtime>,
 }
 
 impl Server {
     /// Serves the model over its engine, with these adapters for the users 0, 1, ...
     pub(crate) fn start(ours: &Ours, adapters: &[LoraWeights], storage: Storage) -> anyhow::Result<Self> {
-        let runtime = Builder::new_multi_thread().worker_threads(io_threads(None)).enable_all().build()?;
         let stop = CancellationToken::new();
-        let address = runtime.block_on(async {
+        let address = ours.runtime.block_on(async {
             let store = Store::in_memory(Arc::new(SystemClock)).await?;
             for (number, weights) in adapters.iter().enumerate() {
                 publish(&store, &ours.base, number, weights).await?;
@@ -47,7 +42,7 @@ impl Server {
             tokio::spawn(server::serve(listener, app, stop.clone()));
             anyhow::Ok(address)
         })?;
-        Ok(Self { address, stop, runtime: Some(runtime) })
+        Ok(Self { address, stop })
     }
 }
 
@@ -71,8 +66,5 @@ fn app(ours: &Ours, store: Store, storage: Storage) -> App {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.cancel();
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_timeout(Duration::from_secs(5));
-        }
     }
 }

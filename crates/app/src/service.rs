@@ -94,6 +94,7 @@ impl Service {
 
         let store = Store::open(data, Arc::new(SystemClock)).await?;
         let engine = ModelEngine::start(Arc::clone(&base), engine_settings(args, &tokenizer))?;
+        tokio::spawn(engine.carry());
         let guest = engine.guest();
         let engine: Arc<dyn Engine> = Arc::new(engine);
         let serving = Arc::clone(&engine);

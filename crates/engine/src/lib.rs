@@ -10,6 +10,7 @@ mod draw;
 mod faults;
 mod guest;
 mod links;
+mod post;
 mod recovery;
 mod request;
 mod runner;

@@ -27,6 +27,7 @@ impl Runner {
         for &id in &suspects {
             self.fail(id, format!("a step of the engine panicked: {reason}"));
         }
+        self.outbox.send();
         self.publish_stats();
         !suspects.is_empty()
     }
@@ -46,15 +47,14 @@ impl Runner {
     }
 
     /// Tells everybody that the engine has stopped, and why, before the thread ends.
-    pub(crate) fn give_up(self, reason: String) {
+    pub(crate) fn give_up(mut self, reason: String) {
         tracing::error!(%reason, "the engine has stopped");
         let told = Event::Failed { deadline: false, reason: format!("the engine has stopped: {reason}") };
         self.shared.stop(reason);
         let handed_in: Vec<_> = self.inbox.try_iter().map(|(_, sink)| sink).collect();
         self.shared.moved(self.taken_in + handed_in.len(), 0);
         for sink in self.sequences.into_values().map(|sequence| sequence.sink).chain(handed_in) {
-            // A reader that went away needs no event.
-            let _gone = sink.send(told.clone());
+            self.outbox.push(sink.letter(told.clone()));
         }
     }
 }

@@ -229,6 +229,11 @@ impl TokenSink {
         self.events.try_send(event).is_ok()
     }
 
+    /// An event with the way to the reader.
+    pub(crate) fn letter(&self, event: Event) -> Letter {
+        Letter { to: self.events.clone(), event }
+    }
+
     /// Whether the reader has gone away.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
@@ -238,6 +243,19 @@ impl TokenSink {
     /// Tells the reader how many tokens of the prompt were there already.
     pub fn set_cached_tokens(&self, tokens: u32) {
         self.state.cached_tokens.store(tokens, Ordering::Release);
+    }
+}
+
+/// An event with the way to its reader.
+pub(crate) struct Letter {
+    to: mpsc::Sender<Event>,
+    event: Event,
+}
+
+impl Letter {
+    /// Hands the event over, if the reader is still there. The channel has room for all events of its sequence.
+    pub(crate) fn deliver(self) {
+        let _gone = self.to.try_send(self.event);
     }
 }
 

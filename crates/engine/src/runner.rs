@@ -13,6 +13,7 @@ use crate::blocks::BlockPool;
 #[cfg(test)]
 use crate::faults::{Fault, strike};
 use crate::guest::{Guest, Host, Rows};
+use crate::post::Outbox;
 use crate::recovery::caught;
 use crate::request::{Event, Generate, TokenSink};
 use crate::sampler::Scratch;
@@ -43,6 +44,7 @@ pub(crate) struct Runner {
     pub(crate) sequences: HashMap<u64, Sequence>,
     pub(crate) next_id: u64,
     pub(crate) scratch: Scratch,
+    pub(crate) outbox: Outbox,
     pub(crate) guest: Guest,
     pub(crate) host: Host,
     #[cfg(test)]
@@ -178,6 +180,7 @@ impl Runner {
         for (id, end) in ended {
             self.end(id, end);
         }
+        self.outbox.send();
     }
 
     /// One step; the pause after it, if a guest is there and it is due.
@@ -202,6 +205,7 @@ impl Runner {
         self.runtime.keep(threads);
         let begun = Instant::now();
         self.carry_out(&step);
+        self.outbox.send();
         let seconds = begun.elapsed().as_secs_f64();
         self.host.measured(rows, threads, seconds);
         let pause = if guest { self.host.pause(threads, seconds) } else { None };
@@ -301,7 +305,7 @@ impl Runner {
                     if sequence.usage().completion_tokens >= 2 {
                         strike(&self.faults, Fault::Sampling(work.id));
                     }
-                    sequence.advance(row, &self.eos, self.context, &mut self.scratch)
+                    sequence.advance(row, &self.eos, self.context, &mut self.scratch, &mut self.outbox)
                 })
                 .unwrap_or_else(|panic| Progress::Failed(format!("the choice of a token panicked: {panic}"))),
             };
@@ -353,8 +357,7 @@ impl Runner {
             End::Event(_) => {}
         });
         if let End::Event(event) = end {
-            // A reader that went away just now needs no event.
-            let _gone = sequence.sink.send(event);
+            self.outbox.push(sequence.sink.letter(event));
         }
         sequence.release(&mut self.blocks);
     }

@@ -7,6 +7,7 @@ use peft::{Adapter, Lease};
 use types::{FinishReason, SamplingParams, Usage};
 
 use crate::blocks::{BlockPool, BlockTable, Reused, Scope};
+use crate::post::Outbox;
 use crate::request::{Event, Generate, SampledToken, TokenSink};
 use crate::sampler::{Sampler, Scratch};
 
@@ -126,13 +127,14 @@ impl Sequence {
         pool.publish(&mut self.blocks, &self.scope, &self.tokens[..self.computed]);
     }
 
-    /// Chooses the next token, tells the reader, and says whether the sequence goes on.
+    /// Chooses the next token, leaves it for the reader, and says whether the sequence goes on.
     pub(crate) fn advance(
         &mut self,
         (logits, largest): (&[f32], Option<(u32, f32)>),
         eos: &[u32],
         context: usize,
         scratch: &mut Scratch,
+        outbox: &mut Outbox,
     ) -> Progress {
         let position = self.answered();
         let SamplingParams { min_tokens, max_tokens, .. } = *self.sampler.params();
@@ -144,9 +146,10 @@ impl Sequence {
         let stop = is_stop(params, eos, choice.id);
         self.tokens.push(choice.id);
         let token = SampledToken { id: choice.id, logprob: choice.logprob, top: choice.top, stop };
-        if !self.sink.send(Event::Token(token)) {
+        if self.sink.is_cancelled() {
             return Progress::Cancelled;
         }
+        outbox.push(self.sink.letter(Event::Token(token)));
         if stop {
             Progress::Finished(FinishReason::EndOfSequence)
         } else if self.answered() >= max_tokens || self.tokens.len() >= context {

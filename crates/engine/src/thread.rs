@@ -10,6 +10,7 @@ use peft::AdapterBatch;
 
 use crate::blocks::BlockPool;
 use crate::guest::{Guest, Host};
+use crate::post::{Outbox, Post};
 use crate::request::{Engine, EngineStats, Generate, Limits, SubmitError, TokenSink, TokenStream, channel};
 use crate::runner::Runner;
 use crate::sampler::Scratch;
@@ -97,6 +98,7 @@ pub struct ModelEngine {
     shared: Arc<Shared>,
     limits: Limits,
     guest: Guest,
+    post: Arc<Post>,
 }
 
 impl ModelEngine {
@@ -129,7 +131,7 @@ impl ModelEngine {
         let stats = EngineStats { kv_blocks: blocks, ..EngineStats::default() };
         let (waiting, stopped) = (AtomicUsize::new(0), OnceLock::new());
         let shared = Arc::new(Shared { waiting, stats: Mutex::new(stats), stopped });
-        let guest = Guest::default();
+        let (guest, post) = (Guest::default(), Arc::<Post>::default());
         let runner = Runner {
             guest: guest.clone(),
             host: Host::new(settings.threads, settings.guest_floor),
@@ -150,17 +152,25 @@ impl ModelEngine {
             sequences: HashMap::new(),
             next_id: 0,
             scratch: Scratch::default(),
+            outbox: Outbox::new(Arc::clone(&post)),
             #[cfg(test)]
             faults: Vec::new(),
             model,
         };
-        Ok((Self { inbox, shared, limits, guest }, runner))
+        Ok((Self { inbox, shared, limits, guest, post }, runner))
     }
 
     /// Who is to say when work of low priority runs beside this engine.
     #[must_use]
     pub fn guest(&self) -> Guest {
         self.guest.clone()
+    }
+
+    /// Carries events from the model thread to their readers, all of a step's at once; ends with the thread. Spawned on
+    /// the runtime of the readers, it spares them and the model thread a change of context for each token; without it
+    /// the model thread hands out each event itself.
+    pub fn carry(&self) -> impl Future<Output = ()> + Send + 'static {
+        Arc::clone(&self.post).carry()
     }
 
     fn check(&self, job: &Generate) -> Result<(), SubmitError> {
@@ -227,7 +237,7 @@ mod tests {
         let (stats, stopped) = (Mutex::default(), OnceLock::new());
         let shared = Arc::new(Shared { waiting: AtomicUsize::new(waiting), stats, stopped });
         let limits = Limits { context: 64, vocabulary: 320, queue, batch: 4 };
-        (ModelEngine { inbox, shared, limits, guest: Guest::default() }, arrivals)
+        (ModelEngine { inbox, shared, limits, guest: Guest::default(), post: Arc::default() }, arrivals)
     }
 
     fn job() -> Generate {

@@ -81,6 +81,7 @@ async fn a_step_allocates_nothing_after_warm_up() {
         eos: vec![EOS],
     };
     let engine = ModelEngine::start(base, settings).unwrap();
+    tokio::spawn(engine.carry());
     let submit = |(seed, (params, adapted)): (u64, (SamplingParams, bool))| {
         let prompt = (0..20).map(|at| (at * 13 + seed as u32 * 29) % 320).collect();
         let (tenant, params) = ("t".parse().unwrap(), SamplingParams { seed, ..params });

@@ -97,6 +97,7 @@ async fn run(engine: &ModelEngine, jobs: &[Generate]) -> Vec<Vec<Event>> {
 /// As [`run`], with the tokens that were there already.
 async fn run_counted(engine: &ModelEngine, jobs: &[Generate]) -> Vec<Vec<Event>> {
     let mut tasks = Vec::new();
+    tokio::spawn(engine.carry());
     for job in jobs {
         let stream = loop {
             match engine.submit(job.clone()) {

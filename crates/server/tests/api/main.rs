@@ -92,8 +92,11 @@ impl Server {
             precision: Precision::Fast,
             eos: tokenizer.eos_ids().to_vec(),
         };
-        let engine =
-            engine.unwrap_or_else(|| Arc::new(ModelEngine::start(Arc::clone(&model), settings).unwrap()));
+        let engine = engine.unwrap_or_else(|| {
+            let engine = ModelEngine::start(Arc::clone(&model), settings).unwrap();
+            tokio::spawn(engine.carry());
+            Arc::new(engine)
+        });
         let store = Store::in_memory(Arc::new(SystemClock)).await.unwrap();
         let base = *model.hash();
         let app = App::new(AppState {
