@@ -3,7 +3,7 @@
 //! A model thread that hands each event to its reader wakes the reader's thread each time. That thread then takes the
 //! processor from the model thread, sends one token on and gives it back: two changes of context a token. So the model
 //! thread leaves a step's events in the post and wakes a carrier once, a task on the readers' own runtime, where to hand
-//! out an event is no more than to queue its reader.
+//! out an event is no more than to queue its reader. There is never more in the post than the readers' channels have room for.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 
 use crate::totals::Totals;
-use crate::{openapi, tidy, workspace};
+use crate::{aarch64, openapi, tidy, workspace};
 
 /// Where the round trip's files go, relative to the root.
 const ROUNDTRIP: &str = "target/roundtrip";
@@ -20,7 +20,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("clippy", || cargo("clippy --release --workspace --all-targets -- -D warnings"))?;
     step("tidy", tidy::run)?;
     step("documentation", documentation)?;
-    step("kernels for aarch64", aarch64)?;
+    step("kernels for aarch64", aarch64::run)?;
     step("fuzz targets", fuzz_targets)?;
     step("description of the API", || openapi::run(true))?;
     step("demo", demo)?;
@@ -49,7 +49,7 @@ pub(crate) fn cargo(args: &str) -> anyhow::Result<()> {
     check("cargo", &args.split(' ').collect::<Vec<_>>(), &[])
 }
 
-fn check(program: &str, args: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
+pub(crate) fn check(program: &str, args: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
     let mut command = workspace::command(program, args);
     let status = command.envs(environment.iter().copied()).status();
     let status = status.with_context(|| format!("cannot start {program}"))?;
@@ -60,17 +60,6 @@ fn check(program: &str, args: &[&str], environment: &[(&str, &str)]) -> anyhow::
 fn documentation() -> anyhow::Result<()> {
     let args = ["doc", "--release", "--workspace", "--no-deps"];
     check("cargo", &args, &[("RUSTDOCFLAGS", "-D warnings")])
-}
-
-/// Compiles what this CPU cannot run, where the toolchain has the standard library for it.
-fn aarch64() -> anyhow::Result<()> {
-    const TARGET: &str = "aarch64-unknown-linux-gnu";
-    let libraries = workspace::output("rustc", &["--print", "target-libdir", "--target", TARGET])?;
-    if !std::path::Path::new(libraries.trim()).is_dir() {
-        println!("skipped: no standard library for {TARGET} (`rustup target add {TARGET}`)");
-        return Ok(());
-    }
-    cargo(&format!("check --release --package kernels --lib --target {TARGET}"))
 }
 
 /// Serving and training on the vector units that a CPU like this one would use if it had no better: the tests of the

@@ -3,6 +3,7 @@
 //! What it is not: part of the product. It checks, measures and describes the other crates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command talks to its user")]
 
+mod aarch64;
 mod bench;
 mod ci;
 #[cfg(test)]
