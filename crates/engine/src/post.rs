@@ -32,6 +32,13 @@ impl Post {
         self.bag.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes what is there; true if nothing comes after it.
+    fn empty(&self, letters: &mut Vec<Letter>) -> bool {
+        let mut bag = self.bag();
+        std::mem::swap(&mut bag.letters, letters);
+        bag.closed
+    }
+
     /// Carries events until the model thread has left its last one. There is one carrier: while it is there, another has
     /// nothing to do and ends at once.
     pub(crate) async fn carry(self: Arc<Self>) {
@@ -41,15 +48,12 @@ impl Post {
         let carrier = Carrier(self);
         let mut letters = Vec::new();
         loop {
-            carrier.0.rung.notified().await;
-            let mut bag = carrier.0.bag();
-            std::mem::swap(&mut bag.letters, &mut letters);
-            let closed = bag.closed;
-            drop(bag);
+            let closed = carrier.0.empty(&mut letters);
             letters.drain(..).for_each(Letter::deliver);
             if closed {
                 return;
             }
+            carrier.0.rung.notified().await;
         }
     }
 }

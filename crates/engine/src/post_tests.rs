@@ -89,7 +89,12 @@ fn there_is_one_carrier() {
     assert!(post.bag().carried);
     drop(first);
     assert!(!post.bag().carried);
-    assert!(pin!(post.carry()).poll(&mut context).is_pending());
+    assert!(pin!(Arc::clone(&post).carry()).poll(&mut context).is_pending());
+    // Nothing comes after the end, whenever the carrier is sent for.
+    drop(Outbox::new(Arc::clone(&post)));
+    for _ in 0..2 {
+        assert!(pin!(Arc::clone(&post).carry()).poll(&mut context).is_ready());
+    }
 }
 
 #[tokio::test]
