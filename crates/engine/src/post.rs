@@ -95,11 +95,7 @@ impl Outbox {
             drop(bag);
             return self.letters.drain(..).for_each(Letter::deliver);
         }
-        if bag.letters.is_empty() {
-            std::mem::swap(&mut bag.letters, &mut self.letters);
-        } else {
-            bag.letters.append(&mut self.letters);
-        }
+        bag.letters.append(&mut self.letters);
         drop(bag);
         self.post.rung.notify_one();
     }
