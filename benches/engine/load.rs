@@ -173,6 +173,27 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    /// Takes an answer in, which must have so many tokens.
+    fn add(&mut self, target: Target, raw: &Raw, answer: u32) -> anyhow::Result<()> {
+        let (mut events, mut pieces, mut tokens) = (Events::default(), Vec::new(), None);
+        let mut begin = 0;
+        for &(came, end) in &raw.chunks {
+            for event in events.push(&raw.body[begin..end])? {
+                let (text, total) = target.read(&event)?;
+                pieces.extend(text.then_some(came));
+                tokens = total.or(tokens);
+            }
+            begin = end;
+        }
+        let tokens = tokens.context("the answer has no end")?;
+        ensure!(tokens == u64::from(answer), "the answer has {tokens} tokens, not {answer}");
+        let first = pieces.first().context("the answer has no text")?;
+        self.first.push(first.saturating_duration_since(raw.asked).as_secs_f64());
+        self.tokens += tokens;
+        self.gaps.extend(pieces.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3));
+        Ok(())
+    }
+
     /// Generated tokens per second.
     pub(crate) fn throughput(&self) -> f64 {
         self.tokens as f64 / self.wall
@@ -205,12 +226,6 @@ struct Raw {
     chunks: Vec<(Instant, usize)>,
 }
 
-struct Answer {
-    first: f64,
-    tokens: u64,
-    gaps: Vec<f64>,
-}
-
 /// Runs a load against a server; `seed` settles users, prompts and arrivals.
 pub(crate) fn run(
     target: Target,
@@ -241,10 +256,7 @@ pub(crate) fn run(
         }
         let mut report = Report { wall: start.elapsed().as_secs_f64(), ..Report::default() };
         for raw in all {
-            let read = read(target, &raw, load.answer)?;
-            report.first.push(read.first);
-            report.tokens += read.tokens;
-            report.gaps.extend(read.gaps);
+            report.add(target, &raw, load.answer)?;
         }
         Ok(report)
     })
@@ -297,22 +309,4 @@ async fn ask(
         chunks.push((Instant::now(), body.len()));
     }
     Ok(Raw { asked, body, chunks })
-}
-
-fn read(target: Target, raw: &Raw, answer: u32) -> anyhow::Result<Answer> {
-    let (mut events, mut pieces, mut tokens) = (Events::default(), Vec::new(), None);
-    let mut begin = 0;
-    for &(came, end) in &raw.chunks {
-        for event in events.push(&raw.body[begin..end])? {
-            let (text, total) = target.read(&event)?;
-            pieces.extend(text.then_some(came));
-            tokens = total.or(tokens);
-        }
-        begin = end;
-    }
-    let tokens = tokens.context("the answer has no end")?;
-    ensure!(tokens == u64::from(answer), "the answer has {tokens} tokens, not {answer}");
-    let first = pieces.first().context("the answer has no text")?;
-    let gaps = pieces.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
-    Ok(Answer { first: first.saturating_duration_since(raw.asked).as_secs_f64(), tokens, gaps })
 }
