@@ -7,7 +7,7 @@
 use crate::lanes::{Lanes, multiversion};
 use crate::linear::LAYERS;
 use crate::low_rank::{Route, shrink};
-use crate::panel::{TILE, Tile, View};
+use crate::panel::{Summary, TILE, Tile, View};
 use crate::pointwise::{fused_silu, norm_row, silu};
 use crate::vectors::RowVectors;
 
@@ -184,7 +184,7 @@ unsafe fn quantise<L: Lanes>(values: &[f32], row: usize, view: &View) {
         }
         if poison.sum().is_nan() {
             for block in 0..blocks {
-                *tile.scales.cast_mut().add(block * tile.rows + place) = f32::NAN;
+                (*tile.summaries.cast_mut().add(block * tile.height + place)).scale = f32::NAN;
             }
         }
     }
@@ -213,13 +213,12 @@ unsafe fn quantise_blocks<L: Lanes, const N: usize>(
         let scales = largest.map(|max| max / 127.0);
         let inverses = largest.map(|max| if max > 0.0 { 127.0 / max } else { 0.0 });
         for i in 0..N {
-            let at = (block + i) * tile.rows + place;
+            let at = (block + i) * tile.height + place;
             let inverse = L::splat(inverses[i]);
             let quants = tile.quants.cast_mut().add(at * 32);
             let counts = L::store_block(value(i, 0).mul(inverse), value(i, 1).mul(inverse), quants);
-            *tile.scales.cast_mut().add(at) = scales[i];
-            *tile.sums.cast_mut().add(at) = scales[i] * (counts[0] + counts[1]) as f32;
-            tile.counts.cast_mut().add(2 * at).cast::<[i32; 2]>().write_unaligned(counts);
+            let sum = scales[i] * (counts[0] + counts[1]) as f32;
+            tile.summaries.cast_mut().add(at).write(Summary { scale: scales[i], sum, counts });
         }
     }
     poison

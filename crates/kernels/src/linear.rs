@@ -10,12 +10,15 @@
 use std::ops::Range;
 
 use crate::ahead::{Announced, Soon};
+use crate::buffer::at_a_line;
 use crate::cut::Cut;
 use crate::input::{Input, Prepared, prepare};
 use crate::isa::{Isa, isa};
 use crate::lanes::{Lanes, multiversion};
+use crate::lines::Line;
 use crate::low_rank::{PREFETCHED, Route};
-use crate::panel::{Sink, TILE, View, panel_product};
+use crate::memory::LINE;
+use crate::panel::{APART, Sink, Summary, TILE, View, panel_product};
 use crate::parallel::Shared;
 use crate::routing::{Listing, NoAdapters, Routing, Shape, route_of};
 use crate::team::{Rayon, Workers};
@@ -51,10 +54,8 @@ pub struct Layer<'a> {
 #[derive(Debug, Default)]
 pub struct Scratch {
     values: Vec<f32>,
-    quants: Vec<i8>,
-    scales: Vec<f32>,
-    sums: Vec<f32>,
-    counts: Vec<i32>,
+    quants: Vec<Line>,
+    summaries: Vec<Line>,
     routes: Vec<Route>,
     /// Those of the call after the next one.
     coming: Vec<Route>,
@@ -171,12 +172,12 @@ pub fn fused_linear(scratch: &mut Scratch, means: Means<'_>, input: Input<'_>, l
     scratch.announced.clear();
 }
 
-/// Rows that one task prepares: whole tiles, whose rows share cache lines; a single tile is split all the same.
+/// Rows that one task prepares: as few as share no cache line with others; so few are split all the same.
 fn prepared_together(rows: usize, cols: usize) -> usize {
     match rows {
         _ if rows * cols < ALONE => rows.max(1),
-        ..=TILE => rows.div_ceil(2),
-        _ => TILE,
+        ..=APART => rows.div_ceil(2),
+        _ => APART,
     }
 }
 
@@ -229,21 +230,21 @@ fn buffers(
     let rank_stride = layers.iter().map(|layer| layer.adapters.max_rank()).max().unwrap_or(0);
     let sites = if rank_stride == 0 { 0 } else { layers.len() };
     let in_place = matches!(input, Input::Plain(_)) && !scaled;
-    if !in_place {
-        grow(&mut scratch.values, rows * cols, 0.0);
-    }
+    let values = match input {
+        // Only read.
+        Input::Plain(x) if in_place => x.as_ptr(),
+        _ => at_a_line(&mut scratch.values, rows * cols).as_mut_ptr(),
+    };
     if fast {
-        let blocks = rows * cols / 32;
-        grow(&mut scratch.quants, rows * cols, 0);
-        grow(&mut scratch.scales, blocks, 0.0);
-        grow(&mut scratch.sums, blocks, 0.0);
-        grow(&mut scratch.counts, 2 * blocks, 0);
+        let blocks = View::places(rows) * (cols / 32);
+        grow(&mut scratch.quants, (blocks * 32).div_ceil(LINE), Line([0; LINE]));
+        grow(&mut scratch.summaries, (blocks * size_of::<Summary>()).div_ceil(LINE), Line([0; LINE]));
     }
     scratch.routes.clear();
     let mut adapted = [false; LAYERS];
+    let places = (sites * rows).checked_mul(rank_stride).expect("ranks fit the memory");
+    let shrunk = at_a_line(&mut scratch.shrunk, places).as_mut_ptr();
     if sites > 0 {
-        let places = (sites * rows).checked_mul(rank_stride);
-        grow(&mut scratch.shrunk, places.expect("ranks fit the memory"), 0.0);
         for (layer, adapted) in layers.iter().zip(&mut adapted) {
             let own = scratch.routes.len();
             let shape = Shape { n: layer.weight.rows(), k: cols, ranks: rank_stride, fast };
@@ -267,33 +268,20 @@ fn buffers(
         *under = shape.checked(route_of(layer.adapters.under()));
         under_rank = under.rank.max(under_rank);
     }
-    grow(&mut scratch.under, layers.len() * rows * under_rank, 0.0);
-    let values = match input {
-        // Only read.
-        Input::Plain(x) if in_place => x.as_ptr(),
-        _ => scratch.values.as_mut_ptr(),
-    };
-    let quants = if fast { scratch.quants.as_mut_ptr() } else { std::ptr::null_mut() };
+    let under_shrunk = at_a_line(&mut scratch.under, layers.len() * rows * under_rank).as_mut_ptr();
+    let quants = if fast { scratch.quants.as_mut_ptr().cast::<i8>() } else { std::ptr::null_mut() };
     Prepared {
-        view: View {
-            rows,
-            cols,
-            values,
-            quants,
-            scales: scratch.scales.as_mut_ptr(),
-            sums: scratch.sums.as_mut_ptr(),
-            counts: scratch.counts.as_mut_ptr(),
-        },
+        view: View { rows, cols, values, quants, summaries: scratch.summaries.as_mut_ptr().cast() },
         routes: scratch.routes.as_ptr(),
         sites,
         adapted,
-        shrunk: scratch.shrunk.as_mut_ptr(),
+        shrunk,
         rank_stride,
         vectors: if has_vectors { scratch.vectors.as_ptr() } else { std::ptr::null() },
         scaled,
         under,
         under_rank,
-        under_shrunk: scratch.under.as_mut_ptr(),
+        under_shrunk,
     }
 }
 

@@ -305,14 +305,15 @@ unsafe fn dots_of_codes<L: Lanes, const M: usize>(
         let a = route.a.cast::<i8>().add(first * stride);
         for chunk in 0..blocks.div_ceil(2) {
             let (low, high) = (2 * chunk, 2 * chunk + 1);
-            let at = |block: usize| block * tile.rows + place;
+            let at = |block: usize| block * tile.height + place;
+            let scale = |block: usize| (*tile.summaries.add(at(block))).scale;
             let (x, scale) = if high < blocks {
                 (
                     L::signed(tile.quants.add(at(low) * 32), Some(tile.quants.add(at(high) * 32))),
-                    L::halves(*tile.scales.add(at(low)), *tile.scales.add(at(high))),
+                    L::halves(scale(low), scale(high)),
                 )
             } else {
-                (L::signed(tile.quants.add(at(low) * 32), None), L::halves(*tile.scales.add(at(low)), 0.0))
+                (L::signed(tile.quants.add(at(low) * 32), None), L::halves(scale(low), 0.0))
             };
             for i in 0..M {
                 let dots = L::signed_dot(a.add(i * stride + chunk * CHUNK), x);

@@ -11,11 +11,15 @@ use crate::weight::{Panel, Weight};
 /// Rows whose quants lie together.
 pub(crate) const TILE: usize = 8;
 
+/// Rows that share no cache line with others, so that threads can prepare them side by side.
+pub(crate) const APART: usize = TILE / 2;
+
 /// The most rows that are computed at a time.
 pub(crate) const TALLEST: usize = 12;
 
 /// Activations as the products read them. Quants lie in tiles of [`TILE`] rows, the last one lower: within a tile
-/// (blocks of 32 columns, rows, 32), so that a tile is read from one end to the other; what belongs to a block likewise.
+/// (blocks of 32 columns, rows, 32), so that a tile is read from one end to the other; the [`Summary`] of each block of a
+/// row likewise.
 #[derive(Clone, Copy)]
 pub(crate) struct View {
     pub(crate) rows: usize,
@@ -24,22 +28,32 @@ pub(crate) struct View {
     pub(crate) values: *const f32,
     /// Null in exact precision.
     pub(crate) quants: *const i8,
-    /// The scale of each block.
-    pub(crate) scales: *const f32,
-    /// Scale times the sum of the block's quants.
-    pub(crate) sums: *const f32,
-    /// The sums of the quants of each half of a block.
-    pub(crate) counts: *const i32,
+    pub(crate) summaries: *const Summary,
+}
+
+/// What a product wants to know of a block of quants besides them; those of [`APART`] rows fill a cache line.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Summary {
+    pub(crate) scale: f32,
+    /// The scale times the sum of the quants.
+    pub(crate) sum: f32,
+    /// The sums of the quants of each half.
+    pub(crate) counts: [i32; 2],
 }
 
 /// One tile's part of a [`View`].
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
-    pub(crate) rows: usize,
+    /// Places for rows in each block.
+    pub(crate) height: usize,
     pub(crate) quants: *const i8,
-    pub(crate) scales: *const f32,
-    pub(crate) sums: *const f32,
-    pub(crate) counts: *const i32,
+    pub(crate) summaries: *const Summary,
+}
+
+/// Places for rows in a tile of so many: more than [`APART`] are as far apart as in a whole one.
+fn height(rows: usize) -> usize {
+    if rows > APART { TILE } else { rows }
 }
 
 impl View {
@@ -49,12 +63,15 @@ impl View {
         let first = row / TILE * TILE;
         let at = first * (self.cols / 32);
         Tile {
-            rows: TILE.min(self.rows - first),
+            height: height(TILE.min(self.rows - first)),
             quants: self.quants.wrapping_add(at * 32),
-            scales: self.scales.wrapping_add(at),
-            sums: self.sums.wrapping_add(at),
-            counts: self.counts.wrapping_add(2 * at),
+            summaries: self.summaries.wrapping_add(at),
         }
+    }
+
+    /// Places for rows in all tiles together.
+    pub(crate) fn places(rows: usize) -> usize {
+        rows / TILE * TILE + height(rows % TILE)
     }
 }
 
@@ -96,23 +113,23 @@ pub(crate) unsafe fn panel_product<L: Lanes>(
     }
 }
 
-/// Splits the rows into tiles, as tall as the registers allow.
+/// Splits the rows into tiles, as tall as the registers allow: with many of them the first height, then once each of those
+/// that follow it.
 macro_rules! tiles {
-    ($x:ident, $sink:ident, $panel:ident, $run:ident::<$l:ident, $f:ident>, $tall:literal, $middle:literal) => {
+    (
+        $x:ident, $sink:ident, $panel:ident, $run:ident::<$l:ident, $f:ident>,
+        [$tall:literal $(, $lower:literal)*], $middle:literal
+    ) => {
         let mut row = 0;
         if $l::TALL {
             while row + $tall <= $x.rows {
                 $run::<$l, $f, $tall>($panel, $x, row, $sink);
                 row += $tall;
             }
-            if row + 4 <= $x.rows && $tall > 4 {
-                $run::<$l, $f, 4>($panel, $x, row, $sink);
-                row += 4;
-                if row + 4 <= $x.rows && $tall > 8 {
-                    $run::<$l, $f, 4>($panel, $x, row, $sink);
-                    row += 4;
-                }
-            }
+            $(if row + $lower <= $x.rows {
+                $run::<$l, $f, $lower>($panel, $x, row, $sink);
+                row += $lower;
+            })*
         }
         while row + $middle <= $x.rows {
             $run::<$l, $f, $middle>($panel, $x, row, $sink);
@@ -138,7 +155,7 @@ macro_rules! tiles {
 unsafe fn fast<L: Lanes, C: Codes>(panel: Panel, x: &View, sink: &mut impl Sink<L>) {
     // SAFETY: tiles lie within the rows; the caller vouches for the rest.
     unsafe {
-        tiles!(x, sink, panel, fast_tile::<L, C>, 8, 4);
+        tiles!(x, sink, panel, fast_tile::<L, C>, [8, 7, 6, 5], 4);
     }
 }
 
@@ -179,7 +196,7 @@ unsafe fn fast_tile_with<L: Lanes, C: Codes, const M: usize, const AHEAD: u8>(
 ) {
     let mut sums = [L::zero(); M];
     let tile = x.tile(row);
-    let height = if M == TILE { TILE } else { tile.rows };
+    let height = if M > APART { TILE } else { tile.height };
     // Hidden from the compiler, which would unroll the loop and put each row's products one after another, where they
     // wait for each other.
     let pairs = std::hint::black_box(if C::HALVES { 2 } else { 4 });
@@ -239,14 +256,14 @@ unsafe fn fast_tile_with<L: Lanes, C: Codes, const M: usize, const AHEAD: u8>(
                 }
                 let scale: L = C::scale(panel, block * 2 + half);
                 for i in 0..M {
-                    let x_scale = L::splat(*tile.scales.add(at + i));
+                    let x_scale = L::splat((*tile.summaries.add(at + i)).scale);
                     sums[i] = sums[i].fma(L::from_ints(dots[i]), scale.mul(x_scale));
                 }
             }
             if C::MINS {
                 let min: L = C::min(panel, block);
                 for i in 0..M {
-                    sums[i] = sums[i].fma(min, L::splat(*tile.sums.add(at + i)));
+                    sums[i] = sums[i].fma(min, L::splat((*tile.summaries.add(at + i)).sum));
                 }
             }
         }
@@ -260,11 +277,9 @@ unsafe fn fast_tile_with<L: Lanes, C: Codes, const M: usize, const AHEAD: u8>(
 /// The tile has a block at `at`.
 #[inline(always)]
 unsafe fn offset<C: Codes>(tile: &Tile, at: usize, half: usize) -> i32 {
-    // SAFETY: the caller vouches for the block, which has two counts.
-    unsafe {
-        let counts = tile.counts.add(2 * at);
-        -C::OFFSET * if C::HALVES { *counts.add(half) } else { *counts + *counts.add(1) }
-    }
+    // SAFETY: the caller vouches for the block.
+    let counts = unsafe { (*tile.summaries.add(at)).counts };
+    -C::OFFSET * if C::HALVES { counts[half] } else { counts[0] + counts[1] }
 }
 
 /// Float32 products of decoded weights; even and odd columns are summed apart and added at the end.
@@ -272,7 +287,7 @@ unsafe fn offset<C: Codes>(tile: &Tile, at: usize, half: usize) -> i32 {
 unsafe fn exact<L: Lanes, C: Columns>(panel: Panel, x: &View, sink: &mut impl Sink<L>) {
     // SAFETY: tiles lie within the rows; the caller vouches for the rest.
     unsafe {
-        tiles!(x, sink, panel, exact_tile::<L, C>, 12, 2);
+        tiles!(x, sink, panel, exact_tile::<L, C>, [12, 4, 4], 2);
     }
 }
 
@@ -345,6 +360,45 @@ unsafe fn decode<L: Lanes, C: Columns>(panel: Panel, cols: usize, out: &mut [f32
             let one = C::one::<L>(panel, column).to_array();
             for (lane, value) in one.into_iter().enumerate() {
                 out[lane * cols + column] = value;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    /// Where quants and summaries of a block of a row lie, in bytes from the first of each, and how long they are.
+    fn pieces(view: &View, row: usize, block: usize) -> [(usize, usize); 2] {
+        let tile = view.tile(row);
+        let at = block * tile.height + row % TILE;
+        let quants = tile.quants.wrapping_add(at * 32).addr();
+        [(quants, 32), (tile.summaries.wrapping_add(at).addr(), size_of::<Summary>())]
+    }
+
+    #[test]
+    fn rows_that_are_prepared_apart_share_no_cache_line() {
+        let blocks = 3;
+        for rows in 1..=3 * TILE + 1 {
+            let (quants, summaries) = (std::ptr::null(), std::ptr::null());
+            let view = View { rows, cols: 32 * blocks, values: std::ptr::null(), quants, summaries };
+            // Who has a byte, and who a line: of the quants and of the summaries.
+            let (mut bytes, mut lines) = ([(); 2].map(|()| HashMap::new()), [(); 2].map(|()| HashMap::new()));
+            for (row, block) in (0..rows).flat_map(|row| (0..blocks).map(move |block| (row, block))) {
+                for (of, (start, len)) in pieces(&view, row, block).into_iter().enumerate() {
+                    assert!(
+                        start + len <= View::places(rows) * blocks * len,
+                        "{rows} rows: {row} lies outside"
+                    );
+                    for byte in start..start + len {
+                        assert_eq!(bytes[of].insert(byte, row), None, "{rows} rows: {row} lies on another");
+                        let owner = *lines[of].entry(byte / LINE).or_insert(row / APART);
+                        assert_eq!(owner, row / APART, "{rows} rows: {row} shares a line");
+                    }
+                }
             }
         }
     }
