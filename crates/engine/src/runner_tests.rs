@@ -23,7 +23,7 @@ fn engine() -> (ModelEngine, Runner) {
     let settings = Settings {
         batch: 4,
         queue: 8,
-        step_tokens: 24,
+        step_tokens: 40,
         precision: Precision::Fast,
         kv_bytes: 64 * KvPool::block_bytes(base().config(), Precision::Fast),
         prefix_cache: true,

@@ -68,12 +68,43 @@ struct Entry {
     blocks: usize,
 }
 
+/// What the tokens of a step may cost together, in tokens that look back on nothing.
+#[derive(Debug, Clone, Copy)]
+struct Budget {
+    left: usize,
+    /// Positions that cost as much as a token; none when nobody waits for the step.
+    parity: Option<usize>,
+    /// As many of the prompts' tokens cost one each, however much they look back on.
+    cheap: usize,
+}
+
+impl Budget {
+    /// How many of a sequence's `pending` tokens there is room for, the first of which looks back on `seen` positions. Who
+    /// decodes has its one token for one.
+    fn affords(&self, pending: usize, seen: usize, decoding: bool) -> usize {
+        let priced =
+            |parity: usize| (self.left * parity).div_ceil(parity + seen).max(self.cheap.min(self.left));
+        pending.min(self.parity.filter(|_| !decoding).map_or(self.left, priced))
+    }
+
+    fn spend(&mut self, tokens: usize, seen: usize, decoding: bool) {
+        let Some(parity) = self.parity.filter(|_| !decoding) else {
+            self.left -= tokens;
+            return;
+        };
+        let cost = (tokens * (parity + seen)).div_ceil(parity);
+        self.left = self.left.saturating_sub(cost);
+        self.cheap = self.cheap.saturating_sub(tokens);
+    }
+}
+
 /// Queue and batch.
 #[derive(Debug)]
 pub struct Scheduler {
     block_len: usize,
     max_running: usize,
     step_tokens: usize,
+    parity: usize,
     waiting: VecDeque<Entry>,
     /// In the order of admission.
     running: Vec<Entry>,
@@ -81,11 +112,11 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// A scheduler for at most `max_running` sequences and `step_tokens` tokens in a step, over blocks of
-    /// `block_len` tokens.
+    /// `block_len` tokens. A token that looks back on `parity` positions takes twice as long as the first one.
     #[must_use]
-    pub fn new(max_running: usize, step_tokens: usize, block_len: usize) -> Self {
-        let step_tokens = step_tokens.max(max_running);
-        Self { block_len, max_running, step_tokens, waiting: VecDeque::new(), running: Vec::new() }
+    pub fn new(max_running: usize, step_tokens: usize, block_len: usize, parity: usize) -> Self {
+        let (step_tokens, parity) = (step_tokens.max(max_running), parity.max(1));
+        Self { block_len, max_running, step_tokens, parity, waiting: VecDeque::new(), running: Vec::new() }
     }
 
     /// Queues a sequence. While one of its `group` computes the prompt, it waits in order to share the blocks.
@@ -143,21 +174,21 @@ impl Scheduler {
                     at += 1;
                     continue;
                 }
-                let tokens = pending.min(budget);
+                let tokens = budget.affords(pending, entry.computed, decoding);
                 let need = self.blocks_for(entry.computed + tokens).saturating_sub(entry.blocks);
                 if need > blocks.available() {
                     // The newest sequence makes room; it may be this one. What others share with it stays theirs.
                     let last = self.preempt(blocks, step);
                     step.work.retain(|work| {
                         if work.id == last {
-                            budget += work.tokens;
+                            budget.left += work.tokens;
                         }
                         work.id != last
                     });
                     continue;
                 }
                 if tokens > 0 {
-                    budget -= tokens;
+                    budget.spend(tokens, entry.computed, decoding);
                     self.running[at].blocks += need;
                     blocks.grow(entry.id, need);
                     step.work.push(Work { id: entry.id, tokens, sample: tokens == pending });
@@ -174,22 +205,24 @@ impl Scheduler {
     /// Tokens of the next step: one for each sequence that decodes, and for the prompts the square of their share among
     /// all sequences, at least half as many as decode: a step's time grows with its rows, and who decodes shall not wait half
     /// as long again. A long prompt beside many who decode goes in small pieces; many prompts beside few who decode, as in
-    /// a burst, go in large ones.
-    fn budget(&self) -> usize {
+    /// a burst, go in large ones, which shrink as they look back on more, so that a step takes no longer.
+    fn budget(&self) -> Budget {
         let decoding = self.running.iter().filter(|entry| entry.known - entry.computed == 1).count();
         let room = self.max_running - self.running.len();
         let prompts = self.running.len() - decoding + self.waiting.len().min(room);
         if decoding == 0 || prompts == 0 {
-            return self.step_tokens;
+            return Budget { left: self.step_tokens, parity: None, cheap: 0 };
         }
         let share = self.step_tokens * prompts * prompts / (prompts + decoding).pow(2);
-        (decoding + share.max(decoding.div_ceil(2))).min(self.step_tokens)
+        let cheap = decoding.div_ceil(2);
+        let left = (decoding + share.max(cheap)).min(self.step_tokens);
+        Budget { left, parity: Some(self.parity), cheap }
     }
 
     /// Lets in those who wait, in their order, as long as the whole of the next one has room.
-    fn admit(&mut self, blocks: &mut impl Blocks, mut budget: usize, step: &mut Step) {
+    fn admit(&mut self, blocks: &mut impl Blocks, mut budget: Budget, step: &mut Step) {
         let mut at = 0;
-        while budget > 0 && self.running.len() < self.max_running {
+        while budget.left > 0 && self.running.len() < self.max_running {
             let Some(mut entry) = self.waiting.get(at).copied() else { break };
             if self.prompt_is_under_way(&entry) {
                 at += 1;
@@ -197,12 +230,12 @@ impl Scheduler {
             }
             // As long as there is budget, all that run have got the blocks of their prompts.
             let Some(cached) = blocks.reuse(entry.id) else { break };
-            let tokens = (entry.known - cached).min(budget);
+            let tokens = budget.affords(entry.known - cached, cached, false);
             let held = self.blocks_for(cached);
             let need = self.blocks_for(cached + tokens).saturating_sub(held);
             blocks.grow(entry.id, need);
             (entry.computed, entry.blocks) = (cached, held + need);
-            budget -= tokens;
+            budget.spend(tokens, cached, false);
             step.work.push(Work { id: entry.id, tokens, sample: cached + tokens == entry.known });
             step.admitted.push(entry.id);
             self.running.push(entry);

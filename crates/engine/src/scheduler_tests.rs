@@ -11,6 +11,7 @@ use crate::blocks::{BlockPool, BlockTable, Scope};
 
 const STEP_TOKENS: usize = 32;
 const MAX_RUNNING: usize = 4;
+const PARITY: usize = 20;
 
 /// A sequence to run.
 #[derive(Debug, Clone)]
@@ -159,7 +160,7 @@ impl World {
 
     /// Runs all sequences to their end, checking each step.
     fn drain(&mut self, cases: &[Case]) {
-        let mut scheduler = Scheduler::new(MAX_RUNNING, STEP_TOKENS, BLOCK_LEN);
+        let mut scheduler = Scheduler::new(MAX_RUNNING, STEP_TOKENS, BLOCK_LEN, PARITY);
         for (id, case) in (0..).zip(cases) {
             self.add(&mut scheduler, id, case);
         }
@@ -244,13 +245,16 @@ fn plan(scheduler: &mut Scheduler, world: &mut World) -> Step {
     step
 }
 
+/// Positions that count for nothing.
+const FAR: usize = 1 << 30;
+
 fn plain(prompt: u32, answer: usize) -> Case {
     Case { prompt: (0..prompt).collect(), answer, tenant: true, group: None, leaves: None }
 }
 
 #[test]
 fn a_sequence_joins_a_running_batch() {
-    let mut scheduler = Scheduler::new(4, 32, 16);
+    let mut scheduler = Scheduler::new(4, 32, 16, FAR);
     let mut world = World::new(100, true);
     world.add(&mut scheduler, 1, &plain(3, 9));
     let step = plan(&mut scheduler, &mut world);
@@ -268,7 +272,7 @@ fn a_sequence_joins_a_running_batch() {
 #[test]
 fn prompts_get_the_square_of_their_share() {
     let tokens = |decoding: u64, prompts: u64| {
-        let mut scheduler = Scheduler::new(16, 256, 16);
+        let mut scheduler = Scheduler::new(16, 256, 16, FAR);
         let mut world = World::new(1000, true);
         for id in 0..decoding {
             world.add(&mut scheduler, id, &Case { tenant: false, ..plain(3 + id as u32, 9) });
@@ -289,6 +293,41 @@ fn prompts_get_the_square_of_their_share() {
 }
 
 #[test]
+fn a_prompts_pieces_shrink_as_they_look_back_on_more() {
+    // What the prompt had computed before each of its pieces, and their tokens, beside so many who decode.
+    let pieces = |decoding: u64| {
+        let mut scheduler = Scheduler::new(16, 128, 16, 100);
+        let mut world = World::new(200, true);
+        for id in 0..decoding {
+            world.add(&mut scheduler, id, &Case { tenant: false, ..plain(3 + id as u32, 99) });
+        }
+        let mut pieces = Vec::new();
+        for turn in 0..9 {
+            if turn == 1 {
+                world.add(&mut scheduler, 99, &plain(300, 9));
+            }
+            let step = plan(&mut scheduler, &mut world);
+            for work in &step.work {
+                let looks_back_on = world.sequences[&work.id].computed;
+                pieces.extend((work.id == 99).then_some((looks_back_on, work.tokens)));
+                world.run(work);
+                scheduler.settle(work, work.sample);
+            }
+        }
+        // Where nobody waits, it gets all there is.
+        (0..decoding).for_each(|id| world.end(&mut scheduler, id));
+        assert!(plan(&mut scheduler, &mut world).work[0].tokens > 100);
+        pieces
+    };
+    // A quarter of the step, where 100 positions cost as much as a token; the last of a piece may cost more than is left.
+    let beside_one = pieces(1);
+    assert_eq!(beside_one[..4], [(0, 32), (32, 25), (57, 21), (78, 18)]);
+    assert!(beside_one.iter().all(|&(back, tokens)| (tokens - 1) * (100 + back) < 32 * 100));
+    // Half as many as decode, whatever they look back on.
+    assert!(pieces(12).iter().all(|&(_, tokens)| tokens == 6));
+}
+
+#[test]
 fn who_decodes_runs_in_every_step_beside_a_long_prompt() {
     let mut world = World::new(64, true);
     world.drain(&[plain(3, 40), plain(4, 40), Case { tenant: false, ..plain(5, 40) }, plain(99, 5)]);
@@ -298,7 +337,7 @@ fn who_decodes_runs_in_every_step_beside_a_long_prompt() {
 
 #[test]
 fn who_waits_for_room_is_not_overtaken() {
-    let mut scheduler = Scheduler::new(4, 64, 16);
+    let mut scheduler = Scheduler::new(4, 64, 16, FAR);
     let mut world = World::new(4, true);
     world.add(&mut scheduler, 1, &plain(20, 9));
     world.add(&mut scheduler, 2, &Case { tenant: false, ..plain(33, 9) });
@@ -333,7 +372,7 @@ fn a_group_computes_its_prompt_once() {
 
 #[test]
 fn others_pass_a_group_that_waits() {
-    let mut scheduler = Scheduler::new(4, 128, 16);
+    let mut scheduler = Scheduler::new(4, 128, 16, FAR);
     let mut world = World::new(100, true);
     for id in 0..3 {
         world.add(&mut scheduler, id, &Case { group: Some(1), ..plain(24, 9) });

@@ -132,6 +132,7 @@ impl ModelEngine {
         let (waiting, stopped) = (AtomicUsize::new(0), OnceLock::new());
         let shared = Arc::new(Shared { waiting, stats: Mutex::new(stats), stopped });
         let (guest, post) = (Guest::default(), Arc::<Post>::default());
+        let parity = model.attention_parity(settings.precision);
         let runner = Runner {
             guest: guest.clone(),
             host: Host::new(settings.threads, settings.guest_floor),
@@ -143,7 +144,7 @@ impl ModelEngine {
             step: Step::default(),
             arranged: Vec::new(),
             blocks: BlockPool::new(blocks as u32, settings.prefix_cache),
-            scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN),
+            scheduler: Scheduler::new(settings.batch, settings.step_tokens, BLOCK_LEN, parity),
             eos: settings.eos,
             context: limits.context,
             inbox: arrivals,
