@@ -162,14 +162,21 @@ fn long(seed: u64) -> Generate {
 #[tokio::test]
 async fn a_reader_that_leaves_frees_its_place() {
     let engine = ModelEngine::start(base(), settings(64)).unwrap();
-    let mut leaving = engine.submit(long(1)).unwrap();
-    let staying = engine.submit(job(2, None)).unwrap();
-    assert!(matches!(leaving.next().await, Some(Event::Token(_))));
-    drop(leaving);
-    assert!(matches!(collect(staying).await.last(), Some(Event::Finished { .. })));
-    until(&engine, |stats| stats.running == 0).await;
-    let stats = engine.stats();
-    assert_eq!((stats.cancelled, stats.kv_blocks_used), (1, 0));
+    // Where this thread gets no processor for long, the answer may have ended before it leaves.
+    for attempt in 1.. {
+        let mut leaving = engine.submit(long(attempt)).unwrap();
+        let staying = engine.submit(job(2, None)).unwrap();
+        assert!(matches!(leaving.next().await, Some(Event::Token(_))));
+        drop(leaving);
+        assert!(matches!(collect(staying).await.last(), Some(Event::Finished { .. })));
+        until(&engine, |stats| stats.running == 0).await;
+        let stats = engine.stats();
+        assert_eq!(stats.kv_blocks_used, 0);
+        if stats.cancelled == 1 {
+            break;
+        }
+        assert!(attempt < 100 && stats.cancelled == 0, "{stats:?}");
+    }
 }
 
 #[tokio::test]
