@@ -79,16 +79,17 @@ struct Budget {
 }
 
 impl Budget {
-    /// How many of a sequence's `pending` tokens there is room for, the first of which looks back on `seen` positions. Who
-    /// decodes has its one token for one.
-    fn affords(&self, pending: usize, seen: usize, decoding: bool) -> usize {
-        let priced =
-            |parity: usize| (self.left * parity).div_ceil(parity + seen).max(self.cheap.min(self.left));
-        pending.min(self.parity.filter(|_| !decoding).map_or(self.left, priced))
+    /// How many of a sequence's `pending` tokens there is room for, the first of which looks back on `seen` positions; none
+    /// are counted of a sequence that decodes, which has its one token for one.
+    fn affords(&self, pending: usize, seen: Option<usize>) -> usize {
+        let priced = |(parity, seen): (usize, usize)| {
+            (self.left * parity).div_ceil(parity + seen).max(self.cheap.min(self.left))
+        };
+        pending.min(self.parity.zip(seen).map_or(self.left, priced))
     }
 
-    fn spend(&mut self, tokens: usize, seen: usize, decoding: bool) {
-        let Some(parity) = self.parity.filter(|_| !decoding) else {
+    fn spend(&mut self, tokens: usize, seen: Option<usize>) {
+        let Some((parity, seen)) = self.parity.zip(seen) else {
             self.left -= tokens;
             return;
         };
@@ -174,7 +175,8 @@ impl Scheduler {
                     at += 1;
                     continue;
                 }
-                let tokens = budget.affords(pending, entry.computed, decoding);
+                let seen = (!decoding).then_some(entry.computed);
+                let tokens = budget.affords(pending, seen);
                 let need = self.blocks_for(entry.computed + tokens).saturating_sub(entry.blocks);
                 if need > blocks.available() {
                     // The newest sequence makes room; it may be this one. What others share with it stays theirs.
@@ -188,7 +190,7 @@ impl Scheduler {
                     continue;
                 }
                 if tokens > 0 {
-                    budget.spend(tokens, entry.computed, decoding);
+                    budget.spend(tokens, seen);
                     self.running[at].blocks += need;
                     blocks.grow(entry.id, need);
                     step.work.push(Work { id: entry.id, tokens, sample: tokens == pending });
@@ -230,12 +232,12 @@ impl Scheduler {
             }
             // As long as there is budget, all that run have got the blocks of their prompts.
             let Some(cached) = blocks.reuse(entry.id) else { break };
-            let tokens = budget.affords(entry.known - cached, cached, false);
+            let tokens = budget.affords(entry.known - cached, Some(cached));
             let held = self.blocks_for(cached);
             let need = self.blocks_for(cached + tokens).saturating_sub(held);
             blocks.grow(entry.id, need);
             (entry.computed, entry.blocks) = (cached, held + need);
-            budget.spend(tokens, cached, false);
+            budget.spend(tokens, Some(cached));
             step.work.push(Work { id: entry.id, tokens, sample: cached + tokens == entry.known });
             step.admitted.push(entry.id);
             self.running.push(entry);

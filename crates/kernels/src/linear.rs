@@ -101,9 +101,10 @@ impl Scratch {
 // SAFETY: the pointers in `routes`, `coming` and `vectors` are used within the call that writes them only.
 unsafe impl Send for Scratch {}
 
-fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, empty: T) {
-    if buffer.len() < len {
-        buffer.resize(len, empty);
+fn grow(buffer: &mut Vec<Line>, bytes: usize) {
+    let lines = bytes.div_ceil(LINE);
+    if buffer.len() < lines {
+        buffer.resize(lines, Line([0; LINE]));
     }
 }
 
@@ -237,8 +238,8 @@ fn buffers(
     };
     if fast {
         let blocks = View::places(rows) * (cols / 32);
-        grow(&mut scratch.quants, (blocks * 32).div_ceil(LINE), Line([0; LINE]));
-        grow(&mut scratch.summaries, (blocks * size_of::<Summary>()).div_ceil(LINE), Line([0; LINE]));
+        grow(&mut scratch.quants, blocks * 32);
+        grow(&mut scratch.summaries, blocks * size_of::<Summary>());
     }
     scratch.routes.clear();
     let mut adapted = [false; LAYERS];

@@ -145,9 +145,15 @@ impl BaseModel {
     /// Its parameters, without the few thousand of norms and biases.
     #[must_use]
     pub fn parameters(&self) -> usize {
-        let linears = self.blocks.iter().flat_map(|block| &block.linears).map(|linear| &linear.weight);
         let head = (!Arc::ptr_eq(&self.embedding, &self.head.weight)).then_some(&self.head.weight);
-        linears.chain([&self.embedding]).chain(head).map(|weight| weight.rows() * weight.cols()).sum()
+        let ends = [&self.embedding].into_iter().chain(head);
+        self.layer_parameters() + ends.map(|weight| weight.rows() * weight.cols()).sum::<usize>()
+    }
+
+    /// Those of the layers between embedding and output.
+    fn layer_parameters(&self) -> usize {
+        let linears = self.blocks.iter().flat_map(|block| &block.linears).map(|linear| &linear.weight);
+        linears.map(|weight| weight.rows() * weight.cols()).sum()
     }
 
     /// Positions that a row looks back on when its attention takes about as long as its products with the weights of all
@@ -155,11 +161,9 @@ impl BaseModel {
     /// position: they take about three times as long as those of 8-bit activations, as long as those of float32 ones.
     #[must_use]
     pub fn attention_parity(&self, precision: Precision) -> usize {
-        let linears = self.blocks.iter().flat_map(|block| &block.linears).map(|linear| &linear.weight);
-        let of_weights: usize = linears.map(|weight| weight.rows() * weight.cols()).sum();
         let of_a_position = 2 * self.config.layers * self.config.heads * self.config.head_dim;
         let times = if precision == Precision::Fast { 3 } else { 1 };
-        of_weights / (times * of_a_position).max(1)
+        self.layer_parameters() / (times * of_a_position).max(1)
     }
 
     /// Bytes of weights in memory.
