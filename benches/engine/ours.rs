@@ -87,17 +87,20 @@ impl Ours {
         self.runtime.block_on(self.run_all(jobs))
     }
 
-    /// As [`Ours::run`], while sequences of `company` keep arriving, the next when the one before has ended.
-    pub(crate) fn run_beside(&self, jobs: Vec<Job>, company: usize) -> anyhow::Result<Batch> {
-        self.runtime.block_on(async {
+    /// As [`Ours::run`], while sequences of `company` keep arriving, the next when the one before has its token; also the
+    /// seconds that each of them waited for it.
+    pub(crate) fn run_beside(&self, jobs: Vec<Job>, company: usize) -> anyhow::Result<(Batch, Vec<f64>)> {
+        let mut waits = Vec::new();
+        let batch = self.runtime.block_on(async {
             tokio::select! {
                 batch = self.run_all(jobs) => batch,
-                ended = keep_busy(&self.engine, company) => {
+                ended = keep_busy(&self.engine, company, &mut waits) => {
                     let Err(error) = ended;
                     Err(error)
                 }
             }
-        })
+        })?;
+        Ok((batch, waits))
     }
 
     async fn run_all(&self, jobs: Vec<Job>) -> anyhow::Result<Batch> {
@@ -131,9 +134,11 @@ fn submit(engine: &ModelEngine, job: Job) -> anyhow::Result<TokenStream> {
     })?)
 }
 
-async fn keep_busy(engine: &ModelEngine, prompt: usize) -> anyhow::Result<Infallible> {
+async fn keep_busy(engine: &ModelEngine, prompt: usize, waits: &mut Vec<f64>) -> anyhow::Result<Infallible> {
     loop {
+        let asked = Instant::now();
         read(submit(engine, Job { prompt, answer: 1, adapter: None })?).await?;
+        waits.push(asked.elapsed().as_secs_f64());
     }
 }
 

@@ -16,6 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::buckets::{BUCKETS, bucket, fewest};
+
 /// The longest steps of late: this share of all tokens came of shorter ones.
 const LONGEST: f64 = 0.99;
 /// The last so many tokens are those of late.
@@ -94,7 +96,7 @@ impl Rows {
 pub(crate) struct Host {
     threads: usize,
     floor: f64,
-    times: [Times; 64],
+    times: [Times; BUCKETS],
     /// Seconds that the longest steps of late would take if nothing had been given.
     longest: f64,
     /// What lending costs a step.
@@ -110,39 +112,25 @@ impl Host {
     /// `floor` is the share of the threads' time, from 0 to 0.9, that a guest gets while requests run.
     pub(crate) fn new(threads: usize, floor: f64) -> Self {
         let floor = floor.clamp(0.0, 0.9);
-        let times = [Times::default(); 64];
+        let times = [Times::default(); BUCKETS];
         let (longest, rows, between) = (0.0, 0.0, 0.0);
         Self { threads, floor, times, longest, cost: GUESS, rows, between, due: 0.0 }
     }
 
-    /// Where the times of steps of about so many rows are: an entry for each number below sixteen, then four for each power
-    /// of two.
-    fn at(&self, rows: usize) -> usize {
-        let rows = rows.max(1);
-        let power = rows.ilog2() as usize;
-        let at = if power < 4 { rows } else { 4 * power + (rows >> (power - 2)) % 4 };
-        at.min(self.times.len() - 1)
-    }
-
     fn of(&mut self, rows: usize) -> &mut Times {
-        &mut self.times[self.at(rows)]
+        &mut self.times[bucket(rows)]
     }
 
     /// Seconds that a step of so many rows takes if it lends; `None` if what it takes on all threads is unknown.
     fn lending(&self, rows: usize) -> Option<f64> {
-        let times = &self.times[self.at(rows)];
+        let times = &self.times[bucket(rows)];
         times.all.map(|all| times.lending.unwrap_or(all * self.cost))
-    }
-
-    /// The fewest rows of an entry.
-    fn fewest(at: usize) -> f64 {
-        if at < 16 { at as f64 } else { ((4 + at % 4) << (at / 4 - 2)) as f64 }
     }
 
     /// Seconds that a step of so many rows takes on all threads: on the line between the next that are known.
     fn alone(&self, rows: f64) -> Option<f64> {
-        let split = self.at(rows as usize) + 1;
-        let known = |(at, times): (usize, &Times)| Some((Self::fewest(at), times.all?));
+        let split = bucket(rows as usize) + 1;
+        let known = |(at, times): (usize, &Times)| Some((fewest(at) as f64, times.all?));
         let mut times = self.times.iter().enumerate();
         let below = times.by_ref().take(split).filter_map(known).last();
         let above = times.find_map(known);
@@ -172,7 +160,7 @@ impl Host {
             longer += times.tokens;
             longer > all * (1.0 - LONGEST)
         });
-        self.alone(Self::fewest(at?))
+        self.alone(fewest(at?) as f64)
     }
 
     /// Threads that a step runs on while a guest is there.

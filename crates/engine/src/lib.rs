@@ -3,8 +3,10 @@
 //!
 //! What it is not: it knows no store, no text and no HTTP. It gets tokens and a lease, and gives tokens.
 
+mod allowance;
 mod arrange;
 mod blocks;
+mod buckets;
 mod draw;
 #[cfg(test)]
 mod faults;

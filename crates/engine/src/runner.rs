@@ -208,6 +208,9 @@ impl Runner {
         self.outbox.send();
         let seconds = begun.elapsed().as_secs_f64();
         self.host.measured(rows, threads, seconds);
+        if threads == self.runtime.threads() {
+            self.scheduler.measured(&step, seconds);
+        }
         let pause = if guest { self.host.pause(threads, seconds) } else { None };
         self.step = step;
         pause

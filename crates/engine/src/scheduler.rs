@@ -1,4 +1,5 @@
-//! Which sequences run how many tokens in the next step: pure, without clock or tensors.
+//! Which sequences run how many tokens in the next step: pure, without clock or tensors, from what it is told of earlier
+//! steps' times.
 //!
 //! Continuous batching (Yu et al., Orca, 2022) with chunked prefill (Agrawal et al., Sarathi-Serve, 2024):
 //! sequences that decode come first, one token each; what is left of the step's token budget goes to prompts,
@@ -6,6 +7,8 @@
 //! with one prompt, the first computes it and the others follow when they can share its blocks.
 
 use std::collections::VecDeque;
+
+use crate::allowance::Allowance;
 
 /// The blocks of the sequences, as far as planning moves them.
 pub trait Blocks {
@@ -36,7 +39,7 @@ pub struct Work {
 }
 
 /// What to do next.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Step {
     /// Sequences that gave their blocks back and wait again.
     pub preempted: Vec<u64>,
@@ -44,6 +47,26 @@ pub struct Step {
     pub admitted: Vec<u64>,
     /// The work.
     pub work: Vec<Work>,
+    /// What it costs.
+    pub(crate) cost: Cost,
+}
+
+/// What a step's time depends on.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Cost {
+    /// Sequences that decode.
+    decoding: usize,
+    /// Tokens of prompts beside them, in those that look back on nothing.
+    prompts: f64,
+}
+
+impl Cost {
+    fn add(&mut self, budget: &Budget, tokens: usize, seen: Option<usize>) {
+        match seen {
+            Some(_) => self.prompts += (tokens * budget.price(seen)) as f64 / budget.token as f64,
+            None => self.decoding += tokens,
+        }
+    }
 }
 
 impl Step {
@@ -51,6 +74,7 @@ impl Step {
         self.preempted.clear();
         self.admitted.clear();
         self.work.clear();
+        self.cost = Cost::default();
     }
 }
 
@@ -68,34 +92,36 @@ struct Entry {
     blocks: usize,
 }
 
-/// What the tokens of a step may cost together, in tokens that look back on nothing.
+/// What the tokens of a step may cost together.
 #[derive(Debug, Clone, Copy)]
 struct Budget {
     left: usize,
-    /// Positions that cost as much as a token; none when nobody waits for the step.
-    parity: Option<usize>,
-    /// As many of the prompts' tokens cost one each, however much they look back on.
-    cheap: usize,
+    /// What a token costs, if it looks back on nothing.
+    token: usize,
+    /// What each position costs that a token of a prompt looks back on.
+    position: usize,
 }
 
 impl Budget {
-    /// How many of a sequence's `pending` tokens there is room for, the first of which looks back on `seen` positions; none
-    /// are counted of a sequence that decodes, which has its one token for one.
-    fn affords(&self, pending: usize, seen: Option<usize>) -> usize {
-        let priced = |(parity, seen): (usize, usize)| {
-            (self.left * parity).div_ceil(parity + seen).max(self.cheap.min(self.left))
-        };
-        pending.min(self.parity.zip(seen).map_or(self.left, priced))
+    /// What each of a sequence's tokens costs that look back on `seen` positions; none are counted of a sequence that
+    /// decodes.
+    fn price(&self, seen: Option<usize>) -> usize {
+        self.token + self.position * seen.unwrap_or(0)
     }
 
+    /// How many of a sequence's `pending` tokens there is room for: one, as long as there is any.
+    fn affords(&self, pending: usize, seen: Option<usize>) -> usize {
+        pending.min((self.left / self.price(seen)).max(1)).min(self.left)
+    }
+
+    /// What is less than a token is nothing.
     fn spend(&mut self, tokens: usize, seen: Option<usize>) {
-        let Some((parity, seen)) = self.parity.zip(seen) else {
-            self.left -= tokens;
-            return;
-        };
-        let cost = (tokens * (parity + seen)).div_ceil(parity);
-        self.left = self.left.saturating_sub(cost);
-        self.cheap = self.cheap.saturating_sub(tokens);
+        let left = self.left.saturating_sub(tokens * self.price(seen));
+        self.left = if left < self.token { 0 } else { left };
+    }
+
+    fn refund(&mut self, tokens: usize) {
+        self.left += tokens * self.token;
     }
 }
 
@@ -106,6 +132,7 @@ pub struct Scheduler {
     max_running: usize,
     step_tokens: usize,
     parity: usize,
+    allowance: Allowance,
     waiting: VecDeque<Entry>,
     /// In the order of admission.
     running: Vec<Entry>,
@@ -117,7 +144,8 @@ impl Scheduler {
     #[must_use]
     pub fn new(max_running: usize, step_tokens: usize, block_len: usize, parity: usize) -> Self {
         let (step_tokens, parity) = (step_tokens.max(max_running), parity.max(1));
-        Self { block_len, max_running, step_tokens, parity, waiting: VecDeque::new(), running: Vec::new() }
+        let (allowance, waiting, running) = (Allowance::default(), VecDeque::new(), Vec::new());
+        Self { block_len, max_running, step_tokens, parity, allowance, waiting, running }
     }
 
     /// Queues a sequence. While one of its `group` computes the prompt, it waits in order to share the blocks.
@@ -183,13 +211,14 @@ impl Scheduler {
                     let last = self.preempt(blocks, step);
                     step.work.retain(|work| {
                         if work.id == last {
-                            budget.left += work.tokens;
+                            budget.refund(work.tokens);
                         }
                         work.id != last
                     });
                     continue;
                 }
                 if tokens > 0 {
+                    step.cost.add(&budget, tokens, seen);
                     budget.spend(tokens, seen);
                     self.running[at].blocks += need;
                     blocks.grow(entry.id, need);
@@ -204,21 +233,32 @@ impl Scheduler {
         }
     }
 
-    /// Tokens of the next step: one for each sequence that decodes, and for the prompts the square of their share among
-    /// all sequences, at least half as many as decode: a step's time grows with its rows, and who decodes shall not wait half
-    /// as long again. A long prompt beside many who decode goes in small pieces; many prompts beside few who decode, as in
-    /// a burst, go in large ones, which shrink as they look back on more, so that a step takes no longer.
+    /// Room in the next step for one token of each sequence that decodes, and for the prompts as much as there is time
+    /// for ([`Allowance`]), or the square of their share among all sequences if that is more. A long prompt beside many who decode
+    /// goes in small pieces; many prompts beside few who decode, as in a burst, go in large ones. All of them shrink as they
+    /// look back on more.
     fn budget(&self) -> Budget {
         let decoding = self.running.iter().filter(|entry| entry.known - entry.computed == 1).count();
         let room = self.max_running - self.running.len();
         let prompts = self.running.len() - decoding + self.waiting.len().min(room);
         if decoding == 0 || prompts == 0 {
-            return Budget { left: self.step_tokens, parity: None, cheap: 0 };
+            return Budget { left: self.step_tokens, token: 1, position: 0 };
         }
-        let share = self.step_tokens * prompts * prompts / (prompts + decoding).pow(2);
-        let cheap = decoding.div_ceil(2);
-        let left = (decoding + share.max(cheap)).min(self.step_tokens);
-        Budget { left, parity: Some(self.parity), cheap }
+        let share = (self.step_tokens * prompts * prompts / (prompts + decoding).pow(2)) as f64;
+        let rests = share < Allowance::most(decoding) && self.allowance.rests(decoding);
+        let prompts = if rests { 0.0 } else { share.max(self.allowance.tokens(decoding)) };
+        let prompts = prompts.min((self.step_tokens - decoding) as f64);
+        let left = decoding * self.parity + (prompts * self.parity as f64) as usize;
+        Budget { left, token: self.parity, position: 1 }
+    }
+
+    /// A planned step took so many seconds.
+    pub(crate) fn measured(&mut self, step: &Step, seconds: f64) {
+        if !step.preempted.is_empty() {
+            // Part of what was counted did not run.
+            return;
+        }
+        self.allowance.measured(step.cost.decoding, step.cost.prompts, seconds);
     }
 
     /// Lets in those who wait, in their order, as long as the whole of the next one has room.
@@ -237,6 +277,7 @@ impl Scheduler {
             let need = self.blocks_for(cached + tokens).saturating_sub(held);
             blocks.grow(entry.id, need);
             (entry.computed, entry.blocks) = (cached, held + need);
+            step.cost.add(&budget, tokens, Some(cached));
             budget.spend(tokens, Some(cached));
             step.work.push(Work { id: entry.id, tokens, sample: cached + tokens == entry.known });
             step.admitted.push(entry.id);
