@@ -13,6 +13,7 @@ use text::{Special, Tokenizer};
 use tokio::task::JoinSet;
 
 use crate::adapters::user;
+use crate::cpu;
 use crate::events::Events;
 use crate::row::percentile;
 use crate::server::MODEL;
@@ -165,6 +166,8 @@ impl Prompts {
 pub(crate) struct Report {
     /// Seconds from the first request to the last token.
     pub(crate) wall: f64,
+    /// Seconds of a processor that the driver took of them.
+    pub(crate) driver: f64,
     tokens: u64,
     /// Seconds to the first token, of each request.
     first: Vec<f64>,
@@ -238,7 +241,7 @@ pub(crate) fn run(
     runtime.block_on(async {
         let client = Client::builder().no_proxy().pool_max_idle_per_host(0).build()?;
         let mut clients = JoinSet::new();
-        let start = Instant::now();
+        let (start, busy) = (Instant::now(), cpu::own());
         for queue in plan(load, prompts, seed) {
             let (client, bar, answer) = (client.clone(), bar.clone(), load.answer);
             clients.spawn(async move {
@@ -254,7 +257,8 @@ pub(crate) fn run(
         while let Some(answers) = clients.join_next().await {
             all.extend(answers??);
         }
-        let mut report = Report { wall: start.elapsed().as_secs_f64(), ..Report::default() };
+        let (wall, driver) = (start.elapsed().as_secs_f64(), cpu::own() - busy);
+        let mut report = Report { wall, driver, ..Report::default() };
         for raw in all {
             report.add(target, &raw, load.answer)?;
         }

@@ -9,6 +9,7 @@
 
 mod adapters;
 mod batches;
+mod cpu;
 mod events;
 mod load;
 mod ours;

@@ -13,6 +13,7 @@ use train::Recipe;
 use types::{Example, Site};
 
 use crate::Bench;
+use crate::cpu::cores;
 use crate::ours::served;
 use crate::progress::progress;
 use crate::row::{Goal, Row};
@@ -97,7 +98,7 @@ struct Text<'a> {
 
 impl<'a> Text<'a> {
     fn new(base: &'a BaseModel, adapter: Option<Arc<Adapter>>, precision: Precision) -> anyhow::Result<Self> {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = cores();
         let kv = KvPool::new(base.config(), WINDOW / BLOCK_LEN, precision)?;
         let runtime = Runtime::new(threads, precision)?;
         let weights = vec![0.0; base.config().vocab];

@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::Bench;
+use crate::cpu::cores;
 use crate::progress::progress;
 use crate::row::{Goal, Row};
 
@@ -37,7 +38,7 @@ fn product(scratch: &mut Scratch, workers: &Team, weight: &Weight, x: &[f32], y:
 pub(crate) fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let progress = progress("products", BATCHES.len() * bench.runs);
     let matrices = matrices()?;
-    let team = Team::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let team = Team::new(cores())?;
     let mut scratch = Scratch::default();
     let mut rng = StdRng::seed_from_u64(1);
     let mut rows = Vec::new();

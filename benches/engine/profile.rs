@@ -11,6 +11,7 @@ use types::Site;
 
 use crate::Bench;
 use crate::adapters::{self, weights};
+use crate::cpu::cores;
 use crate::ours::Ours;
 use crate::progress::progress;
 use crate::row::{Row, median};
@@ -167,8 +168,4 @@ fn bandwidth(team: &Team) -> f64 {
         black_box(sums);
     });
     STREAM_BYTES as f64 / start.elapsed().as_secs_f64() / 1e9
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }

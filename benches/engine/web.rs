@@ -6,6 +6,7 @@ use types::Site;
 
 use crate::Bench;
 use crate::adapters::{self, gguf, weights};
+use crate::cpu;
 use crate::load::{self, Arrival, Load, Popularity, Prompts, Report, Target};
 use crate::ours::{Job, Ours};
 use crate::plot::{self, Bar};
@@ -19,6 +20,9 @@ const PROMPT: usize = 64;
 const ANSWER: u32 = 64;
 /// Requests per second of the Poisson arrivals: about what llama-server can just do.
 const RATE: f64 = 1.0;
+
+/// What tokio calls the threads of its runtime; here they serve HTTP.
+const IO_THREADS: &str = "tokio-rt-worker";
 
 /// Where the seeds of the prompts for the adapters in bfloat16 begin, and those of the popularities.
 const WIDE: u64 = 1 << 32;
@@ -75,13 +79,15 @@ fn crowd(
     let mut reports: [Vec<Report>; 3] = Default::default();
     let mut in_bfloat16 = Vec::new();
     let mut vllm = bench.vllm.then(|| Vllm::start(bench, ours, adapters)).transpose()?;
-    let (mut alone, mut batched) = (Vec::new(), Vec::new());
+    let (mut alone, mut batched, mut serving) = (Vec::new(), Vec::new(), Vec::new());
     for target in targets.into_iter().chain([wide]) {
         // Adapters are loaded and pages touched.
         load::run(target, &Load { answer: 2, ..CROWD }, prompts, u64::MAX, &progress)?;
     }
     for run in 0..bench.runs as u64 {
+        let busy = cpu::named(IO_THREADS);
         reports[0].push(load::run(targets[0], &CROWD, prompts, run, &progress)?);
+        serving.push(cpu::named(IO_THREADS) - busy);
         // Other prompts: the engine is the same, and would know these by now.
         in_bfloat16.push(load::run(wide, &CROWD, prompts, WIDE + run, &progress)?);
         let job = |lease| Job { prompt: PROMPT, answer: ANSWER, adapter: Some(lease) };
@@ -98,12 +104,15 @@ fn crowd(
     let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
     let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
     let walls = of(&reports[0], |report| report.wall);
+    let cores = of(&reports[0], |report| report.wall * cpu::cores() as f64);
+    let driver = of(&reports[0], |report| report.driver);
     let wide = of(&in_bfloat16, Report::throughput);
     let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
     let first = format!("{name}: first token p99, s (ratio: its time / ours)");
     let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
     let between = format!("{name}: between tokens p99, ms, same file (ratio: its time / ours)");
     let cost = format!("{name}: wall s / engine alone, s (ratio: share of HTTP, tokenising, streaming)");
+    let busy = |who: &str| format!("{name}: processor time of {who}, s / that of all cores, s");
     let other = Row::against(
         format!("{name}: ours / vLLM on CPU, {}, without HTTP, tok/s", number_format()),
         &speeds[0],
@@ -128,6 +137,8 @@ fn crowd(
         Row::against(best, &waits[0], &waits[2]).inverse(),
         Row::against(between, &gaps[0], &gaps[1]).inverse(),
         Row::paired(cost, &walls, &alone).share().goal(Goal::AtMost(0.03)),
+        Row::paired(busy("the server's threads beside the model's"), &serving, &cores),
+        Row::paired(busy("the load driver"), &driver, &cores),
     ])
 }
 
