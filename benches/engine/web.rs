@@ -104,15 +104,17 @@ fn crowd(
     let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
     let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
     let walls = of(&reports[0], |report| report.wall);
-    let cores = of(&reports[0], |report| report.wall * cpu::cores() as f64);
-    let driver = of(&reports[0], |report| report.driver);
+    let share = |seconds: f64, report: &Report| 100.0 * seconds / (report.wall * cpu::cores() as f64);
+    let driver = of(&reports[0], |report| share(report.driver, report));
+    let serving: Vec<f64> =
+        serving.iter().zip(&reports[0]).map(|(seconds, report)| share(*seconds, report)).collect();
     let wide = of(&in_bfloat16, Report::throughput);
     let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
     let first = format!("{name}: first token p99, s (ratio: its time / ours)");
     let best = format!("{name}: first token p99, s, its best quant (ratio: its time / ours)");
     let between = format!("{name}: between tokens p99, ms, same file (ratio: its time / ours)");
     let cost = format!("{name}: wall s / engine alone, s (ratio: share of HTTP, tokenising, streaming)");
-    let busy = |who: &str| format!("{name}: processor time of {who}, s / that of all cores, s");
+    let busy = |who: &str| format!("{name}: processor time of {who}, % of all cores'");
     let other = Row::against(
         format!("{name}: ours / vLLM on CPU, {}, without HTTP, tok/s", number_format()),
         &speeds[0],
@@ -137,8 +139,8 @@ fn crowd(
         Row::against(best, &waits[0], &waits[2]).inverse(),
         Row::against(between, &gaps[0], &gaps[1]).inverse(),
         Row::paired(cost, &walls, &alone).share().goal(Goal::AtMost(0.03)),
-        Row::paired(busy("the server's threads beside the model's"), &serving, &cores),
-        Row::paired(busy("the load driver"), &driver, &cores),
+        Row::alone(busy("the server's threads beside the model's"), &serving),
+        Row::alone(busy("the load driver"), &driver),
     ])
 }
 
