@@ -1,11 +1,13 @@
 //! One answer: the engine's tokens become text, up to a stop string or the end.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use engine::{Event, SampledToken, TokenStream};
 use text::{Detokenizer, StopStrings, TextError, Tokenizer};
+use tokio::time::{Sleep, sleep_until};
 use types::{FinishReason, Usage};
 
 use crate::error::{ApiError, Code};
@@ -50,7 +52,8 @@ pub(crate) struct TextRules {
 pub(crate) struct Choice {
     /// `None` once the answer has ended; dropping the stream cancels the sequence.
     events: Option<TokenStream>,
-    until: tokio::time::Instant,
+    /// Rings when it is waited for no longer: one timer for all events, which is set once.
+    until: Pin<Box<Sleep>>,
     detokenizer: Detokenizer,
     stops: StopStrings,
     rules: TextRules,
@@ -76,7 +79,7 @@ impl Choice {
         let prompt_tokens = u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX);
         Ok(Self {
             events: Some(events),
-            until: until.into(),
+            until: Box::pin(sleep_until(until.into())),
             detokenizer: continuing(tokenizer),
             stops: StopStrings::new(rules.stop.to_vec())?,
             rules,
@@ -94,9 +97,12 @@ impl Choice {
     pub(crate) async fn next(&mut self) -> Option<Result<Piece, ApiError>> {
         let mut piece = Piece::default();
         while let Some(events) = &mut self.events {
-            let event = match tokio::time::timeout_at(self.until, events.next()).await {
-                Ok(event) => event,
-                Err(_) => Some(Event::Failed { deadline: true, reason: "the engine is silent".to_owned() }),
+            let event = tokio::select! {
+                biased;
+                event = events.next() => event,
+                () = &mut self.until => {
+                    Some(Event::Failed { deadline: true, reason: "the engine is silent".to_owned() })
+                }
             };
             match event {
                 Some(Event::Token(token)) => {
@@ -181,5 +187,50 @@ impl Choice {
             self.usage.cached_tokens = events.cached_tokens();
         }
         piece.end = Some(End { reason, usage: self.usage });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use engine::TokenSink;
+    use text::Special;
+
+    use super::*;
+
+    /// An answer that is waited for so long, an engine's end of it, and a token that is a letter.
+    fn choice(patience: Duration) -> (TokenSink, Choice, u32) {
+        let (_, tokenizer) = testkit::tiny_model();
+        let (sink, events) = engine::channel(8);
+        let letter = tokenizer.encode("x", Special::Literal).expect("a text")[0];
+        let prompt = Prompt { tokens: vec![letter], max_tokens: 8, asked: true };
+        let rules = TextRules { stop: Arc::new([]), continuing: true, keep_stop: false };
+        let choice = Choice::new(events, &prompt, &tokenizer, rules, Instant::now() + patience);
+        (sink, choice.expect("rules"), letter)
+    }
+
+    fn send(sink: &TokenSink, id: u32) {
+        assert!(sink.send(Event::Token(SampledToken { id, logprob: 0.0, top: Vec::new(), stop: false })));
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_falls_silent_is_given_up() {
+        let (sink, mut choice, letter) = choice(Duration::ZERO);
+        send(&sink, letter);
+        let said = choice.next().await.expect("a piece").expect("no error");
+        assert_eq!(said.text, "x", "what it said before its time was up counts");
+        let error = choice.next().await.expect("an end").expect_err("nothing more comes");
+        assert_eq!(error.code(), Code::DeadlineExceeded);
+        assert!(choice.next().await.is_none() && sink.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn an_engine_is_waited_for_until_its_time_is_up() {
+        let (sink, mut choice, letter) = choice(Duration::from_secs(3600));
+        assert!(tokio::time::timeout(Duration::from_millis(20), choice.next()).await.is_err());
+        // The timer outlives a wait that was broken off.
+        send(&sink, letter);
+        assert_eq!(choice.next().await.expect("a piece").expect("no error").text, "x");
     }
 }
