@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use atelier::fetch;
+use atelier::service::cores;
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
@@ -79,7 +80,7 @@ fn serving(base: &Arc<BaseModel>, path: &Path, runs: usize) -> Vec<Row> {
         // Every run computes its prompts.
         prefix_cache: false,
         guest_floor: 0.2,
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        threads: cores(),
         precision: Precision::Fast,
         eos: Vec::new(),
     };

@@ -19,6 +19,7 @@ use std::time::Instant;
 use adapters::{AdapterCache, CacheSettings};
 use anyhow::Context;
 use atelier::fetch;
+use atelier::service::cores;
 use engine::{Engine as _, ModelEngine, Settings};
 use model::{BaseModel, LoadOptions};
 use peft::{PagePool, Precision};
@@ -58,7 +59,7 @@ impl Bench {
             kv_bytes: 512 << 20,
             prefix_cache: true,
             guest_floor: 0.2,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: cores(),
             precision: Precision::Fast,
             eos: Vec::new(),
         };

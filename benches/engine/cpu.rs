@@ -1,13 +1,7 @@
-//! The machine's cores, and what this process's threads have had of them, as Linux counts it.
+//! Processor time of this process's threads, as Linux counts it.
 
 use std::fs::{read_dir, read_to_string};
 use std::path::Path;
-use std::thread::available_parallelism;
-
-/// Threads that run at once.
-pub(crate) fn cores() -> usize {
-    available_parallelism().map_or(1, usize::from)
-}
 
 /// Seconds that the calling thread has had.
 pub(crate) fn own() -> f64 {

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use atelier::service::cores;
 use indicatif::ProgressBar;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -200,6 +201,11 @@ impl Report {
     /// Generated tokens per second.
     pub(crate) fn throughput(&self) -> f64 {
         self.tokens as f64 / self.wall
+    }
+
+    /// Seconds of a processor in percent of what all cores had in that time.
+    pub(crate) fn share(&self, seconds: f64) -> f64 {
+        100.0 * seconds / (self.wall * cores() as f64)
     }
 
     /// Seconds to the first token that this share of the requests did not exceed.

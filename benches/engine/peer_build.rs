@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use atelier::fetch;
+use atelier::service::cores;
 
 const PACKAGE: &str = "llama-cpp-python";
 const VERSION: &str = "0.3.36";
@@ -88,7 +89,7 @@ fn build_programs(cmake: &Path, source: &Path, build: &Path) -> anyhow::Result<(
         "-DLLAMA_OPENSSL=OFF",
     ]);
     run(&mut configure, "cannot configure llama.cpp")?;
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from).to_string();
+    let jobs = cores().to_string();
     let mut make = Command::new(cmake);
     make.arg("--build").arg(build).args(["--config", "Release", "-j", &jobs, "--target"]).args(PROGRAMS);
     run(&mut make, "cannot build llama.cpp")

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use atelier::demo::histories;
+use atelier::service::cores;
 use model::{BLOCK_LEN, BaseModel, BatchInput, KvPool, LoadOptions, Logits, Precision, Runtime};
 use peft::{Adapter, AdapterBatch, AdapterConfig, AdapterWeights, LoraConfig, Storage, TargetModules};
 use text::{Special, Tokenizer};
@@ -13,7 +14,6 @@ use train::Recipe;
 use types::{Example, Site};
 
 use crate::Bench;
-use crate::cpu::cores;
 use crate::ours::served;
 use crate::progress::progress;
 use crate::row::{Goal, Row};

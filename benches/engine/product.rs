@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use atelier::service::cores;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor, ggml_file};
 use candle_core::{Device, Module, Tensor};
 use kernels::{Format, Input, Layer, Means, NoAdapters, Precision, Scratch, Team, Weight};
@@ -9,7 +10,6 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::Bench;
-use crate::cpu::cores;
 use crate::progress::progress;
 use crate::row::{Goal, Row};
 

@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use anyhow::Context;
+use atelier::service::cores;
 use kernels::{Input, Layer, Means, NoAdapters, PageBuffer, Scratch, Team, Workers, fused_linear, isa};
 use model::{BLOCK_LEN, BatchInput, KvPool, Logits, Phase, PhaseTime, Precision, Runtime};
 use peft::{AdapterBatch, Lease, Storage};
@@ -11,7 +12,6 @@ use types::Site;
 
 use crate::Bench;
 use crate::adapters::{self, weights};
-use crate::cpu::cores;
 use crate::ours::Ours;
 use crate::progress::progress;
 use crate::row::{Row, median};

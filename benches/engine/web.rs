@@ -86,8 +86,9 @@ fn crowd(
     }
     for run in 0..bench.runs as u64 {
         let busy = cpu::named(IO_THREADS);
-        reports[0].push(load::run(targets[0], &CROWD, prompts, run, &progress)?);
-        serving.push(cpu::named(IO_THREADS) - busy);
+        let report = load::run(targets[0], &CROWD, prompts, run, &progress)?;
+        serving.push(report.share(cpu::named(IO_THREADS) - busy));
+        reports[0].push(report);
         // Other prompts: the engine is the same, and would know these by now.
         in_bfloat16.push(load::run(wide, &CROWD, prompts, WIDE + run, &progress)?);
         let job = |lease| Job { prompt: PROMPT, answer: ANSWER, adapter: Some(lease) };
@@ -104,10 +105,7 @@ fn crowd(
     let waits = reports.each_ref().map(|reports| of(reports, |report| report.first_token(0.99)));
     let gaps = reports.each_ref().map(|reports| of(reports, |report| report.gap(0.99)));
     let walls = of(&reports[0], |report| report.wall);
-    let share = |seconds: f64, report: &Report| 100.0 * seconds / (report.wall * cpu::cores() as f64);
-    let driver = of(&reports[0], |report| share(report.driver, report));
-    let serving: Vec<f64> =
-        serving.iter().zip(&reports[0]).map(|(seconds, report)| share(*seconds, report)).collect();
+    let driver = of(&reports[0], |report| report.share(report.driver));
     let wide = of(&in_bfloat16, Report::throughput);
     let name = "16 users, 16 adapters (rank 8, all seven sites), 64 + 64 tokens, HTTP";
     let first = format!("{name}: first token p99, s (ratio: its time / ours)");

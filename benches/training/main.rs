@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use atelier::fetch;
+use atelier::service::cores;
 use indicatif::ProgressBar;
 use model::{BaseModel, LoadOptions, Loaded};
 use text::Tokenizer;
@@ -42,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     let path = fetch::default_model(&cache)?;
     let Loaded { model: base, tokenizer } = model::load(&path, LoadOptions { max_context: Some(2048) })?;
     let bench = Bench { base, pool: rayon::ThreadPoolBuilder::new().build()? };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores();
     if all || has("rate") {
         let mut peer = Peft::start(&path, threads)?;
         print(&rate(&bench, &mut peer, runs)?);

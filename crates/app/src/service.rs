@@ -194,7 +194,9 @@ pub fn io_threads(given: Option<u16>) -> usize {
     given.map_or_else(|| cores().div_ceil(4), usize::from)
 }
 
-fn cores() -> usize {
+/// Threads that run at once.
+#[must_use]
+pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 

@@ -55,13 +55,12 @@ impl Allowance {
     pub(crate) fn tokens(&self, decoding: usize) -> f64 {
         let quiet = self.quiet[bucket(decoding)];
         let measured = quiet.zip(self.price).map(|(quiet, price)| STRETCH * quiet.seconds / price);
-        let decoding = decoding as f64;
-        measured.unwrap_or(decoding / 2.0).clamp(1.0, (MOST * decoding).max(1.0))
+        measured.unwrap_or(decoding as f64 / 2.0).clamp(1.0, Self::most(decoding))
     }
 
     /// The most that [`Self::tokens`] can become.
     pub(crate) fn most(decoding: usize) -> f64 {
-        MOST * decoding as f64
+        MOST * decoding.max(1) as f64
     }
 
     /// Whether the next step is to take in no prompts, because it is no longer known what it takes without.

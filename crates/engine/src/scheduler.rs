@@ -60,15 +60,6 @@ pub(crate) struct Cost {
     prompts: f64,
 }
 
-impl Cost {
-    fn add(&mut self, budget: &Budget, tokens: usize, seen: Option<usize>) {
-        match seen {
-            Some(_) => self.prompts += (tokens * budget.price(seen)) as f64 / budget.token as f64,
-            None => self.decoding += tokens,
-        }
-    }
-}
-
 impl Step {
     fn clear(&mut self) {
         self.preempted.clear();
@@ -100,9 +91,15 @@ struct Budget {
     token: usize,
     /// What each position costs that a token of a prompt looks back on.
     position: usize,
+    /// What has been spent.
+    spent: Cost,
 }
 
 impl Budget {
+    fn new(left: usize, token: usize, position: usize) -> Self {
+        Self { left, token, position, spent: Cost::default() }
+    }
+
     /// What each of a sequence's tokens costs that look back on `seen` positions; none are counted of a sequence that
     /// decodes.
     fn price(&self, seen: Option<usize>) -> usize {
@@ -116,7 +113,12 @@ impl Budget {
 
     /// What is less than a token is nothing.
     fn spend(&mut self, tokens: usize, seen: Option<usize>) {
-        let left = self.left.saturating_sub(tokens * self.price(seen));
+        let cost = tokens * self.price(seen);
+        match seen {
+            Some(_) => self.spent.prompts += cost as f64 / self.token as f64,
+            None => self.spent.decoding += tokens,
+        }
+        let left = self.left.saturating_sub(cost);
         self.left = if left < self.token { 0 } else { left };
     }
 
@@ -218,7 +220,6 @@ impl Scheduler {
                     continue;
                 }
                 if tokens > 0 {
-                    step.cost.add(&budget, tokens, seen);
                     budget.spend(tokens, seen);
                     self.running[at].blocks += need;
                     blocks.grow(entry.id, need);
@@ -229,8 +230,9 @@ impl Scheduler {
         }
         // New ones only when nobody had to leave.
         if step.preempted.is_empty() {
-            self.admit(blocks, budget, step);
+            self.admit(blocks, &mut budget, step);
         }
+        step.cost = budget.spent;
     }
 
     /// Room in the next step for one token of each sequence that decodes, and for the prompts as much as there is time
@@ -242,14 +244,14 @@ impl Scheduler {
         let room = self.max_running - self.running.len();
         let prompts = self.running.len() - decoding + self.waiting.len().min(room);
         if decoding == 0 || prompts == 0 {
-            return Budget { left: self.step_tokens, token: 1, position: 0 };
+            return Budget::new(self.step_tokens, 1, 0);
         }
         let share = (self.step_tokens * prompts * prompts / (prompts + decoding).pow(2)) as f64;
         let rests = share < Allowance::most(decoding) && self.allowance.rests(decoding);
         let prompts = if rests { 0.0 } else { share.max(self.allowance.tokens(decoding)) };
         let prompts = prompts.min((self.step_tokens - decoding) as f64);
         let left = decoding * self.parity + (prompts * self.parity as f64) as usize;
-        Budget { left, token: self.parity, position: 1 }
+        Budget::new(left, self.parity, 1)
     }
 
     /// A planned step took so many seconds.
@@ -262,7 +264,7 @@ impl Scheduler {
     }
 
     /// Lets in those who wait, in their order, as long as the whole of the next one has room.
-    fn admit(&mut self, blocks: &mut impl Blocks, mut budget: Budget, step: &mut Step) {
+    fn admit(&mut self, blocks: &mut impl Blocks, budget: &mut Budget, step: &mut Step) {
         let mut at = 0;
         while budget.left > 0 && self.running.len() < self.max_running {
             let Some(mut entry) = self.waiting.get(at).copied() else { break };
@@ -277,7 +279,6 @@ impl Scheduler {
             let need = self.blocks_for(cached + tokens).saturating_sub(held);
             blocks.grow(entry.id, need);
             (entry.computed, entry.blocks) = (cached, held + need);
-            step.cost.add(&budget, tokens, Some(cached));
             budget.spend(tokens, Some(cached));
             step.work.push(Work { id: entry.id, tokens, sample: cached + tokens == entry.known });
             step.admitted.push(entry.id);
